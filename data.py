@@ -1,0 +1,395 @@
+"""Preference data: files of comparisons in, token ids out; the tokenizer; and a built-in data set with known rewards.
+
+A comparison is one prompt and two or more responses, best first. Rows of a data file (.jsonl, .jsonl.gz, or .json) are any of
+
+    {"prompt": "...", "chosen": "...", "rejected": "..."}     text; the sequence is prompt + response
+    {"chosen": "...", "rejected": "..."}                      whole dialogues
+    the same with chat messages [{"role": "...", "content": "..."}, ...] in place of text
+    {"prompt": ..., "responses": [best, ..., worst]}          a ranking
+
+Chat messages become text by this template: a system message's content as it is, then for every turn
+"\\n\\nHuman: " or "\\n\\nAssistant: " and its content.
+"""
+
+import gzip
+import io
+import itertools
+import json
+import math
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@dataclass
+class Comparison:
+    prompt: str
+    responses: list[str]  # best first
+    rewards: list[float] | None = None  # their true rewards, where these are known
+
+
+def load_comparisons(path, min_responses: int = 2) -> Iterator[Comparison]:
+    """The comparisons of one file, in its order, read row by row.
+
+    With `min_responses=1` also rows {"prompt": ..., "response": ...}, as comparisons of one response.
+    Raises ValueError that names the file and the line.
+    """
+    for line, row in read_rows(path):
+        try:
+            yield parse_row(row, min_responses)
+        except ValueError as error:
+            raise ValueError(f"{path}:{line}: {error}") from None
+
+
+def read_rows(path) -> Iterator[tuple[int, object]]:
+    """(line number, parsed JSON) for every row of a file. Raises ValueError that names the file and the line."""
+    path, line, empty = Path(path), 0, True
+    if not path.is_file():
+        raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; expected .jsonl, .jsonl.gz or .json")
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            is_array = path.suffix == ".json" and file.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            for line, text in [(0, file.read())] if is_array else enumerate(file, start=1):
+                text = text.decode("utf-8-sig" if line <= 1 else "utf-8")
+                rows = array_items(text) if is_array else [(line, json.loads(text))] if text.strip() else []
+                for row in rows:
+                    empty = False
+                    yield row
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{line or error.lineno}: not JSON ({error.msg}, column {error.colno}); "
+                         "expected one object a line, or in .json one array of objects") from None
+    except UnicodeDecodeError as error:
+        where = line or 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
+    if empty:
+        raise ValueError(f"{path}: no row in it; expected one JSON object a line")
+
+
+def array_items(text: str) -> Iterator[tuple[int, object]]:
+    """(line number, item) for every item of a JSON array. json.loads would not say on which line an item stands."""
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+    position, line, counted = space.match(text).end() + 1, 1, 0
+    while True:
+        position = space.match(text, position).end()
+        if text[position : position + 1] == "]":
+            if text[position + 1 :].strip():
+                raise json.JSONDecodeError("text after the end of the array", text, position + 1)
+            return
+        line, counted = line + text.count("\n", counted, position), position
+        item, position = decoder.raw_decode(text, position)
+        yield line, item
+        position = space.match(text, position).end()
+        if text[position : position + 1] == ",":
+            position += 1
+        elif text[position : position + 1] != "]":
+            raise json.JSONDecodeError("expected ',' or ']'", text, position)
+
+
+def parse_row(row, min_responses: int = 2) -> Comparison:
+    """One parsed row -> Comparison. Raises ValueError that says which field is wrong, and how."""
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {json_type(row)}")
+    if "chosen" in row or "rejected" in row:
+        names, responses = ["chosen", "rejected"], [row.get("chosen"), row.get("rejected")]
+    elif "responses" in row:
+        responses = row["responses"]
+        if not isinstance(responses, list) or len(responses) < 2:
+            found = len(responses) if isinstance(responses, list) else json_type(responses)
+            raise ValueError(f"responses: found {found}; a ranking is a list of two or more, best first")
+        names = [f"responses[{i}]" for i in range(len(responses))]
+    elif min_responses == 1 and "response" in row:
+        names, responses = ["response"], [row["response"]]
+    else:
+        keys = ", ".join(map(str, row)) or "none"
+        raise ValueError(f"fields found: {keys}; expected chosen and rejected, or prompt and responses"
+                         + (", or prompt and response" if min_responses == 1 else ""))
+    if "prompt" not in row and names[0] != "chosen":
+        raise ValueError("prompt is missing; only rows of chosen and rejected can do without one")
+    prompt = row.get("prompt", "")
+    if any(isinstance(value, list) for value in [prompt, *responses]):
+        # Plain text beside chat messages is the content of a message: the user's prompt, the assistant's response.
+        prompt = parse_messages("prompt", prompt, "user")
+        responses = [parse_messages(name, response, "assistant") for name, response in zip(names, responses)]
+        if all(message in response for response in responses for message in prompt):
+            prompt = []  # whole dialogues that repeat the prompt (UltraFeedback)
+        prompt, responses = chat_text(prompt), [chat_text(response) for response in responses]
+    for name, text in zip(["prompt", *names], [prompt, *responses]):
+        check_text(name, text)
+    return Comparison(prompt, responses)
+
+
+def parse_messages(name: str, value, role: str) -> list[tuple[str, str]]:
+    """[{"role", "content"}, ...] -> [(role, content), ...]; plain text counts as one message of `role`, "" as none."""
+    if isinstance(value, str):
+        return [(role, value)] if value else []
+    if not isinstance(value, list):
+        raise ValueError(f"{name}: expected text or a list of chat messages, found {json_type(value)}")
+    messages = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            found = f"role {json.dumps(message.get('role'))}" if isinstance(message, dict) else json_type(message)
+            raise ValueError(f"{name}[{i}]: found {found}; a message is an object whose role is system, user or assistant")
+        check_text(f"{name}[{i}].content", message.get("content"))
+        messages.append((message["role"], message["content"]))
+    return messages
+
+
+def chat_text(messages: list[tuple[str, str]]) -> str:
+    """The template for chat messages, that of Anthropic's hh-rlhf dialogues."""
+    in_front = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
+    return "".join(in_front[role] + content for role, content in messages)
+
+
+def check_text(name: str, value):
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: expected text, found {json_type(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}: character {error.start} is half of a surrogate pair, which is no text") from None
+
+
+def json_type(value) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null or nothing"}
+    return names.get(type(value), "a number")
+
+
+def split_indices(n: int, data_split: list[float], stage: int, seed: int) -> np.ndarray:
+    """Row numbers of one stage's share of a file of n rows: DeepSpeed-Chat's `get_raw_dataset_split_index`.
+
+    data_split: the stages' shares, of any sum. stage: 0 is supervised fine-tuning, 1 the reward model, 2 PPO.
+    Returns uint32. The same seed gives stages that do not overlap, in this code and in DeepSpeed-Chat.
+    """
+    bounds = [0]
+    for share in data_split:
+        bounds.append(bounds[-1] + int(round(share / sum(data_split) * float(n))))
+    excess = bounds[-1] - n
+    bounds[1:] = [bound - excess for bound in bounds[1:]]
+    order = np.arange(n, dtype=np.uint32)
+    np.random.RandomState(seed).shuffle(order)
+    return order[bounds[stage] : bounds[stage + 1]]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+class Tokenizer:
+    """A sentencepiece model, with the special ids that a sequence needs.
+
+    pad_id: int. bos_id, eos_id: int or None. text_size: number of ids of the sentencepiece model.
+    vocab_size: the same, with a new pad id if there is one.
+    """
+
+    def __init__(self, model_proto: bytes, pad_id: int | None = None):
+        self.model_proto = model_proto
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        size = self.pieces.get_piece_size()
+        own_pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
+        if pad_id is None:  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
+            pad_id = size if own_pad in (None, bos, eos) else own_pad
+        self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
+        self.text_size, self.vocab_size = size, max(size, pad_id + 1)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without special tokens."""
+        return self.pieces.encode(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; special ids have none."""
+        return self.pieces.decode([int(i) for i in ids if i < self.text_size and i != self.pad_id])
+
+    def save(self, directory):
+        """Write the files from which `load_tokenizer(directory)` makes the same tokenizer."""
+        (Path(directory) / "tokenizer.model").write_bytes(self.model_proto)
+        (Path(directory) / "tokenizer_config.json").write_text(json.dumps({"pad_token_id": self.pad_id}) + "\n")
+
+
+def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
+    """The sentencepiece tokenizer in a directory (tokenizer.model), or in a file. `pad_id` overrides its own.
+
+    Raises ValueError that names the file.
+    """
+    path = Path(path)
+    file = path / "tokenizer.model" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file; expected a sentencepiece model")
+    config = file.with_name("tokenizer_config.json")
+    try:
+        if pad_id is None and config.is_file():  # ours, where a pad id was chosen; Hugging Face's has no such key
+            pad_id = json.loads(config.read_text()).get("pad_token_id")
+        return Tokenizer(file.read_bytes(), pad_id)
+    except RuntimeError:
+        raise ValueError(f"{file}: not a sentencepiece model, or damaged") from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A sentencepiece BPE tokenizer with at most `vocab_size` ids; the same for the same texts, in the same order.
+
+    Bytes are the fallback for what is not in the vocabulary, and nothing is normalized: no text is lost. Ids 0 to 3 are
+    pad, bos, eos, unk. Raises ValueError where `vocab_size` is too small for the bytes and the text's characters.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
+            hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
+            add_dummy_prefix=False, remove_extra_whitespaces=False, max_sentence_length=1 << 24, num_threads=1,
+            pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+    except RuntimeError as error:
+        reason = str(error).split("] ")[-1].split(" Increase")[0]
+        raise ValueError(f"vocab_size {vocab_size}: {reason} The 256 bytes, 4 special ids and the text's characters "
+                         "must fit; give more") from None
+    return Tokenizer(model.getvalue())
+
+
+def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, truncation_side: str = "left") -> list[list[int]]:
+    """The token ids of a comparison's sequences, best first: bos, prompt + response encoded as one string, eos.
+
+    bos stands only where the tokenizer has one, eos only where it is not also the pad. What is longer than `max_seq_len`
+    is truncated: "left" takes the same number of tokens off the start of every text, out of what all share and no more,
+    keeps bos and eos, and cuts what is then still too long before eos. "right" cuts the end, eos too (DeepSpeed-Chat).
+    """
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [] if tokenizer.eos_id in (None, tokenizer.pad_id) else [tokenizer.eos_id]
+    texts = [tokenizer.encode(comparison.prompt + response) for response in comparison.responses]
+    if truncation_side == "right":
+        return [(bos + text + eos)[:max_seq_len] for text in texts]
+    room = max_seq_len - len(bos) - len(eos)
+    excess = max(map(len, texts)) - room
+    if excess > 0:
+        # A response that stands alone shares its prompt with the comparisons it could stand in.
+        others = texts if len(texts) > 1 else [*texts, tokenizer.encode(comparison.prompt)]
+        cut = min(excess, shared_prefix(others))
+        texts = [text[cut : cut + room] for text in texts]
+    return [bos + text + eos for text in texts]
+
+
+@dataclass
+class TokenizedData:
+    groups: list[list[list[int]]]  # of every comparison the token ids of its sequences, best first
+    rewards: list[list[float] | None]  # of every comparison the true rewards, where these are known
+    dropped: int = 0  # comparisons that were left out because all their sequences are the same
+
+
+def tokenize_all(comparisons: Iterable[Comparison], tokenizer: Tokenizer, max_seq_len: int, truncation_side: str) -> TokenizedData:
+    """`tokenize` for many. Comparisons whose sequences are (or become by truncation) identical teach nothing: dropped."""
+    result = TokenizedData([], [])
+    for comparison in comparisons:
+        sequences = tokenize(comparison, tokenizer, max_seq_len, truncation_side)
+        if all(sequence == sequences[0] for sequence in sequences):
+            result.dropped += 1
+        else:
+            result.groups.append(sequences)
+            result.rewards.append(comparison.rewards)
+    return result
+
+
+def shared_prefix(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences have in common at their start."""
+    count = 0
+    for tokens in zip(*sequences):
+        if len(set(tokens)) > 1:
+            break
+        count += 1
+    return count
+
+
+def pad_rows(sequences: list[list[int]], pad_id: int, length: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-pad N sequences to the longest (or to `length`). Returns input_ids and attention_mask, each (N, L) int64."""
+    length = length or max(map(len, sequences))
+    input_ids = torch.full((len(sequences), length), pad_id)
+    attention_mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        input_ids[row, : len(sequence)] = torch.tensor(sequence)
+        attention_mask[row, : len(sequence)] = 1
+    return input_ids, attention_mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Built-in data with known rewards
+
+# Per kind of question: how it is asked, how it is answered, and what is true. Each answer of a kind is right for one of
+# its subjects and wrong for the others, so no word is better than another: who wants to know must read the question.
+QUESTIONS = [
+    ("What is the capital of {}?", "The capital of {} is {}.", {
+        "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
+        "Egypt": "Cairo", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana"}),
+    ("What is a young {} called?", "A young {} is called a {}.", {
+        "dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb",
+        "horse": "foal", "goat": "kid", "bear": "cub", "goose": "gosling"}),
+    ("What is the opposite of {}?", "The opposite of {} is {}.", {
+        "hot": "cold", "high": "low", "fast": "slow", "old": "new",
+        "wet": "dry", "full": "empty", "light": "dark", "hard": "soft"}),
+    ("What does a {} make?", "A {} makes {}.", {
+        "baker": "bread", "tailor": "clothes", "brewer": "beer", "potter": "bowls",
+        "painter": "pictures", "bee": "honey", "spider": "webs", "cobbler": "shoes"}),
+    ("Where does the {} live?", "The {} lives in a {}.", {
+        "king": "palace", "monk": "monastery", "bird": "nest", "rabbit": "burrow",
+        "farmer": "farmhouse", "lion": "den", "soldier": "barracks", "snail": "shell"}),
+]
+# The same words make a polite remark and a rude one, so tone is in their order. (polite, rude)
+TONES = [
+    ("I am happy to help, not annoyed.", "I am annoyed to help, not happy."),
+    ("It is a pleasure and never a burden to answer you.", "It is a burden and never a pleasure to answer you."),
+    ("You may ask me again, do not worry.", "You may worry, do not ask me again."),
+]
+RAMBLES = [
+    "By the way, the weather was mild last week.",
+    "Speaking of which, my neighbour has bought a bicycle.",
+    "Anyway, there are many things that one could say here.",
+    "As some people like to mention, time goes by.",
+]
+QUALITY_REWARD = {"right": 1.5, "wrong": -0.7, "off topic": -1.5}
+TONE_REWARD = {"polite": 0.7, "neutral": 0.0, "rude": -0.7}
+RAMBLE_REWARD = -0.4  # for every sentence that leads nowhere
+
+
+def known_rewards(seed: int) -> Iterator[Comparison]:
+    """An endless stream of comparisons of two responses whose true rewards are known; the same for the same seed.
+
+    A prompt asks for one of 40 facts. A response states the fact, a wrong answer of the same kind, or another fact that
+    was not asked for; it may carry a polite or a rude remark, in front or behind, and up to two sentences of ramble.
+    Its true reward is the sum QUALITY_REWARD + TONE_REWARD + RAMBLE_REWARD * (number of rambling sentences). Of the two,
+    `responses[0]` is drawn with probability sigmoid(difference of their true rewards): Bradley & Terry (1952).
+    """
+    rng = random.Random(seed)
+    while True:
+        kind = rng.choice(QUESTIONS)
+        subject = rng.choice(list(kind[2]))
+        (a, reward_a), (b, reward_b) = write_response(rng, kind, subject), write_response(rng, kind, subject)
+        if reward_a == reward_b:
+            continue  # nothing to learn or to get right
+        if rng.random() >= 1 / (1 + math.exp(reward_b - reward_a)):
+            a, b, reward_a, reward_b = b, a, reward_b, reward_a
+        yield Comparison(f"\n\nHuman: {kind[0].format(subject)}\n\nAssistant:", [a, b], [reward_a, reward_b])
+
+
+def write_response(rng: random.Random, kind, subject: str) -> tuple[str, float]:
+    """A response to the question of that kind about that subject, and its true reward."""
+    quality = rng.choices(list(QUALITY_REWARD), weights=(0.45, 0.35, 0.2))[0]
+    if quality == "off topic":
+        kind, subject = rng.choice([(k, s) for k in QUESTIONS for s in k[2] if s != subject])
+    answer = kind[2][subject]
+    if quality == "wrong":
+        answer = rng.choice([other for other in kind[2].values() if other != answer])
+    tone = rng.choice(list(TONE_REWARD))
+    rambles = rng.sample(RAMBLES, rng.choices((0, 1, 2), weights=(0.5, 0.3, 0.2))[0])
+    sentences = [kind[1].format(subject, answer), *rambles]
+    if tone != "neutral":
+        remark = rng.choice(TONES)[tone == "rude"]
+        sentences.insert(rng.choice((0, len(sentences))), remark)
+    reward = QUALITY_REWARD[quality] + TONE_REWARD[tone] + RAMBLE_REWARD * len(rambles)
+    return " " + " ".join(sentences), round(reward, 6)  # rounded, so that equal sums are equal numbers

@@ -1,0 +1,384 @@
+"""A GPT backbone: token ids in, last hidden states out (no language-model head).
+
+One class. What distinguishes gpt2 from llama is data: the fields of `GPTConfig`, filled in by the table `FAMILIES`,
+which also holds each family's Hugging Face names. Adding a family means adding a row to that table.
+
+Notable features:
+- attention through `F.scaled_dot_product_attention`, one fused projection for queries, keys and values
+- grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama); learned positions, LayerNorm, GELU (gpt2)
+- rewards are read at padding, so padding queries see every real key of their row and no padding key, as in `transformers`
+
+Shapes in comments: B rows, L positions, H heads, D width of a head, C width of the hidden state.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "silu": F.silu,
+}
+
+# Per family: `variant` sets fields of GPTConfig. `config` maps fields to keys of Hugging Face's config.json. `fixed` are
+# keys that would change the computation and must have this value. `names` maps our modules to Hugging Face's; where one
+# of ours stands for several of theirs, their rows follow each other. `prefix` may stand before a name in a checkpoint.
+FAMILIES = {
+    "gpt2": dict(
+        variant=dict(norm="layernorm", activation="gelu_new", bias=True),
+        config=dict(vocab_size="vocab_size", n_positions="n_positions", n_layer="n_layer", n_head="n_head",
+                    n_embd="n_embd", n_inner="n_inner", activation="activation_function", norm_eps="layer_norm_epsilon"),
+        fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+        architecture="GPT2Model",
+        prefix="transformer.",
+        transposed=True,  # GPT-2 stores its linear weights as (in, out): "Conv1D"
+        bos_in_front=False,
+        names={
+            "embed": ["wte"],
+            "pos_embed": ["wpe"],
+            "blocks.{}.attn_norm": ["h.{}.ln_1"],
+            "blocks.{}.qkv": ["h.{}.attn.c_attn"],
+            "blocks.{}.attn_out": ["h.{}.attn.c_proj"],
+            "blocks.{}.mlp_norm": ["h.{}.ln_2"],
+            "blocks.{}.mlp_in": ["h.{}.mlp.c_fc"],
+            "blocks.{}.mlp_out": ["h.{}.mlp.c_proj"],
+            "norm": ["ln_f"],
+        },
+        ignored=("attn.bias", "attn.masked_bias", "lm_head.weight"),
+    ),
+    "llama": dict(
+        variant=dict(norm="rmsnorm", activation="silu", gated=True, rope_theta=10000.0, norm_eps=1e-6),
+        config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
+                    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
+                    head_dim="head_dim", n_inner="intermediate_size", activation="hidden_act", norm_eps="rms_norm_eps",
+                    rope_theta="rope_theta"),
+        fixed=dict(attention_bias=False, mlp_bias=False, rope_scaling=None),
+        architecture="LlamaModel",
+        prefix="model.",
+        transposed=False,
+        bos_in_front=True,
+        names={
+            "embed": ["embed_tokens"],
+            "blocks.{}.attn_norm": ["layers.{}.input_layernorm"],
+            "blocks.{}.qkv": ["layers.{}.self_attn.q_proj", "layers.{}.self_attn.k_proj", "layers.{}.self_attn.v_proj"],
+            "blocks.{}.attn_out": ["layers.{}.self_attn.o_proj"],
+            "blocks.{}.mlp_norm": ["layers.{}.post_attention_layernorm"],
+            "blocks.{}.mlp_in": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
+            "blocks.{}.mlp_out": ["layers.{}.mlp.down_proj"],
+            "norm": ["norm"],
+        },
+        ignored=("rotary_emb.inv_freq", "lm_head.weight"),
+    ),
+}
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a backbone. `None` in `n_kv_head`, `head_dim` or `n_inner` means the usual value for the other fields.
+
+    Raises ValueError where the fields do not fit together.
+    """
+
+    model_type: str = "gpt2"
+    vocab_size: int = 50257  # rows of the token embedding
+    n_positions: int = 1024  # longest row; with learned positions, rows of their table
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # C, width of the hidden state
+    n_kv_head: int | None = None  # fewer than n_head: grouped-query attention
+    head_dim: int | None = None
+    n_inner: int | None = None  # width of the MLP
+    norm: str = "layernorm"  # or "rmsnorm"
+    norm_eps: float = 1e-5
+    activation: str = "gelu_new"
+    gated: bool = False  # SwiGLU: activation(gate) * up
+    bias: bool = False
+    rope_theta: float | None = None  # base of the rotary frequencies; None: learned positions
+    dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
+    init_std: float = 0.02
+    token_ids: dict = field(default_factory=dict)  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
+
+    def __post_init__(self):
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_embd % self.n_head and self.head_dim is None:
+            raise ValueError(f"width {self.n_embd} does not divide into {self.n_head} heads")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"{self.n_head} query heads do not divide among {self.n_kv_head} key-value heads")
+        if self.rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
+        if self.n_inner is None:  # with a gate there are three matrices, not two: 8/3 keeps the number of parameters
+            self.n_inner = 8 * math.ceil(self.n_embd / 3) if self.gated else 4 * self.n_embd
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
+
+    @classmethod
+    def from_family(cls, model_type: str, **overrides) -> "GPTConfig":
+        """The config of a family, from scratch. Raises ValueError for a `model_type` that is not in FAMILIES."""
+        if model_type not in FAMILIES:
+            raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        return cls(model_type=model_type, **{**FAMILIES[model_type]["variant"], **overrides})
+
+    @classmethod
+    def from_hf(cls, hf: dict) -> "GPTConfig":
+        """The config that a parsed Hugging Face config.json describes. Raises ValueError for what we cannot compute."""
+        family = FAMILIES.get(hf.get("model_type"))
+        if family is None:
+            raise ValueError(f"model_type {hf.get('model_type')!r} is not supported; supported are {', '.join(FAMILIES)}")
+        # transformers 5 moved the two top-level rope keys into one dictionary.
+        rope = hf.get("rope_parameters") or {}
+        if rope.get("rope_type", "default") != "default":
+            hf = {**hf, "rope_scaling": rope}
+        hf = {"rope_theta": rope.get("rope_theta"), **hf}
+        for key, value in family["fixed"].items():
+            if hf.get(key, value) != value:
+                raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
+        given = {ours: hf[theirs] for ours, theirs in family["config"].items() if hf.get(theirs) is not None}
+        missing = [family["config"][ours] for ours in ("vocab_size", "n_layer", "n_head", "n_embd") if ours not in given]
+        if missing:
+            raise ValueError(f"{', '.join(missing)} missing")
+        token_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
+        return cls.from_family(hf["model_type"], **given, token_ids=token_ids)
+
+    def to_hf(self) -> dict:
+        """The content of a config.json from which `transformers` makes the same backbone."""
+        family = FAMILIES[self.model_type]
+        hf = {"model_type": self.model_type, "architectures": [family["architecture"]]}
+        hf |= {theirs: getattr(self, ours) for ours, theirs in family["config"].items()}
+        return hf | {"initializer_range": self.init_std, "tie_word_embeddings": False} | self.token_ids
+
+
+class Block(nn.Module):
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        c, q_width, kv_width = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.attn_norm = make_norm(config)
+        self.qkv = nn.Linear(c, q_width + 2 * kv_width, bias=config.bias)
+        self.attn_out = nn.Linear(q_width, c, bias=config.bias)
+        self.mlp_norm = make_norm(config)
+        self.mlp_in = nn.Linear(c, (2 if config.gated else 1) * config.n_inner, bias=config.bias)
+        self.mlp_out = nn.Linear(config.n_inner, c, bias=config.bias)
+
+    def forward(self, x, mask, rotary):
+        dropout = self.config.dropout if self.training else 0.0
+        x = x + F.dropout(self.attn_out(self.attention(self.attn_norm(x), mask, rotary, dropout)), dropout)
+        return x + F.dropout(self.mlp_out(self.mlp(self.mlp_norm(x))), dropout)
+
+    def attention(self, x, mask, rotary, dropout):
+        config = self.config
+        B, L, _ = x.shape
+        heads = self.qkv(x).view(B, L, -1, config.head_dim)  # (B, L, H + 2 H_kv, D)
+        q, k, v = heads.split((config.n_head, config.n_kv_head, config.n_kv_head), dim=2)
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),  # (B, H, L, D)
+            attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=config.n_kv_head != config.n_head)
+        return y.transpose(1, 2).reshape(B, L, -1)  # (B, L, H * D)
+
+    def mlp(self, x):
+        activation = ACTIVATIONS[self.config.activation]
+        if not self.config.gated:
+            return activation(self.mlp_in(x))
+        gate, up = self.mlp_in(x).chunk(2, dim=-1)
+        return activation(gate) * up
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer without a head (Radford et al. 2019; Touvron et al. 2023 for llama)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.rope_theta is None:
+            self.pos_embed = nn.Embedding(config.n_positions, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module):
+        """GPT-2's: normal with `init_std`; layers that write to the residual stream scaled down by the number of writes."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.init_std)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+        if isinstance(module, Block):  # apply() visits children first, so this comes after their own initialization
+            for linear in (module.attn_out, module.mlp_out):
+                nn.init.normal_(linear.weight, std=self.config.init_std / math.sqrt(2 * self.config.n_layer))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Last hidden states after the final norm.
+
+        input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None: everywhere.
+        Returns (B, L, C). Values at left padding have no meaning. Positions are columns, at padding too.
+        Raises ValueError for rows longer than `n_positions`.
+        """
+        L = input_ids.shape[1]
+        if L > self.config.n_positions:
+            raise ValueError(f"rows of {L} tokens, but the model has {self.config.n_positions} positions")
+        x = self.embed(input_ids)  # (B, L, C)
+        positions = torch.arange(L, device=input_ids.device)
+        rotary = None
+        if self.config.rope_theta is None:
+            x = x + self.pos_embed(positions)
+        else:
+            rotary = rotary_tables(positions, self.config, x.dtype)
+        x = F.dropout(x, self.config.dropout, self.training)
+        mask = None if attention_mask is None else causal_mask(attention_mask)
+        for block in self.blocks:
+            x = block(x, mask, rotary)
+        return self.norm(x)
+
+    @classmethod
+    def from_pretrained(cls, path) -> "GPT":
+        """The backbone of a Hugging Face directory, in float32 (`read_checkpoint` says which files it needs).
+
+        Raises ValueError that names the file and what is wrong with it.
+        """
+        hf, weights = read_checkpoint(path)
+        return cls.from_hf(hf, weights, source=path)
+
+    @classmethod
+    def from_hf(cls, hf: dict, weights: dict[str, torch.Tensor], source) -> "GPT":
+        """The backbone that a parsed config.json and weights under Hugging Face's names make. `source` is for errors."""
+        try:
+            config = GPTConfig.from_hf(hf)
+        except ValueError as error:
+            raise ValueError(f"{source}/config.json: {error}") from None
+        family = FAMILIES[config.model_type]
+        weights = {name.removeprefix(family["prefix"]): weight for name, weight in weights.items()}
+        with torch.device("meta"):  # shapes without memory: the checkpoint's tensors become the parameters
+            model = cls(config)
+        state = {}
+        for name, parameter in model.named_parameters():
+            parts = []
+            for theirs in hf_names(config, name):
+                if theirs not in weights:
+                    raise ValueError(f"{source}: weight {theirs} is missing")
+                parts.append(maybe_transpose(config, name, weights.pop(theirs)).float())
+            value = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if value.shape != parameter.shape:
+                raise ValueError(f"{source}: weight {', '.join(hf_names(config, name))} makes a {name} of shape "
+                                 f"{list(value.shape)}; config.json asks for {list(parameter.shape)}")
+            state[name] = value.contiguous()
+        left_over = [name for name in weights if not name.endswith(family["ignored"])]
+        if left_over:
+            raise ValueError(f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
+                             f"{config.n_layer} layers (config.json)")
+        model.load_state_dict(state, assign=True)
+        return model
+
+    def resize_embedding(self, rows: int):
+        """Make the token embedding `rows` rows long. New rows are zeros."""
+        self.embed.weight = nn.Parameter(resize_rows(self.embed.weight.detach(), rows))
+        self.embed.num_embeddings = self.config.vocab_size = rows
+
+    def to_hf(self) -> dict[str, torch.Tensor]:
+        """The weights under their Hugging Face names, without prefix: the inverse of `from_hf`."""
+        config, weights = self.config, {}
+        for name, parameter in self.named_parameters():
+            theirs = hf_names(config, name)
+            sizes = [len(parameter) // len(theirs)] * len(theirs)
+            if len(theirs) == 3:  # queries, keys, values
+                sizes = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+            for part_name, part in zip(theirs, parameter.detach().split(sizes)):
+                weights[part_name] = maybe_transpose(config, name, part).clone(memory_format=torch.contiguous_format)
+        return weights
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+
+
+def causal_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L) of 1 and 0 -> (B, 1, L, L) bool: position i attends to j <= i where the mask is 1 at j."""
+    L = attention_mask.shape[1]
+    causal = torch.ones(L, L, dtype=torch.bool, device=attention_mask.device).tril()
+    mask = causal & attention_mask.bool()[:, None, None, :]
+    # At left padding a query has no key; a softmax over nothing is NaN, and NaN spreads. It attends to itself instead.
+    return mask | (~mask.any(-1, keepdim=True) & torch.eye(L, dtype=torch.bool, device=mask.device))
+
+
+def rotary_tables(positions: torch.Tensor, config: GPTConfig, dtype: torch.dtype):
+    """cos and sin of position * frequency (Su et al. 2021, RoFormer), each (L, 1, D) to broadcast over heads."""
+    wide = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide) / config.head_dim
+    angles = positions.to(wide)[:, None] * (1.0 / config.rope_theta**exponents)  # (L, D / 2)
+    angles = torch.cat((angles, angles), dim=-1)[:, None, :]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the pairs (x[d], x[d + D/2]) of x (B, L, H, D): Hugging Face's order, where the paper pairs neighbours."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """The first `rows` rows of a matrix, followed by rows of zeros where it has fewer."""
+    return F.pad(weight[:rows], (0, 0, 0, max(0, rows - len(weight))))
+
+
+def hf_names(config: GPTConfig, name: str) -> list[str]:
+    """`blocks.3.qkv.weight` -> the names under which Hugging Face keeps that parameter."""
+    module, kind = name.rsplit(".", 1)
+    layer = re.search(r"\d+", module)
+    theirs = FAMILIES[config.model_type]["names"][re.sub(r"\d+", "{}", module)]
+    return [f"{t.format(layer and layer[0])}.{kind}" for t in theirs]
+
+
+def maybe_transpose(config: GPTConfig, name: str, weight: torch.Tensor) -> torch.Tensor:
+    is_linear = name.startswith("blocks.") and weight.dim() == 2
+    return weight.t() if is_linear and FAMILIES[config.model_type]["transposed"] else weight
+
+
+def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The parsed config.json of a directory, and its weights: model.safetensors, or else pytorch_model.bin.
+
+    Raises ValueError that names the file that is missing or broken.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such directory; a model is a directory with config.json and its weights")
+    try:
+        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no config.json there; a model directory has one beside its weights") from None
+    except ValueError as error:
+        raise ValueError(f"{path}/config.json: not JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
+    safe, pickled = path / "model.safetensors", path / "pytorch_model.bin"
+    file = safe if safe.exists() else pickled
+    if not file.exists():
+        raise ValueError(f"{path}: neither model.safetensors nor pytorch_model.bin there")
+    if file == safe:
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ValueError(f"{safe}: reading it needs `pip install safetensors`") from None
+    try:
+        weights = load_file(safe) if file == safe else torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # each library has its own kinds of exception for a cut or foreign file
+        raise ValueError(f"{file}: cannot be read as weights ({first_line(error)})") from None
+    return hf, weights
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

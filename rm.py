@@ -1,0 +1,330 @@
+"""Pairwise reward-model training: the loss, and the model it trains. The algorithm of DeepSpeed-Chat's step 2.
+
+    1. A batch is the chosen sequences followed by the rejected ones: (2B, L) token ids.
+    2. A transformer and a value head give a reward for every token: (2B, L).
+    3. Split in half: row i is the chosen, row B + i the rejected response of pair i.
+    4. A pair diverges at the first position where its token ids differ.
+    5. Its loss is the mean of -logsigmoid(r_chosen[t] - r_rejected[t]) from there to the LONGER of the two ends.
+    6. The loss is the mean over the pairs. The score of a sequence is its reward at its last token.
+
+`pairwise_loss` is steps 3 to 6, `RewardModel.forward` all six.
+
+    python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]
+
+scores the responses in FILE: comparisons in any format of data.py, or rows {"prompt": ..., "response": ...}.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from model import FAMILIES, GPT, hf_names, read_checkpoint, resize_rows
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loss
+
+
+def pair_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+    """The loss of one pair: mean over t of -log sigmoid(r_chosen[t] - r_rejected[t]).
+
+    Both (T,), the rewards of the divergent region, float32 or float64. Returns a scalar. It is the negative log
+    likelihood of the preference under Bradley & Terry (1952), as in Ouyang et al. (2022), eq. 1, at every token.
+    """
+    return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
+
+
+def pairwise_loss(
+    input_ids: torch.Tensor,
+    rewards: torch.Tensor,
+    pad_id: int,
+    num_padding_at_beginning: int = 0,
+    attention_mask: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """The loss of a batch of pairs, one pair after the other (DeepSpeed-Chat, step 2, `RewardModel.forward`).
+
+    input_ids: (2B, L) int64, rows 0..B-1 chosen, rows B..2B-1 rejected, right-padded with `pad_id`.
+    rewards: (2B, L) float32 or float64.
+    num_padding_at_beginning: how many leading `pad_id` belong to the text (OPT: 1, its bos is DeepSpeed-Chat's pad).
+    attention_mask: (2B, L), 1 on text. It decides where texts end; without it, the pad id does.
+
+    Returns `loss`, a scalar: the mean over pairs of the mean over the divergent region; `chosen_mean_scores` and
+    `rejected_mean_scores`, (B,): the rewards at the last tokens ("mean" is DeepSpeed-Chat's name for these).
+    Raises ValueError where a batch breaks these rules, or where without a mask the ends cannot be known.
+    """
+    ids, mask = check_batch(input_ids, pad_id, attention_mask, pairs=True)
+    if rewards.shape != ids.shape or rewards.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"rewards: expected float32 or float64 of shape {list(ids.shape)}, that of input_ids; "
+                         f"found {rewards.dtype} of shape {list(rewards.shape)}")
+    ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
+    B = len(ids) // 2
+    losses, chosen_scores, rejected_scores = [], [], []
+    for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
+        start, stop = divergent_region(ids, ends, chosen, rejected, has_mask=mask is not None)  # 4. find the divergence
+        losses.append(pair_loss(rewards[chosen, start:stop], rewards[rejected, start:stop]))  # 5. mean over the region
+        chosen_scores.append(rewards[chosen, ends[chosen] - 1])
+        rejected_scores.append(rewards[rejected, ends[rejected] - 1])
+    return {
+        "loss": torch.stack(losses).mean(),  # 6. mean over the pairs
+        "chosen_mean_scores": torch.stack(chosen_scores),
+        "rejected_mean_scores": torch.stack(rejected_scores),
+    }
+
+
+def divergent_region(ids, ends: list[int], chosen: int, rejected: int, has_mask: bool) -> tuple[int, int]:
+    """(start, stop) of the positions that the loss of the pair of rows `chosen`, `rejected` reads.
+
+    The texts diverge where their ids first differ, or where exactly one of them has ended; the region reaches from
+    there to the longer end, so the rewards that the shorter text gets at its padding count too. Identical texts have
+    no divergence: their region is the row's last position, where two equal rewards give log 2 and no gradient.
+    """
+    shorter, longer = sorted((ends[chosen], ends[rejected]))
+    differing = (ids[chosen] != ids[rejected]).nonzero().flatten().tolist()
+    if differing and differing[0] < shorter:
+        return differing[0], longer
+    if shorter < longer:
+        return shorter, longer
+    if differing and not has_mask:
+        raise ValueError(
+            f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {longer} ends both texts before they first "
+            f"differ, at column {differing[0]}; pass an attention_mask, which tells where texts end")
+    return ids.shape[1] - 1, ids.shape[1]
+
+
+def text_ends(ids, pad_id: int, num_padding_at_beginning: int, mask) -> list[int]:
+    """For every row the position after its last token. `ids`, `mask`: (N, L), on the CPU.
+
+    With a mask that is after its last 1. Without, it is the position of the first pad id, not counting the first
+    `num_padding_at_beginning` of them (DeepSpeed-Chat's rule), or L where there is none.
+    """
+    N, L = ids.shape
+    if mask is not None:
+        return [int(row.nonzero()[-1]) + 1 for row in mask]
+    ends = []
+    for row in range(N):
+        pads = (ids[row] == pad_id).nonzero().flatten().tolist()
+        end = pads[num_padding_at_beginning] if len(pads) > num_padding_at_beginning else L
+        if end == num_padding_at_beginning < L and len(pads) < L:
+            raise ValueError(
+                f"row {row} is padded on the left: it begins with more than the {num_padding_at_beginning} pad ids ({pad_id}) that "
+                "belong to the text (num_padding_at_beginning); pad it on the right, or pass an attention_mask, which "
+                "tells where texts end")
+        if end == 0:
+            raise ValueError(f"row {row} has no token: every id is the pad id {pad_id}; leave the pair out")
+        ends.append(end)
+    return ends
+
+
+def check_batch(input_ids, pad_id, attention_mask, pairs=False, vocab_size=None):
+    """Raise ValueError for a batch of wrong shape or content. Returns ids and mask on the CPU: one copy, no further sync."""
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
+        raise ValueError(f"input_ids: expected integers of shape (rows, length), found {input_ids.dtype} of shape "
+                         f"{list(input_ids.shape)}")
+    ids, mask, B = input_ids.cpu(), None, len(input_ids) // 2
+    if pairs and len(ids) % 2:
+        raise ValueError(f"input_ids: {len(ids)} rows; pairs need an even number, all chosen rows and then all rejected ones")
+    if vocab_size is not None and ((ids < 0) | (ids >= vocab_size)).any():
+        row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
+        raise ValueError(f"row {row}: id {int(ids[row, column])} at column {column}; the model has ids 0 to {vocab_size - 1}")
+    if attention_mask is not None:
+        mask = attention_mask.cpu() != 0
+        if mask.shape != ids.shape:
+            raise ValueError(f"attention_mask: shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}")
+        starts = [int(row.nonzero()[0]) if row.any() else None for row in mask]
+        if None in starts:
+            raise ValueError(f"row {starts.index(None)} has no token: its attention_mask is 0 everywhere; leave the row out")
+        for i in range(B if pairs else 0):
+            if starts[i] != starts[B + i]:
+                raise ValueError(
+                    f"pair {i}: row {i} begins at column {starts[i]}, row {B + i} at column {starts[B + i]} (attention_mask): "
+                    "rows padded on the left by different amounts cannot be compared; pad them on the right")
+    return ids, mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class RewardModel(nn.Module):
+    """A GPT backbone and a value head: a reward for every token.
+
+    pad_id: the id that fills rows up; where no attention_mask is given, it also tells where texts end.
+    num_padding_at_beginning: how many leading `pad_id` belong to a text (OPT: 1).
+    """
+
+    def __init__(self, backbone: GPT, pad_id: int, num_padding_at_beginning: int = 0):
+        super().__init__()
+        self.backbone = backbone
+        self.v_head = nn.Linear(backbone.config.n_embd, 1, bias=False)
+        self.pad_id = pad_id
+        self.num_padding_at_beginning = num_padding_at_beginning
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Rewards and loss of a batch of pairs. Takes, returns and raises what `pairwise_loss` does.
+
+        attention_mask: (2B, L), what is attended to and where texts end; without one, both follow from the pad id.
+        """
+        ids, mask = check_batch(input_ids, self.pad_id, attention_mask, pairs=True, vocab_size=self.backbone.config.vocab_size)
+        attended = attention_mask
+        if mask is None:
+            ends = torch.tensor(text_ends(ids, self.pad_id, self.num_padding_at_beginning, None), device=input_ids.device)
+            attended = torch.arange(ids.shape[1], device=input_ids.device) < ends[:, None]
+        rewards = self.token_rewards(input_ids, attended)
+        return pairwise_loss(input_ids, rewards, self.pad_id, self.num_padding_at_beginning, attention_mask)
+
+    def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """The reward for every token of N rows: (N, L), float32 or wider."""
+        rewards = self.v_head(self.backbone(input_ids, attention_mask)).squeeze(-1)
+        return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+
+    def forward_value(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        return_value_only: bool = False,
+        prompt_length: int = 0,
+    ) -> torch.Tensor | dict[str, torch.Tensor]:
+        """What step 3 of RLHF (PPO) calls: values for a critic, an end score for a reward (DeepSpeed-Chat).
+
+        input_ids: (N, L) int64, prompts of `prompt_length` columns, padded on the left or not, then answers padded on the
+        right. attention_mask: (N, L); None: every id but the pad id is attended to.
+        Returns `values` (N, L), and unless `return_value_only`, in a dict with `chosen_end_scores` (N,): the value before
+        the first pad id at or after `prompt_length`, or at the row's end. Values where the mask is 0 have no meaning.
+        Raises ValueError that names the row.
+        """
+        ids, _ = check_batch(input_ids, self.pad_id, attention_mask, vocab_size=self.backbone.config.vocab_size)
+        L = ids.shape[1]
+        if not 0 <= prompt_length <= L:
+            raise ValueError(f"prompt_length {prompt_length}: expected 0 to {L}, the length of the rows")
+        values = self.token_rewards(input_ids, input_ids != self.pad_id if attention_mask is None else attention_mask)
+        if return_value_only:
+            return values
+        scores = []
+        start = max(prompt_length, self.num_padding_at_beginning)  # a leading pad that belongs to the text does not end it
+        for row in range(len(ids)):
+            pads = (ids[row, start:] == self.pad_id).nonzero()
+            end = start + int(pads[0]) if len(pads) else L
+            if end == 0:
+                raise ValueError(f"row {row} begins with the pad id {self.pad_id}: at prompt_length 0 no value stands before it; "
+                                 "give the prompt_length")
+            scores.append(values[row, end - 1])
+        return {"values": values, "chosen_end_scores": torch.stack(scores)}
+
+    @classmethod
+    def from_pretrained(cls, path, pad_id: int | None = None, num_padding_at_beginning: int | None = None) -> "RewardModel":
+        """A reward model from a directory: a Hugging Face backbone (the value head is fresh), or one of `save_pretrained`.
+
+        pad_id: None takes `pad_token_id` of config.json; where that has none, a new id right after the vocabulary. A
+        pad_id beyond the embedding adds rows of zeros up to it. num_padding_at_beginning: None takes what config.json
+        says, else 1 where texts begin with a bos that is also the pad, else 0. Raises ValueError that names the file.
+        """
+        hf, weights = read_checkpoint(path)
+        head = weights.pop("v_head.weight", None)
+        backbone = GPT.from_hf(hf, {name.removeprefix("rwtransformer."): w for name, w in weights.items()}, source=path)
+        if pad_id is None:
+            recorded = hf.get("pad_token_id")
+            pad_id = backbone.config.vocab_size if recorded is None else recorded
+        if num_padding_at_beginning is None:
+            bos = hf.get("bos_token_id") if FAMILIES[hf["model_type"]]["bos_in_front"] else None
+            num_padding_at_beginning = hf.get("num_padding_at_beginning", int(bos == pad_id))
+        backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
+        model = cls(backbone, pad_id, num_padding_at_beginning)
+        if head is not None:
+            if head.shape != model.v_head.weight.shape:
+                raise ValueError(f"{path}: weight v_head.weight has shape {list(head.shape)}; "
+                                 f"expected {list(model.v_head.weight.shape)}")
+            model.v_head.weight.data.copy_(head)
+        return model
+
+    def save_pretrained(self, path, layout: str = "deepspeed-chat", tokenizer=None):
+        """Write config.json, the weights, and the tokenizer's files where one is given, into the directory `path`.
+
+        layout "deepspeed-chat": pytorch_model.bin with the keys that DeepSpeed-Chat's step 3 loads. It resizes the
+        embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so that is how many are written.
+        """
+        if layout != "deepspeed-chat":
+            raise ValueError(f"layout {layout!r} is not known; known is deepspeed-chat")
+        path, config = Path(path), self.backbone.config
+        path.mkdir(parents=True, exist_ok=True)
+        rows = 8 * math.ceil((tokenizer.vocab_size if tokenizer else config.vocab_size) / 8)
+        weights = self.backbone.to_hf()
+        embed = hf_names(config, "embed.weight")[0]
+        weights[embed] = resize_rows(weights[embed], rows)
+        state = {f"rwtransformer.{name}": weight.cpu() for name, weight in weights.items()}
+        torch.save(state | {"v_head.weight": self.v_head.weight.detach().cpu()}, path / "pytorch_model.bin")
+        hf = config.to_hf() | {
+            "vocab_size": rows, "pad_token_id": self.pad_id, "num_padding_at_beginning": self.num_padding_at_beginning}
+        (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        if tokenizer:
+            tokenizer.save(path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The program: score the responses in a file
+
+
+@torch.no_grad()
+def score(model: RewardModel, sequences: list[list[int]], batch_size: int) -> list[float]:
+    """The end score of each sequence of token ids, in their order. Batches are of similar lengths."""
+    scores = [0.0] * len(sequences)
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    device = model.v_head.weight.device
+    for start in range(0, len(order), batch_size):
+        chunk = order[start : start + batch_size]
+        input_ids, mask = pad_rows([sequences[i] for i in chunk], model.pad_id)
+        values = model.forward_value(input_ids.to(device), mask.to(device), return_value_only=True)
+        ends = values.gather(1, mask.sum(1, keepdim=True).to(device) - 1)  # the end is known; a pad id in a text is text
+        for i, end_score in zip(chunk, ends.flatten().tolist()):
+            scores[i] = end_score
+    return scores
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Score the responses in a file. One JSON line a row, in the file's order: "
+                                                 '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.')
+    parser.add_argument("checkpoint", help="a directory with a trained reward model and its tokenizer")
+    parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
+    parser.add_argument("--out", help="where to write the scores (default: standard output)")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
+    parser.add_argument("--max_seq_len", type=int, help="longer sequences are truncated (default: what the model has positions for)")
+    args = parser.parse_args()
+    if args.batch_size < 1:
+        parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
+    try:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model = RewardModel.from_pretrained(args.checkpoint).eval().to(device)
+        tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
+        max_seq_len = args.max_seq_len or model.backbone.config.n_positions
+        if not 2 <= max_seq_len <= model.backbone.config.n_positions:
+            parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {model.backbone.config.n_positions}, "
+                         "the positions that the model has")
+        margins = []
+        comparisons = load_comparisons(args.file, min_responses=1)
+        with open(args.out, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
+            while window := list(itertools.islice(comparisons, 64 * args.batch_size)):  # within it, batches by length
+                sequences = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
+                scores = iter(score(model, [s for group in sequences for s in group], args.batch_size))
+                for group in sequences:
+                    row = list(itertools.islice(scores, len(group)))
+                    margins += [a - b for a, b in itertools.combinations(row, 2)]
+                    out.write(json.dumps({"scores": row} if len(row) > 1 else {"score": row[0]}) + "\n")
+                bar.update(len(window))
+    except (ValueError, OSError) as error:
+        sys.exit(f"rm.py: error: {error}")
+    if margins:
+        right = sum(margin > 0 for margin in margins)
+        print(f"{len(margins)} pairs: accuracy {right / len(margins):.4f}, mean margin {sum(margins) / len(margins):.4f}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    from data import load_comparisons, load_tokenizer, pad_rows, tokenize
+
+    main()
