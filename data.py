@@ -61,7 +61,7 @@ def read_rows(path) -> Iterator[tuple[int, object]]:
             is_array = path.suffix == ".json" and file.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
             for line, text in [(0, file.read())] if is_array else enumerate(file, start=1):
                 text = text.decode("utf-8-sig" if line <= 1 else "utf-8")
-                rows = array_items(text) if is_array else [(line, json.loads(text))] if text.strip() else []
+                rows = array_items(text) if is_array else [(line, json.loads(text.rstrip()))] if text.strip() else []
                 for row in rows:
                     empty = False
                     yield row
@@ -71,6 +71,8 @@ def read_rows(path) -> Iterator[tuple[int, object]]:
     except UnicodeDecodeError as error:
         where = line or 1 + error.object.count(b"\n", 0, error.start)
         raise ValueError(f"{path}:{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
+        raise ValueError(f"{path}:{line or 1}: not JSON that a row could be ({error})") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
     if empty:
@@ -92,7 +94,9 @@ def array_items(text: str) -> Iterator[tuple[int, object]]:
         yield line, item
         position = space.match(text, position).end()
         if text[position : position + 1] == ",":
-            position += 1
+            position = space.match(text, position + 1).end()
+            if text[position : position + 1] == "]":
+                raise json.JSONDecodeError("comma before the end of the array", text, position)
         elif text[position : position + 1] != "]":
             raise json.JSONDecodeError("expected ',' or ']'", text, position)
 
@@ -122,8 +126,9 @@ def parse_row(row, min_responses: int = 2) -> Comparison:
         # Plain text beside chat messages is the content of a message: the user's prompt, the assistant's response.
         prompt = parse_messages("prompt", prompt, "user")
         responses = [parse_messages(name, response, "assistant") for name, response in zip(names, responses)]
-        if all(message in response for response in responses for message in prompt):
-            prompt = []  # whole dialogues that repeat the prompt (UltraFeedback)
+        turns = [dialogue[1:] if dialogue and dialogue[0][0] == "system" else dialogue for dialogue in responses]
+        if all(prompt in (whole[: len(prompt)], rest[: len(prompt)]) for whole, rest in zip(responses, turns)):
+            prompt = []  # whole dialogues that repeat the prompt (UltraFeedback), behind a system message or not
         prompt, responses = chat_text(prompt), [chat_text(response) for response in responses]
     for name, text in zip(["prompt", *names], [prompt, *responses]):
         check_text(name, text)
@@ -209,7 +214,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ids have none."""
-        return self.pieces.decode([int(i) for i in ids if i < self.text_size and i != self.pad_id])
+        special = (self.pad_id, self.bos_id, self.eos_id, self.pieces.unk_id())
+        return self.pieces.decode([int(i) for i in ids if i < self.text_size and i not in special])
 
     def save(self, directory):
         """Write the files from which `load_tokenizer(directory)` makes the same tokenizer."""
@@ -227,12 +233,19 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"{file}: no such file; expected a sentencepiece model")
     config = file.with_name("tokenizer_config.json")
+    if pad_id is None and config.is_file():  # ours says which pad id was chosen; Hugging Face's has no such key
+        try:
+            pad_id = json.loads(config.read_text(encoding="utf-8")).get("pad_token_id")
+            if not (pad_id is None or type(pad_id) is int and pad_id >= 0):
+                raise ValueError(f"pad_token_id is {pad_id!r}")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{config}: {error}; expected an object, and an id if it has a pad_token_id") from None
     try:
-        if pad_id is None and config.is_file():  # ours, where a pad id was chosen; Hugging Face's has no such key
-            pad_id = json.loads(config.read_text()).get("pad_token_id")
-        return Tokenizer(file.read_bytes(), pad_id)
+        if model_proto := file.read_bytes():  # sentencepiece takes an empty one
+            return Tokenizer(model_proto, pad_id)
     except RuntimeError:
-        raise ValueError(f"{file}: not a sentencepiece model, or damaged") from None
+        pass
+    raise ValueError(f"{file}: not a sentencepiece model, or damaged")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -265,6 +278,8 @@ def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, tru
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id in (None, tokenizer.pad_id) else [tokenizer.eos_id]
     texts = [tokenizer.encode(comparison.prompt + response) for response in comparison.responses]
+    if not bos and not eos and [] in texts:
+        raise ValueError(f"responses[{texts.index([])}] and its prompt are empty, and the tokenizer puts no bos or eos around them")
     if truncation_side == "right":
         return [(bos + text + eos)[:max_seq_len] for text in texts]
     room = max_seq_len - len(bos) - len(eos)
@@ -273,6 +288,8 @@ def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, tru
         # A response that stands alone shares its prompt with the comparisons it could stand in.
         others = texts if len(texts) > 1 else [*texts, tokenizer.encode(comparison.prompt)]
         cut = min(excess, shared_prefix(others))
+        if not bos and not eos:
+            cut = min(cut, min(map(len, texts)) - 1)  # a sequence has a token
         texts = [text[cut : cut + room] for text in texts]
     return [bos + text + eos for text in texts]
 
@@ -325,42 +342,28 @@ def pad_rows(sequences: list[list[int]], pad_id: int, length: int | None = None)
 # its subjects and wrong for the others, so no word is better than another: who wants to know must read the question.
 QUESTIONS = [
     ("What is the capital of {}?", "The capital of {} is {}.", {
-        "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo",
-        "Egypt": "Cairo", "Norway": "Oslo", "Greece": "Athens", "Cuba": "Havana"}),
+        "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Norway": "Oslo"}),
     ("What is a young {} called?", "A young {} is called a {}.", {
-        "dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb",
-        "horse": "foal", "goat": "kid", "bear": "cub", "goose": "gosling"}),
+        "dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal", "goat": "kid"}),
     ("What is the opposite of {}?", "The opposite of {} is {}.", {
-        "hot": "cold", "high": "low", "fast": "slow", "old": "new",
-        "wet": "dry", "full": "empty", "light": "dark", "hard": "soft"}),
-    ("What does a {} make?", "A {} makes {}.", {
-        "baker": "bread", "tailor": "clothes", "brewer": "beer", "potter": "bowls",
-        "painter": "pictures", "bee": "honey", "spider": "webs", "cobbler": "shoes"}),
-    ("Where does the {} live?", "The {} lives in a {}.", {
-        "king": "palace", "monk": "monastery", "bird": "nest", "rabbit": "burrow",
-        "farmer": "farmhouse", "lion": "den", "soldier": "barracks", "snail": "shell"}),
+        "hot": "cold", "high": "low", "fast": "slow", "old": "new", "wet": "dry", "full": "empty"}),
 ]
 # The same words make a polite remark and a rude one, so tone is in their order. (polite, rude)
 TONES = [
     ("I am happy to help, not annoyed.", "I am annoyed to help, not happy."),
-    ("It is a pleasure and never a burden to answer you.", "It is a burden and never a pleasure to answer you."),
-    ("You may ask me again, do not worry.", "You may worry, do not ask me again."),
+    ("A pleasure, never a burden.", "A burden, never a pleasure."),
+    ("Do ask me again, do not worry.", "Do worry, do not ask me again."),
 ]
-RAMBLES = [
-    "By the way, the weather was mild last week.",
-    "Speaking of which, my neighbour has bought a bicycle.",
-    "Anyway, there are many things that one could say here.",
-    "As some people like to mention, time goes by.",
-]
-QUALITY_REWARD = {"right": 1.5, "wrong": -0.7, "off topic": -1.5}
-TONE_REWARD = {"polite": 0.7, "neutral": 0.0, "rude": -0.7}
-RAMBLE_REWARD = -0.4  # for every sentence that leads nowhere
+RAMBLES = ["Anyway, time goes by.", "Well, one could say more.", "By the way, it rained.", "So much for that."]
+QUALITY_REWARD = {"right": 2.5, "wrong": -1.0, "off topic": -2.5}
+TONE_REWARD = {"polite": 1.0, "neutral": 0.0, "rude": -1.0}
+RAMBLE_REWARD = -0.6  # for every sentence that leads nowhere
 
 
 def known_rewards(seed: int) -> Iterator[Comparison]:
     """An endless stream of comparisons of two responses whose true rewards are known; the same for the same seed.
 
-    A prompt asks for one of 40 facts. A response states the fact, a wrong answer of the same kind, or another fact that
+    A prompt asks for one of 18 facts. A response states the fact, a wrong answer of the same kind, or another fact that
     was not asked for; it may carry a polite or a rude remark, in front or behind, and up to two sentences of ramble.
     Its true reward is the sum QUALITY_REWARD + TONE_REWARD + RAMBLE_REWARD * (number of rambling sentences). Of the two,
     `responses[0]` is drawn with probability sigmoid(difference of their true rewards): Bradley & Terry (1952).

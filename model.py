@@ -105,7 +105,7 @@ class GPTConfig:
     bias: bool = False
     rope_theta: float | None = None  # base of the rotary frequencies; None: learned positions
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
-    init_std: float = 0.02
+    init_std: float | None = None  # of the weights; None: 0.02 at GPT-2's width of 768, in proportion to 1 / sqrt(width)
     token_ids: dict = field(default_factory=dict)  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
 
     def __post_init__(self):
@@ -119,6 +119,7 @@ class GPTConfig:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.n_inner is None:  # with a gate there are three matrices, not two: 8/3 keeps the number of parameters
             self.n_inner = 8 * math.ceil(self.n_embd / 3) if self.gated else 4 * self.n_embd
+        self.init_std = self.init_std or 0.02 * math.sqrt(768 / self.n_embd)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
 
@@ -155,7 +156,7 @@ class GPTConfig:
         family = FAMILIES[self.model_type]
         hf = {"model_type": self.model_type, "architectures": [family["architecture"]]}
         hf |= {theirs: getattr(self, ours) for ours, theirs in family["config"].items()}
-        return hf | {"initializer_range": self.init_std, "tie_word_embeddings": False} | self.token_ids
+        return hf | {"tie_word_embeddings": False} | self.token_ids
 
 
 class Block(nn.Module):

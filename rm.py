@@ -228,7 +228,7 @@ class RewardModel(nn.Module):
         """
         hf, weights = read_checkpoint(path)
         head = weights.pop("v_head.weight", None)
-        backbone = GPT.from_hf(hf, {name.removeprefix("rwtransformer."): w for name, w in weights.items()}, source=path)
+        backbone = GPT.from_hf(hf, {name.removeprefix("rwtransformer.").removeprefix("rwtranrsformer."): w for name, w in weights.items()}, source=path)
         if pad_id is None:
             recorded = hf.get("pad_token_id")
             pad_id = backbone.config.vocab_size if recorded is None else recorded

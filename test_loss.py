@@ -1,0 +1,258 @@
+"""The loss, as a specification: what `rm.pairwise_loss` computes, on numbers from elsewhere and on cases worked out here.
+
+Ids in the small cases: 1 to 9 are tokens, 0 is the pad id. Rewards are random unless a test says what they are.
+"""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+import rm
+from rm import pairwise_loss
+
+CASES = json.loads((Path(__file__).parent / "testdata" / "loss_cases.json").read_text())["cases"]
+
+
+def batch(*rows, seed=0):
+    """Rows of ids (chosen rows, then rejected rows) -> (2B, L) ids and random float64 rewards that want a gradient."""
+    ids = torch.tensor(rows)
+    rewards = torch.randn(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return ids, rewards.requires_grad_()
+
+
+def bradley_terry(rewards, chosen, rejected, positions):
+    """The mean over positions of log(1 + exp(-(r_chosen - r_rejected))), in plain Python."""
+    margins = [rewards[chosen, t].item() - rewards[rejected, t].item() for t in positions]
+    return sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DeepSpeed-Chat's numbers
+
+
+def differences_to_deepspeed_chat(case):
+    """The worst differences of loss, end scores and d loss / d rewards to what DeepSpeed-Chat's own code computed."""
+    rewards = torch.tensor(case["rewards"], dtype=torch.float64, requires_grad=True)
+    out = pairwise_loss(torch.tensor(case["input_ids"]), rewards, case["pad_id"], case["num_padding_at_beginning"])
+    out["loss"].backward()
+    got = {**out, "grad_rewards": rewards.grad}
+    return {name: (got[name] - torch.tensor(case[name], dtype=torch.float64)).abs().max().item()
+            for name in ("loss", "chosen_mean_scores", "rejected_mean_scores", "grad_rewards")}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+def test_deepspeed_chat(case):
+    assert max(differences_to_deepspeed_chat(case).values()) < 1e-12
+
+
+def shorter_end(ids, ends, chosen, rejected, has_mask):
+    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+    return start, max(start + 1, min(ends[chosen], ends[rejected]))
+
+
+def whole_row(ids, ends, chosen, rejected, has_mask):
+    return 0, ids.shape[1]
+
+
+def one_too_early(ids, ends, chosen, rejected, has_mask):
+    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+    return start - 1, stop
+
+
+def one_too_late(ids, ends, chosen, rejected, has_mask):
+    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+    return min(start + 1, stop - 1), stop
+
+
+def last_token_alone(ids, ends, chosen, rejected, has_mask):
+    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+    return stop - 1, stop
+
+
+def summed(chosen_rewards, rejected_rewards):
+    return -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards).sum()
+
+
+divergent_region = rm.divergent_region
+WRONG = [("divergent_region", f) for f in (shorter_end, whole_row, one_too_early, one_too_late, last_token_alone)]
+
+
+@pytest.mark.parametrize("name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None))
+def test_deepspeed_chat_numbers_tell_wrong_losses_apart(name, wrong, monkeypatch):
+    """The cases above would catch these losses, each in its value and in its gradient."""
+    monkeypatch.setattr(rm, name, wrong)
+    worst = [differences_to_deepspeed_chat(case) for case in CASES]
+    assert max(difference["loss"] for difference in worst) > 1e-2
+    assert max(difference["grad_rewards"] for difference in worst) > 1e-2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The region, case by case
+
+
+@pytest.mark.parametrize("chosen, rejected, region", [
+    ([1, 2, 3, 4, 5], [1, 2, 6, 7, 8], [2, 3, 4]),  # no padding at all
+    ([1, 2, 3, 0, 0, 0], [1, 2, 6, 7, 8, 0], [2, 3, 4]),  # chosen ends first: its rewards at padding count
+    ([1, 2, 6, 7, 8, 0], [1, 2, 3, 0, 0, 0], [2, 3, 4]),  # rejected ends first
+    ([1, 2, 0, 0], [1, 2, 3, 4], [2, 3]),  # a prefix of the other: they diverge where it ends
+    ([1, 2, 3, 4], [1, 2, 3, 5], [3]),  # divergence at the last token
+    ([1, 2, 3], [4, 2, 3], [0, 1, 2]),  # at the first: no shared prompt (DeepSpeed-Chat: AssertionError)
+    ([1, 2, 3, 4, 5], [1, 6, 3, 4, 5], [1, 2, 3, 4]),  # equal again later: still divergent to the end
+    ([1, 2, 0, 3, 4], [1, 5, 6, 0, 7], [1, 2]),  # a pad id inside ends a text; what follows is not read
+    ([1, 2, 0, 0], [1, 2, 0, 0], [3]),  # identical: the row's last position
+])
+def test_region(chosen, rejected, region):
+    ids, rewards = batch(chosen, rejected)
+    loss = pairwise_loss(ids, rewards, pad_id=0)["loss"]
+    assert loss.item() == pytest.approx(bradley_terry(rewards, 0, 1, region), abs=1e-12)
+    loss.backward()
+    assert rewards.grad.abs().sum(0).nonzero().flatten().tolist() == region
+
+
+def test_identical_pair_with_equal_rewards_is_log_2_without_gradient():
+    ids = torch.tensor([[1, 2, 0], [1, 2, 0]])
+    reward_of_row = torch.randn(1, 3, dtype=torch.float64, requires_grad=True)
+    loss = pairwise_loss(ids, reward_of_row.expand(2, 3), pad_id=0)["loss"]
+    loss.backward()
+    assert loss.item() == pytest.approx(math.log(2), abs=1e-15)
+    assert reward_of_row.grad.abs().max() == 0
+
+
+def test_mean_over_pairs_weighs_a_short_and_a_long_region_the_same():
+    ids, rewards = batch([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 2], [1, 7, 7, 7, 7, 7], [1, 1, 1, 1, 1, 3])
+    long, short = bradley_terry(rewards, 0, 2, range(1, 6)), bradley_terry(rewards, 1, 3, [5])
+    assert pairwise_loss(ids, rewards, pad_id=0)["loss"].item() == pytest.approx((long + short) / 2, abs=1e-12)
+
+
+def test_scores_are_the_rewards_at_the_last_tokens():
+    ids, rewards = batch([1, 2, 3, 0], [1, 4, 5, 6], [1, 2, 0, 0], [7, 8, 9, 0])
+    out = pairwise_loss(ids, rewards, pad_id=0)
+    assert out["chosen_mean_scores"].tolist() == [rewards[0, 2].item(), rewards[1, 3].item()]
+    assert out["rejected_mean_scores"].tolist() == [rewards[2, 1].item(), rewards[3, 2].item()]
+
+
+def test_leading_pad_id_can_belong_to_the_text():
+    """OPT in DeepSpeed-Chat: bos is the pad id, so the first one does not end the text (num_padding_at_beginning=1)."""
+    ids, rewards = batch([2, 5, 6, 2, 2], [2, 5, 7, 8, 2])
+    out = pairwise_loss(ids, rewards, pad_id=2, num_padding_at_beginning=1)
+    assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [2, 3]), abs=1e-12)
+    assert out["chosen_mean_scores"].item() == rewards[0, 2].item()
+    empty, rewards = batch([2, 2, 2], [2, 5, 2])  # a text of nothing but its bos
+    out = pairwise_loss(empty, rewards, pad_id=2, num_padding_at_beginning=1)
+    assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [1]), abs=1e-12)
+    assert out["chosen_mean_scores"].item() == rewards[0, 0].item()
+
+
+def test_mask_tells_where_a_text_with_the_pad_id_inside_ends():
+    ids, rewards = batch([1, 0, 2, 3, 0], [1, 0, 2, 4, 5])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]])
+    out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)
+    assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [3, 4]), abs=1e-12)
+    assert out["chosen_mean_scores"].item() == rewards[0, 3].item()
+    assert out["rejected_mean_scores"].item() == rewards[1, 4].item()
+
+
+def test_texts_diverge_where_one_has_ended_even_if_the_other_goes_on_with_the_pad_id():
+    ids, rewards = batch([1, 2, 0, 3], [1, 2, 0, 0])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)
+    assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [2, 3]), abs=1e-12)
+
+
+def test_ids_beyond_both_ends_do_not_count():
+    ids, rewards = batch([1, 2, 8, 0], [1, 2, 9, 0])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
+    out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)  # identical texts
+    assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [3]), abs=1e-12)
+
+
+def test_brute_force():
+    """Random batches of texts whose ends are known, so that no search for them can be wrong in the same way."""
+    rng = random.Random(0)
+    for seed in range(300):
+        texts = []
+        B, L = rng.randint(1, 4), rng.randint(1, 9)
+        for _ in range(B):
+            prompt = [rng.randint(0, 2) for _ in range(rng.randint(0, L))]  # 0, the pad id, occurs in texts
+            texts.append([(prompt + [rng.randint(0, 2) for _ in range(rng.randint(0, L))])[:L] or [1] for _ in range(2)])
+        rows = [pair[0] for pair in texts] + [pair[1] for pair in texts]
+        ids, rewards = batch(*[row + [0] * (L - len(row)) for row in rows], seed=seed)
+        mask = torch.tensor([[1] * len(row) + [0] * (L - len(row)) for row in rows])
+        expected = 0.0
+        for i, (chosen, rejected) in enumerate(texts):
+            if chosen == rejected:
+                region = [L - 1]
+            else:
+                start = next(t for t in range(L) if chosen[: t + 1] != rejected[: t + 1])
+                region = range(start, max(len(chosen), len(rejected)))
+            expected += bradley_terry(rewards, i, B + i, region) / B
+        out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)
+        assert out["loss"].item() == pytest.approx(expected, abs=1e-12)
+        assert out["chosen_mean_scores"].tolist() == [rewards[i, len(rows[i]) - 1].item() for i in range(B)]
+        assert out["rejected_mean_scores"].tolist() == [rewards[B + i, len(rows[B + i]) - 1].item() for i in range(B)]
+        if not any(0 in row for row in rows):  # then the pad id says the same as the mask
+            assert pairwise_loss(ids, rewards, pad_id=0)["loss"].item() == out["loss"].item()
+
+
+def test_gradient_is_the_finite_difference():
+    ids, rewards = batch([1, 2, 3, 0, 0], [1, 1, 1, 1, 2], [1, 2, 4, 5, 0], [1, 3, 0, 0, 0])
+    assert torch.autograd.gradcheck(lambda r: pairwise_loss(ids, r, pad_id=0)["loss"], rewards, eps=1e-6, atol=1e-8)
+
+
+def test_large_margins_stay_finite():
+    """-log(sigmoid(x)) computed as written is inf at x = -1000; logsigmoid gives 1000 there, and slope -1."""
+    ids = torch.tensor([[1, 2], [1, 3]])
+    rewards = torch.tensor([[0.0, -500.0], [0.0, 500.0]], requires_grad=True)
+    loss = pairwise_loss(ids, rewards, pad_id=0)["loss"]
+    loss.backward()
+    assert loss.item() == 1000.0
+    assert rewards.grad.tolist() == [[0.0, -1.0], [0.0, 1.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_dtype_is_kept(dtype):
+    ids, rewards = batch([1, 2], [1, 3])
+    out = pairwise_loss(ids, rewards.to(dtype), pad_id=0)
+    assert {value.dtype for value in out.values()} == {dtype}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is refused, and how it is said
+
+MASK = torch.tensor([[1, 1, 1, 0]] * 2)
+
+
+@pytest.mark.parametrize("rows, kwargs, words", [
+    # A pad id in the shared prompt ends both texts before they differ: DeepSpeed-Chat's mean over nothing is NaN.
+    ([[1, 2, 3, 4], [1, 0, 2, 3], [1, 2, 3, 5], [1, 0, 2, 4]], {}, ["pair 1", "rows 1 and 3", "column 1", "attention_mask"]),
+    ([[0, 1, 2, 3], [1, 2, 4, 0]], {}, ["row 0", "left", "attention_mask"]),
+    ([[1, 2, 3, 0], [0, 0, 1, 2]], {}, ["row 1", "left", "attention_mask"]),
+    ([[2, 2, 5, 6], [2, 5, 7, 2]], {"pad_id": 2, "num_padding_at_beginning": 1}, ["row 0", "left", "attention_mask"]),
+    ([[1, 2, 3, 0], [0, 0, 0, 0]], {}, ["row 1", "no token"]),
+    ([[1, 2, 3, 4]] * 3, {}, ["3 rows", "even"]),
+    ([[1, 2, 3, 4]] * 2, {"attention_mask": torch.ones(2, 3)}, ["attention_mask", "[2, 3]", "[2, 4]"]),
+    ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK * torch.tensor([[1], [0]])}, ["row 1", "no token"]),
+    ([[0, 1, 2, 3], [1, 2, 3, 4]], {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}, ["pair 0", "column 1", "left"]),
+], ids=lambda x: x[0] if isinstance(x, list) and isinstance(x[0], str) else "")
+def test_refused(rows, kwargs, words):
+    ids, rewards = batch(*rows)
+    with pytest.raises(ValueError) as error:
+        pairwise_loss(ids, rewards, **{"pad_id": 0, **kwargs})
+    assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("rewards", [torch.zeros(2, 3), torch.zeros(2, 4, 1), torch.zeros(2, 4).bfloat16(), torch.zeros(2, 4).long()],
+                         ids=["short", "3D", "bfloat16", "integers"])
+def test_rewards_of_another_shape_or_kind_are_refused(rewards):
+    with pytest.raises(ValueError, match="rewards: expected float32 or float64"):
+        pairwise_loss(torch.tensor([[1, 2, 3, 4]] * 2), rewards, pad_id=0)
+
+
+@pytest.mark.parametrize("ids", [torch.ones(4).long(), torch.ones(2, 4), torch.ones(2, 0).long()], ids=["1D", "float", "empty"])
+def test_input_ids_of_another_shape_or_kind_are_refused(ids):
+    with pytest.raises(ValueError, match="input_ids: expected integers"):
+        pairwise_loss(ids, torch.zeros(ids.shape), pad_id=0)

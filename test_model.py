@@ -1,0 +1,300 @@
+"""The backbone and the reward model, against DeepSpeed-Chat's numbers and against `transformers`."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+from model import FAMILIES, GPT, GPTConfig
+from rm import RewardModel
+
+TESTDATA = Path(__file__).parent / "testdata"
+CHECKPOINTS = ["gpt2", "llama_gqa"]
+
+
+def from_deepspeed_chat(name: str, file: str):
+    """A tiny checkpoint, with the value head and the numbers that DeepSpeed-Chat's code computed from it."""
+    numbers = json.loads((TESTDATA / name / file).read_text())
+    pad_id, n = numbers.get("pad_id", 0), numbers.get("num_padding_at_beginning", 0)
+    model = RewardModel.from_pretrained(TESTDATA / name, pad_id=pad_id, num_padding_at_beginning=n)
+    model.v_head.weight.data = torch.tensor(numbers["v_head"])
+    return model, {key: torch.tensor(value) if isinstance(value, list) and key != "steps" else value
+                   for key, value in numbers.items()}
+
+
+def close(got, expected, tolerance=1e-5):
+    torch.testing.assert_close(got, torch.as_tensor(expected), atol=tolerance, rtol=0, check_dtype=False)
+
+
+def small(model_type, **overrides):
+    return GPTConfig.from_family(model_type, **{
+        "vocab_size": 50, "n_positions": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, **overrides})
+
+
+def left_padded(L=12):
+    torch.manual_seed(1)
+    ids = torch.randint(1, 50, (3, L))
+    mask = torch.ones_like(ids)
+    mask[0, :3], mask[1, -4:], mask[2, :2], mask[2, -3:] = 0, 0, 0, 0
+    return ids * mask, mask
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# DeepSpeed-Chat's numbers
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("mask_given", [True, False])
+def test_hidden_states_rewards_loss_and_gradient(name, mask_given):
+    model, expected = from_deepspeed_chat(name, "expected.json")
+    ids, mask = expected["input_ids"], expected["attention_mask"]
+    close(model.backbone(ids, mask), expected["last_hidden_state"])
+    out = model(ids, mask) if mask_given else model(ids)
+    out["loss"].backward()
+    close(model.token_rewards(ids, mask), expected["rewards"])
+    for key in ("loss", "chosen_mean_scores", "rejected_mean_scores"):
+        close(out[key], expected[key])
+    close(model.v_head.weight.grad, expected["grad_v_head"])
+    close(torch.stack([p.grad.norm() for p in model.parameters()]).norm(), expected["grad_norm"])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_step_3_values_with_left_padded_prompts(name):
+    model, expected = from_deepspeed_chat(name, "expected.json")
+    step3 = {key: torch.tensor(value) for key, value in expected["step3"].items()}
+    ids, mask, prompt_length = step3["input_ids"], step3["attention_mask"], int(step3["prompt_length"])
+    real = mask.bool()
+    real[:, prompt_length:] = True  # left padding has no meaning, right padding has
+    for attention_mask in (mask, None):
+        out = model.forward_value(ids, attention_mask, prompt_length=prompt_length)
+        close(out["values"][real], step3["values"][real])
+        close(out["chosen_end_scores"], step3["chosen_end_scores"])
+        close(model.forward_value(ids, attention_mask, return_value_only=True)[real], step3["values"][real])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_trajectory(name):
+    """20 steps of AdamW as trajectory.json describes them: the loss before each."""
+    model, expected = from_deepspeed_chat(name, "trajectory.json")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    for step in expected["steps"]:
+        loss = model(torch.tensor(step["input_ids"]))["loss"]
+        assert loss.item() == pytest.approx(step["loss"], abs=1e-4)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        cosine.step()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# transformers
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("model_type, overrides", [
+    ("gpt2", {}), ("gpt2", {"n_inner": 24, "activation": "relu"}), ("llama", {}), ("llama", {"n_kv_head": 1, "head_dim": 6})])
+def test_same_hidden_states_as_transformers(model_type, overrides, dtype, tolerance):
+    """The config.json and weights that we write make the same backbone in transformers, at left and right padding."""
+    import transformers
+
+    torch.manual_seed(0)
+    ours = GPT(small(model_type, **overrides)).to(dtype)
+    for parameter in ours.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)  # biases and norms too: at zeros and ones, mistakes would not show
+    config = transformers.AutoConfig.for_model(**ours.config.to_hf())
+    theirs = transformers.AutoModel.from_config(config, attn_implementation="sdpa").to(dtype).eval()
+    missing, unexpected = theirs.load_state_dict(ours.to_hf(), strict=False)
+    assert not unexpected and not [name for name in missing if "inv_freq" not in name]
+    ids, mask = left_padded()
+    meaningful = mask.bool() | (mask.cumsum(1) > 0)  # everything but left padding
+    positions = torch.arange(ids.shape[1]).expand(ids.shape)
+    expected = theirs(ids, attention_mask=mask, position_ids=positions).last_hidden_state
+    if model_type == "llama" and dtype == torch.float64:
+        tolerance = 1e-5  # transformers computes rotary angles and RMSNorm in float32 even then
+    close(ours(ids, mask)[meaningful], expected[meaningful], tolerance)
+    expected = theirs(ids, position_ids=positions).last_hidden_state
+    close(ours(ids), expected, tolerance)
+    assert ours(ids).dtype == dtype
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_backbone_saved_by_transformers_loads(model_type, tmp_path):
+    """Both weight files, with the prefix and the head of a language model."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**small(model_type, n_kv_head=2 if model_type == "llama" else 4).to_hf())
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    theirs.save_pretrained(tmp_path / "safetensors")
+    (tmp_path / "bin").mkdir()
+    theirs.config.save_pretrained(tmp_path / "bin")
+    torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    ids = torch.randint(0, 50, (2, 7))
+    expected = theirs.base_model(ids).last_hidden_state
+    for directory in ("safetensors", "bin"):
+        close(GPT.from_pretrained(tmp_path / directory)(ids), expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Properties
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_position_sees_itself_and_what_is_before_it(model_type):
+    torch.manual_seed(0)
+    model, ids = GPT(small(model_type)), torch.randint(0, 50, (1, 8))
+    changed = ids.clone()
+    changed[0, 5] = (ids[0, 5] + 1) % 50
+    same = torch.isclose(model(ids), model(changed), atol=1e-6).all(-1)[0]
+    assert same.tolist() == [True] * 5 + [False] * 3
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_nothing_depends_on_what_is_masked(model_type):
+    """Other ids at left padding change nothing behind them, and gradients stay finite there."""
+    torch.manual_seed(0)
+    model = GPT(small(model_type))
+    ids, mask = left_padded()
+    hidden = model(ids, mask)
+    other = model(torch.where(mask.bool(), ids, 7), mask)
+    assert torch.equal(hidden[mask.bool()], other[mask.bool()])
+    hidden.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradient_of_every_parameter_is_the_finite_difference(model_type):
+    torch.manual_seed(0)
+    model = RewardModel(GPT(small(model_type, n_embd=8, n_head=2, vocab_size=9, n_positions=5)), pad_id=0).double()
+    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 4, 5, 0]])
+    model(ids)["loss"].backward()
+    for name, parameter in model.named_parameters():
+        direction, step = torch.randn_like(parameter), 1e-6
+        with torch.no_grad():
+            parameter += step * direction
+            up = model(ids)["loss"]
+            parameter -= 2 * step * direction
+            down = model(ids)["loss"]
+            parameter += step * direction
+        assert ((up - down) / (2 * step)).item() == pytest.approx((parameter.grad * direction).sum().item(), rel=1e-6), name
+
+
+def test_dropout_is_active_in_training_alone():
+    torch.manual_seed(0)
+    model, ids = GPT(small("gpt2", dropout=0.5)), torch.randint(0, 50, (1, 8))
+    assert not torch.equal(model(ids), model(ids))
+    model.eval()
+    assert torch.equal(model(ids), model(ids))
+
+
+def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
+    model = RewardModel(GPT(small("llama")), pad_id=0)
+    ids = torch.tensor([[0, 0, 5, 6, 7, 0, 0], [3, 4, 5, 6, 7, 8, 0], [1, 2, 3, 4, 5, 6, 7]])
+    for prompt_length, ends in ((3, [4, 5, 6]), (1, [0, 5, 6]), (6, [5, 5, 6]), (7, [6, 6, 6])):
+        out = model.forward_value(ids, prompt_length=prompt_length)
+        assert out["chosen_end_scores"].tolist() == [out["values"][row, end].item() for row, end in enumerate(ends)]
+    with pytest.raises(ValueError, match="row 0 .*prompt_length"):
+        model.forward_value(ids, prompt_length=0)
+    opt_like = RewardModel(model.backbone, pad_id=2, num_padding_at_beginning=1)
+    out = opt_like.forward_value(torch.tensor([[2, 5, 6, 2, 2]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]]))
+    assert out["chosen_end_scores"].item() == out["values"][0, 2].item()
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda m: m(torch.tensor([[1, 2], [1, 50]])), ["row 1", "id 50", "column 1", "0 to 49"]),
+    (lambda m: m(torch.ones(2, 40).long()), ["40 tokens", "32 positions"]),
+    (lambda m: m(torch.tensor([[0, 1], [1, 2]])), ["row 0", "left", "attention_mask"]),
+    (lambda m: m.forward_value(torch.tensor([[1, 2]]), prompt_length=3), ["prompt_length 3", "0 to 2"]),
+    (lambda m: m.forward_value(torch.tensor([[1, 2]]), torch.zeros(1, 2)), ["row 0", "attention_mask"]),
+], ids=["id", "length", "left", "prompt_length", "mask"])
+def test_bad_batches_are_refused(call, words):
+    with pytest.raises(ValueError) as error:
+        call(RewardModel(GPT(small("gpt2")), pad_id=0))
+    assert all(word in str(error.value) for word in words), error.value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_saved_model_is_loaded_as_it_was(model_type, tmp_path):
+    torch.manual_seed(0)
+    model = RewardModel(GPT(small(model_type, token_ids={"bos_token_id": 1, "eos_token_id": 2})), pad_id=49, num_padding_at_beginning=3)
+    model.save_pretrained(tmp_path)
+    loaded = RewardModel.from_pretrained(tmp_path)
+    assert (loaded.pad_id, loaded.num_padding_at_beginning) == (49, 3)
+    ids = torch.randint(0, 49, (4, 9))
+    assert torch.equal(loaded(ids, torch.ones_like(ids))["loss"], model(ids, torch.ones_like(ids))["loss"])
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    embed = weights[f"rwtransformer.{FAMILIES[model_type]['names']['embed'][0]}.weight"]
+    assert len(embed) == 56 == json.loads((tmp_path / "config.json").read_text())["vocab_size"]  # 8 * ceil(50 / 8)
+    assert embed[50:].count_nonzero() == 0
+
+
+def test_pad_id_beyond_the_embedding_adds_rows_of_zeros():
+    model = RewardModel.from_pretrained(TESTDATA / "gpt2")  # its config.json has no pad id: a new one behind the vocabulary
+    assert model.pad_id == 96
+    assert model.backbone.embed.weight.shape == (97, 32)
+    assert model.backbone.embed.weight[96].count_nonzero() == 0
+    assert RewardModel.from_pretrained(TESTDATA / "gpt2", pad_id=99).backbone.embed.weight.shape == (100, 32)
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("code in a pickle ran",)
+
+
+def broken(directory, change):
+    """A copy of the tiny gpt2 checkpoint with one thing wrong."""
+    config = json.loads((TESTDATA / "gpt2" / "config.json").read_text())
+    weights = GPT.from_pretrained(TESTDATA / "gpt2").to_hf()
+    directory.mkdir()
+    change(config, weights)
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.save(weights, directory / "pytorch_model.bin")
+    return directory
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda config, weights: weights.pop("h.1.mlp.c_fc.bias"), ["h.1.mlp.c_fc.bias", "missing"]),
+    (lambda config, weights: weights.update({"h.2.ln_1.weight": torch.ones(32)}), ["h.2.ln_1.weight", "not part of"]),
+    (lambda config, weights: weights.update({"ln_f.bias": torch.ones(31)}), ["ln_f.bias", "[31]", "[32]"]),
+    (lambda config, weights: config.update(n_embd=64), ["wte.weight", "[96, 32]", "[96, 64]"]),
+    (lambda config, weights: config.update(model_type="bert"), ["config.json", "'bert'", "gpt2", "llama"]),
+    (lambda config, weights: config.pop("n_layer"), ["config.json", "n_layer", "missing"]),
+    (lambda config, weights: config.update(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx", "True"]),
+    (lambda config, weights: config.update(activation_function="swish2"), ["swish2", "gelu_new"]),
+    (lambda config, weights: config.update(n_head=5), ["config.json", "32", "5"]),
+], ids=["missing", "left over", "shape", "width", "family", "key", "unsupported", "activation", "heads"])
+def test_bad_checkpoints_are_refused(change, words, tmp_path):
+    directory = broken(tmp_path / "model", change)
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(directory)
+    assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lambda d: (d / "config.json").unlink(), ["no config.json"]),
+    (lambda d: (d / "config.json").write_text('{"model_type": "gpt2"'), ["config.json", "not JSON"]),
+    (lambda d: (d / "pytorch_model.bin").unlink(), ["neither model.safetensors nor pytorch_model.bin"]),
+    (lambda d: (d / "pytorch_model.bin").write_bytes((d / "pytorch_model.bin").read_bytes()[:5000]), ["pytorch_model.bin"]),
+    (lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol=2)), ["pytorch_model.bin"]),
+    (lambda d: (d / "model.safetensors").write_bytes(b"not safetensors"), ["model.safetensors"]),
+], ids=["no config", "cut config", "no weights", "cut weights", "code in the pickle", "not safetensors"])
+def test_bad_files_are_refused(spoil, words, tmp_path, capfd):
+    directory = broken(tmp_path / "model", lambda config, weights: None)
+    spoil(directory)
+    with pytest.raises(ValueError) as error:
+        RewardModel.from_pretrained(directory)
+    assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+    assert "code in a pickle ran" not in capfd.readouterr().out
+
+
+def test_missing_directory_is_named():
+    with pytest.raises(ValueError, match="/no/such/model: no such directory"):
+        GPT.from_pretrained("/no/such/model")

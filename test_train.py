@@ -1,0 +1,383 @@
+"""The loop: its parts, runs of the program on one process and on two, and what it says about bad input."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import rm
+import train
+
+HERE = Path(__file__).parent
+TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--max_seq_len", "64"]
+
+
+def run(*arguments, processes=0, cwd=None):
+    """A run of one of the programs, in a process of its own; with `processes`, under torchrun."""
+    arguments = [str(argument) for argument in arguments]
+    program, arguments = HERE / arguments[0], arguments[1:]
+    launcher = [sys.executable]
+    if processes:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*launcher, program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def train_ok(output_dir, *arguments, processes=0):
+    """A run of train.py that must succeed -> its events, by kind."""
+    done = run("train.py", *TINY, "--output_dir", output_dir, *arguments, processes=processes)
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return done, {kind: [event for event in events if event["event"] == kind] for kind in ("step", "eval")}
+
+
+def write_rows(path, n, seed=0, ranking=()):
+    """n rows of the built-in data as a file; the rows numbered in `ranking` become rankings of three."""
+    stream = data.known_rewards(seed)
+    with open(path, "w") as file:
+        for i in range(n):
+            c = next(stream)
+            row = {"prompt": c.prompt, "chosen": c.responses[0], "rejected": c.responses[1]}
+            if i in ranking:
+                row = {"prompt": c.prompt, "responses": [*c.responses, " No."]}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("kind", train.SCHEDULES)
+def test_schedules_are_those_of_transformers(kind, warmup):
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2e-3)
+    theirs = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=10)
+    for step in range(10):
+        assert train.learning_rate(kind, 2e-3, step, warmup, 10) == pytest.approx(theirs.get_last_lr()[0], rel=1e-9, abs=1e-15)
+        optimizer.step()
+        theirs.step()
+
+
+def test_sampler_is_a_function_of_seed_and_step_and_shows_everything_once_an_epoch():
+    epochs = [[train.batch_indices(10, 4, seed=5, step=3 * epoch + step) for step in range(3)] for epoch in range(2)]
+    assert [len(batch) for batch in epochs[0]] == [4, 4, 2]
+    assert all(sorted(np.concatenate(batches)) == list(range(10)) for batches in epochs)
+    assert not np.array_equal(np.concatenate(epochs[0]), np.concatenate(epochs[1]))
+    assert not np.array_equal(epochs[0][0], train.batch_indices(10, 4, seed=6, step=0))
+    assert np.array_equal(epochs[1][1], train.batch_indices(10, 4, seed=5, step=4))
+
+
+def test_micro_batches_hold_every_comparison_once_with_equally_many_responses():
+    groups = [[[1] * length] * k for k, length in ((2, 5), (3, 1), (2, 9), (2, 1), (3, 8), (2, 4))]
+    batches = train.micro_batches(groups, 3)
+    assert sorted(i for batch in batches for i in batch) == list(range(6))
+    assert max(map(len, batches)) == 3
+    assert all(len({len(groups[i]) for i in batch}) == 1 for batch in batches)
+
+
+def test_collate_puts_chosen_rows_before_rejected_rows():
+    ids, mask = train.collate([[[1, 2], [3]], [[4], [5, 6, 7], [8]]], pad_id=0, device="cpu")
+    assert ids.tolist() == [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7], [3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0]]
+    assert mask.tolist() == (ids != 0).long().tolist()
+
+
+def test_calibration_error_by_hand():
+    """Two bins: p = 0.6 (of two, one right) and p = 0.88 (of one, right); the gaps weigh 2/3 and 1/3."""
+    logit = lambda p: math.log(p / (1 - p))
+    margin = torch.tensor([logit(0.6), -logit(0.6), logit(0.88)], dtype=torch.float64)
+    assert train.calibration_error(margin) == pytest.approx(2 / 3 * abs(0.5 - 0.6) + 1 / 3 * abs(1 - 0.88), abs=1e-12)
+    assert train.calibration_error(torch.tensor([40.0])) == pytest.approx(0.0, abs=1e-12)  # confidence 1 is in the last bin
+
+
+def test_weight_decay_is_on_matrices_only(capsys):
+    model = rm.RewardModel(train.GPT(train.GPTConfig.from_family("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
+    args = train.argparse.Namespace(weight_decay=0.1, learning_rate=1.0)
+    decayed, kept = train.make_optimizer(model, args, train.Process()).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
+    assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in kept["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(names)
+    assert "v_head.weight" in {names[id(p)] for p in decayed["params"]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+@pytest.fixture(scope="module")
+def built_in_run(tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("built_in")
+    return output_dir, *train_ok(output_dir, "--max_steps", 3, "--eval_interval", 2, "--eval_iters", 4)
+
+
+def test_metrics_of_a_run(built_in_run):
+    _, done, events = built_in_run
+    assert [event["step"] for event in events["step"]] == [1, 2, 3]
+    assert [event["step"] for event in events["eval"]] == [0, 2, 3]
+    assert set(events["step"][0]) == {"event", "step", "loss", "lr", "grad_norm", "pairs", "tokens", "seconds"}
+    assert set(events["eval"][0]) == {"event", "step", "loss", "accuracy", "chosen_score", "rejected_score", "margin", "ece", "pairs",
+                                      "dropped", "bayes_accuracy", "probability_error"}
+    assert all(event["pairs"] == 16 and event["tokens"] % 32 == 0 for event in events["step"])
+    assert [event["lr"] for event in events["step"]] == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
+
+
+def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_run):
+    output_dir, done, events = built_in_run
+    accuracy, place, how = done.stdout.strip().splitlines()[-3:]
+    assert f"{events['eval'][0]['accuracy']:.4f} before, {events['eval'][-1]['accuracy']:.4f} after" in accuracy
+    assert f"{events['eval'][-1]['bayes_accuracy']:.4f}" in accuracy
+    assert str(output_dir) in place and f"python rm.py {output_dir} " in how
+
+
+def test_evaluation_of_the_saved_model_by_hand(built_in_run):
+    """The metrics of the last evaluation, recomputed one text at a time from the files of the run."""
+    output_dir, _, events = built_in_run
+    model, tokenizer = rm.RewardModel.from_pretrained(output_dir), data.load_tokenizer(output_dir)
+    stream, margins, true_margins, losses = data.known_rewards(train.EVAL_SEED), [], [], []
+    for _ in range(4 * 16):
+        c = next(stream)
+        rows = [[tokenizer.bos_id, *tokenizer.encode(c.prompt + response), tokenizer.eos_id] for response in c.responses]
+        r = [model.forward_value(torch.tensor([row]), return_value_only=True)[0, -1].item() for row in rows]
+        margins.append(r[0] - r[1])
+        true_margins.append(c.rewards[0] - c.rewards[1])
+        losses.append(model(*data.pad_rows(rows, tokenizer.pad_id))["loss"].item())
+    sigmoid = lambda x: 1 / (1 + math.exp(-x))
+    last = events["eval"][-1]
+    assert last["pairs"] == 64
+    assert last["accuracy"] == np.mean([m > 0 for m in margins])
+    assert last["bayes_accuracy"] == np.mean([m > 0 for m in true_margins])
+    assert last["margin"] == pytest.approx(np.mean(margins), abs=1e-5)
+    assert last["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    expected = np.mean([abs(sigmoid(m) - sigmoid(t)) for m, t in zip(margins, true_margins)])
+    assert last["probability_error"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_score_program(built_in_run, tmp_path):
+    """Comparisons and single rows, by the trained model; a row's score does not depend on how it is given."""
+    output_dir, *_ = built_in_run
+    pairs = write_rows(tmp_path / "pairs.jsonl", 9, ranking={4})
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    done = run("rm.py", output_dir, pairs, "--batch_size", 4)
+    assert done.returncode == 0, done.stderr
+    scores = [json.loads(line)["scores"] for line in done.stdout.splitlines()]
+    assert [len(s) for s in scores] == [2, 2, 2, 2, 3, 2, 2, 2, 2]
+    margins = [s[i] - s[j] for s in scores for i in range(len(s)) for j in range(i + 1, len(s))]
+    assert f"11 pairs: accuracy {np.mean([m > 0 for m in margins]):.4f}" in done.stderr
+    singles = tmp_path / "singles.jsonl"
+    singles.write_text("\n".join(json.dumps({"prompt": row["prompt"], "response": row["chosen"]}) for row in rows if "chosen" in row))
+    done = run("rm.py", output_dir, singles, "--out", tmp_path / "scores.jsonl")
+    assert done.returncode == 0, done.stderr
+    got = [json.loads(line)["score"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert got == pytest.approx([s[0] for s in scores if len(s) == 2], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    return write_rows(folder / "train.jsonl", 70, ranking={3, 20, 21}), write_rows(folder / "eval.jsonl", 21, seed=9, ranking={5})
+
+
+@pytest.fixture(scope="module")
+def one_process(files, tmp_path_factory):
+    """12 steps with a global batch of 12: epochs of 70 comparisons, so each sixth batch is ragged (10)."""
+    output_dir = tmp_path_factory.mktemp("one")
+    return output_dir, train_ok(output_dir, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12,
+                                "--per_device_train_batch_size", 12, "--eval_interval", 6)[1]
+
+
+def same_run(one, other):
+    for kind, key in (("step", "loss"), ("step", "grad_norm"), ("eval", "loss"), ("eval", "margin")):
+        assert [e[key] for e in other[kind]] == pytest.approx([e[key] for e in one[kind]], abs=1e-4), (kind, key)
+    for kind in ("step", "eval"):
+        assert [e["pairs"] for e in other[kind]] == [e["pairs"] for e in one[kind]]
+
+
+def test_two_processes_give_the_curve_of_one(files, one_process, tmp_path):
+    """Global batch 12 as 2 ranks x 3 rows x 2 accumulation steps, with ragged batches and rankings among pairs."""
+    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6,
+                         "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2,
+                         "--per_device_eval_batch_size", 4, processes=2)
+    same_run(one_process[1], events)
+    assert (tmp_path / "tokenizer.model").read_bytes() == (one_process[0] / "tokenizer.model").read_bytes()
+
+
+def test_accumulation_gives_the_curve_of_one_batch(files, one_process, tmp_path):
+    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6,
+                         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3)
+    same_run(one_process[1], events)
+
+
+def test_a_batch_smaller_than_the_number_of_ranks(tmp_path):
+    """5 comparisons in batches of 4: the second batch has one comparison for two ranks."""
+    file, held_out = write_rows(tmp_path / "train.jsonl", 5), write_rows(tmp_path / "eval.jsonl", 3, seed=9)
+    flags = ["--data_path", file, "--eval_path", held_out, "--max_steps", 4]
+    _, one = train_ok(tmp_path / "one", *flags, "--per_device_train_batch_size", 4)
+    _, two = train_ok(tmp_path / "two", *flags, "--per_device_train_batch_size", 2, processes=2)
+    assert [event["pairs"] for event in two["step"]] == [4, 1, 4, 1]
+    same_run(one, two)
+
+
+WATCHED = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {here!r})
+import train
+
+def watched(model, args, process):
+    optimizer = make_optimizer(model, args, process)
+    step = optimizer.step
+    def step_and_compare():
+        step()
+        mine = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+        others = [torch.empty_like(mine) for _ in range(process.world_size)]
+        dist.all_gather(others, mine)
+        process.print(f"ranks agree: {{all(torch.equal(mine, other) for other in others)}}")
+    optimizer.step = step_and_compare
+    return optimizer
+
+make_optimizer, train.make_optimizer = train.make_optimizer, watched
+train.main()
+"""
+
+
+def test_parameters_stay_equal_across_ranks(files, tmp_path):
+    """After every step, to the bit; with accumulation, ragged batches, and dropout, which differs between the ranks."""
+    script = tmp_path / "watched.py"
+    script.write_text(WATCHED.format(here=str(HERE)))
+    done = run(script, *TINY, "--output_dir", tmp_path / "out", "--data_path", files[0], "--eval_path", files[1], "--max_steps", 7,
+               "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--dropout", 0.1, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ranks agree: True") == 7
+
+
+def test_training_lowers_the_loss_on_what_it_is_trained_on(files, tmp_path):
+    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[0], "--num_train_epochs", 12, "--learning_rate", 3e-3)
+    assert len(events["step"]) == 12 * math.ceil(70 / 16)
+    assert events["eval"][-1]["accuracy"] > 0.8 > events["eval"][0]["accuracy"]
+    assert events["eval"][-1]["loss"] < events["eval"][0]["loss"] - 0.1
+
+
+def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
+    """--model_name_or_path takes what a run left; without --eval_path the last 5 % of 80 comparisons are held out."""
+    output_dir, *_ = built_in_run
+    rows = write_rows(tmp_path / "rows.jsonl", 80)
+    done = run("train.py", "--model_name_or_path", output_dir, "--data_path", rows, "--max_seq_len", 48, "--output_dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    first, *steps, _ = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert first["pairs"] == 4 and sum(step["pairs"] for step in steps) == 76
+    assert steps[0]["lr"] == 5e-5  # DeepSpeed-Chat's default, where there is something to keep
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (output_dir / "tokenizer.model").read_bytes()
+
+
+def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
+    for number in (1, 2):
+        (tmp_path / "pytorch_model.bin").write_text(f"model {number}")
+        (tmp_path / "notes.txt").write_text("not ours")
+        train.open_output(tmp_path, train.Process()).write(f"metrics {number}")
+    assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
+    assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
+    assert (tmp_path / "earlier-2" / "metrics.jsonl").read_text() == "metrics 1"
+    assert (tmp_path / "metrics.jsonl").exists() and (tmp_path / "notes.txt").read_text() == "not ours"
+    assert f"{tmp_path}/earlier-2" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input: one line that names the flag or the file and line, what was found, and what would be right
+
+
+def complaint(monkeypatch, capsys, *arguments) -> str:
+    """The last line that train.py with these arguments leaves on standard error; its exit status must not be 0."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        train.main()
+    assert exit.value.code != 0
+    return exit.value.code if isinstance(exit.value.code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "above 0"]),
+    (["--learning_rate", "0"], ["--learning_rate", "'0'", "above 0"]),
+    (["--learning_rate", "nan"], ["--learning_rate", "'nan'", "above 0"]),
+    (["--per_device_train_batch_size", "-1"], ["--per_device_train_batch_size", "'-1'", "whole number", "from 1"]),
+    (["--gradient_accumulation_steps", "1.5"], ["--gradient_accumulation_steps", "'1.5'", "whole number"]),
+    (["--data_split", "2,4"], ["--data_split", "'2,4'", "three numbers"]),
+    (["--data_split", "1,0,1"], ["--data_split", "'1,0,1'", "above 0"]),
+    (["--eval_fraction", "1"], ["--eval_fraction", "'1'", "0.9"]),
+    (["--seed", "-1"], ["--seed", "'-1'", "from 0"]),
+    (["--lr_scheduler_type", "cosin"], ["--lr_scheduler_type", "'cosin'", "cosine"]),
+    (["--model_type", "bert"], ["--model_type", "'bert'", "gpt2", "llama"]),
+    (["--n_embd", "30", "--n_head", "4"], ["--n_head", "4", "--n_embd 30"]),
+    (["--model_type", "llama", "--n_embd", "12", "--n_head", "4"], ["--n_head", "4", "even"]),
+    (["--vocab_size", "100"], ["--vocab_size", "'100'", "from 300"]),
+    (["--n_layer", "2", "--model_name_or_path", "x"], ["--n_layer", "--model_name_or_path"]),
+    (["--eval_path", "x.jsonl"], ["--eval_path", "--data_path"]),
+    (["--max_step", "3"], ["--max_step"]),  # no abbreviations
+    # flags come before files
+    (["--model_name_or_path", "/no/such", "--dropout", "2"], ["--dropout", "'2'"]),
+], ids=lambda x: " ".join(x) if "--" in x[0] and len(x) < 5 and x[0].startswith("--") else "")
+def test_bad_flags(flags, words, monkeypatch, capsys):
+    line = complaint(monkeypatch, capsys, *flags)
+    assert line.startswith("train.py: error:") and all(word in line for word in words), line
+
+
+GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
+
+
+@pytest.mark.parametrize("content, words", [
+    (None, ["rows.jsonl", "no such file"]),
+    ("", ["rows.jsonl", "no row"]),
+    (GOOD + "\n{", ["rows.jsonl:2:", "not JSON"]),
+    (GOOD + '\n\n{"prompt": "p", "chosen": 1, "rejected": "b"}', ["rows.jsonl:3:", "chosen", "a number"]),
+    ('{"prompt": "p", "chosen": "a"}', ["rows.jsonl:1:", "rejected", "nothing"]),
+    ('{"prompt": "p", "responses": ["a"]}', ["rows.jsonl:1:", "responses", "1", "two or more"]),
+    ('{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 30, ["rows.jsonl", "30 rows", "identical"]),
+    (GOOD, ["--data_path", "1 comparisons", "--eval_path"]),
+], ids=["missing", "empty", "broken JSON", "not text", "no rejected", "ranking of one", "all identical", "too few"])
+def test_bad_data(content, words, monkeypatch, capsys, tmp_path):
+    file = tmp_path / "rows.jsonl"
+    if content is not None:
+        file.write_text(content)
+    line = complaint(monkeypatch, capsys, "--data_path", file, "--output_dir", tmp_path / "out")
+    assert line.startswith("train.py: error:") and all(word in line for word in words), line
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_directory_is_checked_before_the_data_and_both_before_a_tokenizer_is_trained(monkeypatch, capsys, tmp_path, built_in_run):
+    missing_data = ["--data_path", tmp_path / "missing.jsonl"]
+    assert "no/model" in complaint(monkeypatch, capsys, "--model_name_or_path", "no/model", *missing_data)
+    monkeypatch.setattr(data, "train_tokenizer", lambda *_: pytest.fail("trained a tokenizer before it looked at the data"))
+    assert "missing.jsonl" in complaint(monkeypatch, capsys, *missing_data)
+
+
+def test_model_and_flags_must_fit(monkeypatch, capsys, tmp_path, built_in_run):
+    output_dir, *_ = built_in_run
+    line = complaint(monkeypatch, capsys, "--model_name_or_path", output_dir, "--max_seq_len", 65)
+    assert "--max_seq_len" in line and "65" in line and "64 positions" in line
+    large = data.train_tokenizer([c.prompt for c, _ in zip(data.known_rewards(0), range(300))] + ["many more words than before " * 3], 3000)
+    large.save(tmp_path)
+    line = complaint(monkeypatch, capsys, "--model_name_or_path", HERE / "testdata" / "gpt2", "--tokenizer_path", tmp_path, "--max_seq_len", 64)
+    assert "96 token ids" in line and str(large.text_size) in line and "--tokenizer_path" in line
+
+
+def test_output_directory_that_cannot_be_written_to(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    line = complaint(monkeypatch, capsys, "--output_dir", tmp_path / "file")
+    assert "--output_dir" in line and str(tmp_path / "file") in line
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
+    done = run("train.py", "--data_path", tmp_path / "no.jsonl")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.strip() == f"train.py: error: {tmp_path}/no.jsonl: no such file; expected .jsonl, .jsonl.gz or .json"
+    done = run("rm.py", HERE / "testdata", tmp_path / "no.jsonl")
+    assert done.returncode == 1 and done.stderr.strip().startswith(f"rm.py: error: {HERE}/testdata: no config.json")
