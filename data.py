@@ -262,9 +262,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             add_dummy_prefix=False, remove_extra_whitespaces=False, max_sentence_length=1 << 24, num_threads=1,
             pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
     except RuntimeError as error:
-        reason = str(error).split("] ")[-1].split(" Increase")[0]
-        raise ValueError(f"vocab_size {vocab_size}: {reason} The 256 bytes, 4 special ids and the text's characters "
-                         "must fit; give more") from None
+        found = re.search(r"(\d+) vs (\d+)", str(error))  # sentencepiece compares what was asked for with what it needs
+        needed = f"; {found[2]} would do" if found else f" ({error})"
+        raise ValueError(f"{vocab_size} ids are too few for 256 bytes, 4 special ids and the text's characters{needed}") from None
     return Tokenizer(model.getvalue())
 
 

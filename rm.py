@@ -274,6 +274,8 @@ class RewardModel(nn.Module):
 @torch.no_grad()
 def score(model: RewardModel, sequences: list[list[int]], batch_size: int) -> list[float]:
     """The end score of each sequence of token ids, in their order. Batches are of similar lengths."""
+    from data import pad_rows  # this program needs it, the algorithm does not
+
     scores = [0.0] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     device = model.v_head.weight.device
@@ -296,6 +298,8 @@ def main():
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
     parser.add_argument("--max_seq_len", type=int, help="longer sequences are truncated (default: what the model has positions for)")
     args = parser.parse_args()
+    from data import load_comparisons, load_tokenizer, tokenize
+
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
     try:
@@ -325,6 +329,4 @@ def main():
 
 
 if __name__ == "__main__":
-    from data import load_comparisons, load_tokenizer, pad_rows, tokenize
-
     main()

@@ -368,6 +368,16 @@ def test_model_and_flags_must_fit(monkeypatch, capsys, tmp_path, built_in_run):
     assert "96 token ids" in line and str(large.text_size) in line and "--tokenizer_path" in line
 
 
+def test_vocabulary_too_small_for_the_text_is_said_with_what_it_needs(monkeypatch, capsys, tmp_path):
+    letters = "".join(chr(0x4E00 + i) for i in range(90))
+    rows = [{"prompt": letters, "chosen": f"a{i}", "rejected": f"b{i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    line = complaint(monkeypatch, capsys, "--data_path", tmp_path / "rows.jsonl", "--vocab_size", 310)
+    assert "--vocab_size" in line and "310" in line
+    needed = int(line.split("; ")[1].split()[0])
+    assert data.train_tokenizer((row["prompt"] + row["chosen"] for row in rows), needed).text_size == needed
+
+
 def test_output_directory_that_cannot_be_written_to(monkeypatch, capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
     line = complaint(monkeypatch, capsys, "--output_dir", tmp_path / "file")

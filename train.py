@@ -36,8 +36,8 @@ import data
 from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel
 
-EVAL_SEED = 0  # the built-in eval set is the same for every --seed, so that runs can be compared
-BUILT_IN = dict(max_steps=3000, eval_pairs=4000, tokenizer_comparisons=2000)
+BUILT_IN = dict(max_steps=3000, eval_pairs=4000, tokenizer_pairs=2000)
+EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
 TOKENIZER_TEXTS = 200_000  # a tokenizer is trained on at most so many texts; more changes little and takes its time
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 
@@ -261,6 +261,11 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
 # Preparation: everything that can be wrong with flags, files and models shows here, before the first step
 
 
+def built_in_data(args):
+    """The endless built-in training data of a --seed, which is never that of the eval set."""
+    return data.known_rewards(EVAL_SEED + 1 + args.seed)
+
+
 def load_data(args) -> tuple[list | None, list]:
     """Training and eval comparisons. Training is None for the built-in data, whose comparisons are drawn as they are needed."""
     if not args.data_path:
@@ -317,14 +322,16 @@ def new_tokenizer(args, comparisons, process: Process) -> data.Tokenizer:
     if process.rank == 0:
         process.print("training a tokenizer")
         texts = (comparison.prompt + response for comparison in comparisons for response in comparison.responses)
-        trained = data.train_tokenizer(itertools.islice(texts, TOKENIZER_TEXTS), args.vocab_size)
-        model_proto = [trained.model_proto]
+        try:
+            model_proto = [data.train_tokenizer(itertools.islice(texts, TOKENIZER_TEXTS), args.vocab_size).model_proto]
+        except ValueError as error:
+            raise ValueError(f"--vocab_size: {error}") from None
     if process.world_size > 1:
         dist.broadcast_object_list(model_proto)
     return data.Tokenizer(model_proto[0], args.pad_id)
 
 
-def tokenize(name: str, comparisons, args, tokenizer, process: Process) -> data.TokenizedData:
+def tokenize_split(name: str, comparisons, args, tokenizer, process: Process) -> data.TokenizedData:
     bar = tqdm(comparisons, desc=f"tokenize {name}", leave=False, disable=process.rank != 0)
     tokenized = data.tokenize_all(bar, tokenizer, args.max_seq_len, args.truncation_side)
     process.print(f"{name}: {len(tokenized.groups)} comparisons; {tokenized.dropped} dropped, because their sequences are identical")
@@ -346,13 +353,13 @@ def prepare(args, process: Process):
         model = load_model(args, tokenizer)
     train, evaluation = load_data(args)
     if tokenizer is None:
-        sample = train or itertools.islice(data.known_rewards(args.seed), BUILT_IN["tokenizer_comparisons"])
+        sample = train or itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])
         tokenizer = new_tokenizer(args, sample, process)
     if model is None:
         model = new_model(args, tokenizer)
     model.backbone.config.dropout = args.dropout
-    train = train and tokenize("train", train, args, tokenizer, process)
-    return model.to(process.device), tokenizer, train, tokenize("eval", evaluation, args, tokenizer, process)
+    train = train and tokenize_split("train", train, args, tokenizer, process)
+    return model.to(process.device), tokenizer, train, tokenize_split("eval", evaluation, args, tokenizer, process)
 
 
 def open_output(output_dir: str, process: Process):
@@ -389,7 +396,7 @@ def global_batches(train: data.TokenizedData | None, args, tokenizer, global_bat
     if train:
         for step in itertools.count():
             yield [train.groups[i] for i in batch_indices(len(train.groups), global_batch, args.seed, step)]
-    stream, fresh = data.known_rewards(args.seed + EVAL_SEED + 1), []
+    stream, fresh = built_in_data(args), []
     while True:
         while len(fresh) < global_batch:
             drawn = itertools.islice(stream, global_batch)
