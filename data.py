@@ -355,9 +355,9 @@ TONES = [
     ("Do ask me again, do not worry.", "Do worry, do not ask me again."),
 ]
 RAMBLES = ["Anyway, time goes by.", "Well, one could say more.", "By the way, it rained.", "So much for that."]
-QUALITY_REWARD = {"right": 2.5, "wrong": -1.0, "off topic": -2.5}
-TONE_REWARD = {"polite": 1.0, "neutral": 0.0, "rude": -1.0}
-RAMBLE_REWARD = -0.6  # for every sentence that leads nowhere
+QUALITY_REWARD = {"right": 3.6, "wrong": -1.4, "off topic": -3.6}
+TONE_REWARD = {"polite": 1.5, "neutral": 0.0, "rude": -1.5}
+RAMBLE_REWARD = -0.9  # for every sentence that leads nowhere
 
 
 def known_rewards(seed: int) -> Iterator[Comparison]:

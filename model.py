@@ -30,12 +30,12 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
-# Per family: `variant` sets fields of GPTConfig. `config` maps fields to keys of Hugging Face's config.json. `fixed` are
+# Per family: `variant` are the fields of GPTConfig that make it one. `config` maps fields to keys of Hugging Face's config.json. `fixed` are
 # keys that would change the computation and must have this value. `names` maps our modules to Hugging Face's; where one
 # of ours stands for several of theirs, their rows follow each other. `prefix` may stand before a name in a checkpoint.
 FAMILIES = {
     "gpt2": dict(
-        variant=dict(norm="layernorm", activation="gelu_new", bias=True),
+        variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None),
         config=dict(vocab_size="vocab_size", n_positions="n_positions", n_layer="n_layer", n_head="n_head",
                     n_embd="n_embd", n_inner="n_inner", activation="activation_function", norm_eps="layer_norm_epsilon"),
         fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
@@ -57,7 +57,7 @@ FAMILIES = {
         ignored=("attn.bias", "attn.masked_bias", "lm_head.weight"),
     ),
     "llama": dict(
-        variant=dict(norm="rmsnorm", activation="silu", gated=True, rope_theta=10000.0, norm_eps=1e-6),
+        variant=dict(norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=10000.0),
         config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
                     head_dim="head_dim", n_inner="intermediate_size", activation="hidden_act", norm_eps="rms_norm_eps",
@@ -82,14 +82,18 @@ FAMILIES = {
 }
 
 
+def unsupported(model_type):
+    raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+
+
 @dataclass
 class GPTConfig:
-    """The shape of a backbone. `None` in `n_kv_head`, `head_dim` or `n_inner` means the usual value for the other fields.
+    """The shape of a backbone. A field that is None takes the family's value (FAMILIES), or the usual one for the others.
 
     Raises ValueError where the fields do not fit together.
     """
 
-    model_type: str = "gpt2"
+    model_type: str = "gpt2"  # a family
     vocab_size: int = 50257  # rows of the token embedding
     n_positions: int = 1024  # longest row; with learned positions, rows of their table
     n_layer: int = 12
@@ -98,17 +102,21 @@ class GPTConfig:
     n_kv_head: int | None = None  # fewer than n_head: grouped-query attention
     head_dim: int | None = None
     n_inner: int | None = None  # width of the MLP
-    norm: str = "layernorm"  # or "rmsnorm"
-    norm_eps: float = 1e-5
-    activation: str = "gelu_new"
-    gated: bool = False  # SwiGLU: activation(gate) * up
-    bias: bool = False
-    rope_theta: float | None = None  # base of the rotary frequencies; None: learned positions
+    norm: str | None = None  # "layernorm" or "rmsnorm"
+    norm_eps: float | None = None
+    activation: str | None = None
+    gated: bool | None = None  # SwiGLU: activation(gate) * up
+    bias: bool | None = None  # of the linear layers
+    rope_theta: float | None = None  # base of the rotary frequencies; where the family has none: learned positions
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
-    init_std: float | None = None  # of the weights; None: 0.02 at GPT-2's width of 768, in proportion to 1 / sqrt(width)
+    init_std: float | None = None  # of fresh weights: 0.02 at GPT-2's width of 768, in proportion to 1 / sqrt(width)
     token_ids: dict = field(default_factory=dict)  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
 
     def __post_init__(self):
+        family = FAMILIES.get(self.model_type) or unsupported(self.model_type)
+        for name, value in family["variant"].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         self.n_kv_head = self.n_kv_head or self.n_head
         if self.n_embd % self.n_head and self.head_dim is None:
             raise ValueError(f"width {self.n_embd} does not divide into {self.n_head} heads")
@@ -124,18 +132,9 @@ class GPTConfig:
             raise ValueError(f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
 
     @classmethod
-    def from_family(cls, model_type: str, **overrides) -> "GPTConfig":
-        """The config of a family, from scratch. Raises ValueError for a `model_type` that is not in FAMILIES."""
-        if model_type not in FAMILIES:
-            raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
-        return cls(model_type=model_type, **{**FAMILIES[model_type]["variant"], **overrides})
-
-    @classmethod
     def from_hf(cls, hf: dict) -> "GPTConfig":
         """The config that a parsed Hugging Face config.json describes. Raises ValueError for what we cannot compute."""
-        family = FAMILIES.get(hf.get("model_type"))
-        if family is None:
-            raise ValueError(f"model_type {hf.get('model_type')!r} is not supported; supported are {', '.join(FAMILIES)}")
+        family = FAMILIES.get(hf.get("model_type")) or unsupported(hf.get("model_type"))
         # transformers 5 moved the two top-level rope keys into one dictionary.
         rope = hf.get("rope_parameters") or {}
         if rope.get("rope_type", "default") != "default":
@@ -149,7 +148,7 @@ class GPTConfig:
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
         token_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
-        return cls.from_family(hf["model_type"], **given, token_ids=token_ids)
+        return cls(model_type=hf["model_type"], **given, token_ids=token_ids)
 
     def to_hf(self) -> dict:
         """The content of a config.json from which `transformers` makes the same backbone."""

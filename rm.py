@@ -306,10 +306,10 @@ def main():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = RewardModel.from_pretrained(args.checkpoint).eval().to(device)
         tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
-        max_seq_len = args.max_seq_len or model.backbone.config.n_positions
-        if not 2 <= max_seq_len <= model.backbone.config.n_positions:
-            parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {model.backbone.config.n_positions}, "
-                         "the positions that the model has")
+        longest = model.backbone.config.n_positions
+        max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
+        if not 2 <= max_seq_len <= longest:
+            parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has")
         margins = []
         comparisons = load_comparisons(args.file, min_responses=1)
         with open(args.out, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:

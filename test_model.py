@@ -29,7 +29,7 @@ def close(got, expected, tolerance=1e-5):
 
 
 def small(model_type, **overrides):
-    return GPTConfig.from_family(model_type, **{
+    return GPTConfig(model_type, **{
         "vocab_size": 50, "n_positions": 32, "n_layer": 2, "n_head": 4, "n_embd": 16, **overrides})
 
 

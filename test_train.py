@@ -100,7 +100,7 @@ def test_calibration_error_by_hand():
 
 
 def test_weight_decay_is_on_matrices_only(capsys):
-    model = rm.RewardModel(train.GPT(train.GPTConfig.from_family("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
+    model = rm.RewardModel(train.GPT(train.GPTConfig("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
     args = train.argparse.Namespace(weight_decay=0.1, learning_rate=1.0)
     decayed, kept = train.make_optimizer(model, args, train.Process()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -128,7 +128,7 @@ def test_metrics_of_a_run(built_in_run):
     assert set(events["eval"][0]) == {"event", "step", "loss", "accuracy", "chosen_score", "rejected_score", "margin", "ece", "pairs",
                                       "dropped", "bayes_accuracy", "probability_error"}
     assert all(event["pairs"] == 16 and event["tokens"] % 32 == 0 for event in events["step"])
-    assert [event["lr"] for event in events["step"]] == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
+    assert [event["lr"] for event in events["step"]] == pytest.approx([1.5e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
 
 
 def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_run):

@@ -36,7 +36,7 @@ import data
 from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel
 
-BUILT_IN = dict(max_steps=3000, eval_pairs=4000, tokenizer_pairs=2000)
+BUILT_IN = dict(max_steps=2500, eval_pairs=4000, tokenizer_pairs=2000)
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
 TOKENIZER_TEXTS = 200_000  # a tokenizer is trained on at most so many texts; more changes little and takes its time
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -90,7 +90,7 @@ def parse_flags():
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", metavar="DIR", help="a pre-trained model (default: from scratch, by the next five)")
     flag("--model_type", choices=list(FAMILIES), help="(llama)")
-    flag("--n_layer", type=count, help="(3)")
+    flag("--n_layer", type=count, help="(4)")
     flag("--n_head", type=count, help="(4)")
     flag("--n_embd", type=count, help="(96)")
     flag("--vocab_size", type=number(int, 300), help="at most; a small text supports fewer pieces (8000)")
@@ -100,7 +100,7 @@ def parse_flags():
     flag("--per_device_train_batch_size", type=count, default=16, help="comparisons (16)")
     flag("--per_device_eval_batch_size", type=count, default=16, help="comparisons (16)")
     flag("--gradient_accumulation_steps", type=count, default=1, help="(1)")
-    flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
+    flag("--learning_rate", type=positive, help="(5e-5; from scratch 1.5e-3)")
     flag("--weight_decay", type=number(float, 0), default=0.0, help="on matrices only (0)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(1.0)")
     flag("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="(cosine)")
@@ -113,7 +113,7 @@ def parse_flags():
     flag("--output_dir", default="out", help="(out)")
     args = parser.parse_args()
 
-    scratch = dict(model_type="llama", n_layer=3, n_head=4, n_embd=96, vocab_size=8000)
+    scratch = dict(model_type="llama", n_layer=4, n_head=4, n_embd=96, vocab_size=8000)
     for name, default in scratch.items():
         if args.model_name_or_path and getattr(args, name) is not None:
             parser.error(f"argument --{name}: found beside --model_name_or_path, whose config.json decides this; give one of them")
@@ -126,7 +126,7 @@ def parse_flags():
     if args.eval_path and not args.data_path:
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
     if args.learning_rate is None:
-        args.learning_rate = 5e-5 if args.model_name_or_path else 2e-3
+        args.learning_rate = 5e-5 if args.model_name_or_path else 1.5e-3
     return args
 
 
@@ -305,7 +305,7 @@ def load_model(args, tokenizer) -> RewardModel:
 def new_model(args, tokenizer) -> RewardModel:
     """A model from scratch, the same on every rank."""
     torch.manual_seed(args.seed)
-    config = GPTConfig.from_family(
+    config = GPTConfig(
         args.model_type, vocab_size=tokenizer.vocab_size, n_positions=args.max_seq_len, n_layer=args.n_layer, n_head=args.n_head,
         n_embd=args.n_embd, token_ids={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
     return RewardModel(GPT(config), tokenizer.pad_id, leading_pads(args, tokenizer))
