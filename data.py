@@ -357,15 +357,15 @@ TONES = [
 RAMBLES = ["Anyway, time goes by.", "Well, one could say more.", "By the way, it rained.", "So much for that."]
 QUALITY_REWARD = {"right": 3.6, "wrong": -1.4, "off topic": -3.6}
 TONE_REWARD = {"polite": 1.5, "neutral": 0.0, "rude": -1.5}
-RAMBLE_REWARD = -0.9  # for every sentence that leads nowhere
+RAMBLE_REWARD = -1.0  # of a sentence that leads nowhere
 
 
 def known_rewards(seed: int) -> Iterator[Comparison]:
     """An endless stream of comparisons of two responses whose true rewards are known; the same for the same seed.
 
     A prompt asks for one of 18 facts. A response states the fact, a wrong answer of the same kind, or another fact that
-    was not asked for; it may carry a polite or a rude remark, in front or behind, and up to two sentences of ramble.
-    Its true reward is the sum QUALITY_REWARD + TONE_REWARD + RAMBLE_REWARD * (number of rambling sentences). Of the two,
+    was not asked for; it may carry a polite or a rude remark, in front or behind, and may ramble for a sentence. Its true
+    reward is the sum of QUALITY_REWARD, TONE_REWARD, and RAMBLE_REWARD where it rambles. Of the two,
     `responses[0]` is drawn with probability sigmoid(difference of their true rewards): Bradley & Terry (1952).
     """
     rng = random.Random(seed)
@@ -389,10 +389,10 @@ def write_response(rng: random.Random, kind, subject: str) -> tuple[str, float]:
     if quality == "wrong":
         answer = rng.choice([other for other in kind[2].values() if other != answer])
     tone = rng.choice(list(TONE_REWARD))
-    rambles = rng.sample(RAMBLES, rng.choices((0, 1, 2), weights=(0.5, 0.3, 0.2))[0])
-    sentences = [kind[1].format(subject, answer), *rambles]
+    rambles = rng.random() < 0.5
+    sentences = [kind[1].format(subject, answer), *([rng.choice(RAMBLES)] if rambles else [])]
     if tone != "neutral":
         remark = rng.choice(TONES)[tone == "rude"]
         sentences.insert(rng.choice((0, len(sentences))), remark)
-    reward = QUALITY_REWARD[quality] + TONE_REWARD[tone] + RAMBLE_REWARD * len(rambles)
+    reward = QUALITY_REWARD[quality] + TONE_REWARD[tone] + RAMBLE_REWARD * rambles
     return " " + " ".join(sentences), round(reward, 6)  # rounded, so that equal sums are equal numbers

@@ -181,9 +181,10 @@ class Block(nn.Module):
         config = self.config
         B, L, _ = x.shape
         heads = self.qkv(x).view(B, L, -1, config.head_dim)  # (B, L, H + 2 H_kv, D)
-        q, k, v = heads.split((config.n_head, config.n_kv_head, config.n_kv_head), dim=2)
+        q_and_k, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            q_and_k = rotate(q_and_k, *rotary)
+        q, k = q_and_k.split((config.n_head, config.n_kv_head), dim=2)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),  # (B, H, L, D)
             attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=config.n_kv_head != config.n_head)
