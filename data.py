@@ -355,8 +355,8 @@ TONES = [
     ("Do ask me again, do not worry.", "Do worry, do not ask me again."),
 ]
 RAMBLES = ["Anyway, time goes by.", "Well, one could say more.", "By the way, it rained.", "So much for that."]
-QUALITY_REWARD = {"right": 3.6, "wrong": -1.4, "off topic": -3.6}
-TONE_REWARD = {"polite": 1.5, "neutral": 0.0, "rude": -1.5}
+QUALITY_REWARD = {"right": 3.5, "wrong": -1.0, "off topic": -3.5}
+TONE_REWARD = {"polite": 1.4, "neutral": 0.0, "rude": -1.4}
 RAMBLE_REWARD = -1.0  # of a sentence that leads nowhere
 
 

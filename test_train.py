@@ -127,8 +127,8 @@ def test_metrics_of_a_run(built_in_run):
     assert set(events["step"][0]) == {"event", "step", "loss", "lr", "grad_norm", "pairs", "tokens", "seconds"}
     assert set(events["eval"][0]) == {"event", "step", "loss", "accuracy", "chosen_score", "rejected_score", "margin", "ece", "pairs",
                                       "dropped", "bayes_accuracy", "probability_error"}
-    assert all(event["pairs"] == 16 and event["tokens"] % 32 == 0 for event in events["step"])
-    assert [event["lr"] for event in events["step"]] == pytest.approx([1.5e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
+    assert all(event["pairs"] == 32 and event["tokens"] % 64 == 0 for event in events["step"])
+    assert [event["lr"] for event in events["step"]] == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
 
 
 def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_run):

@@ -36,7 +36,7 @@ import data
 from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel
 
-BUILT_IN = dict(max_steps=2500, eval_pairs=4000, tokenizer_pairs=2000)
+BUILT_IN = dict(train_batch_size=32, max_steps=1400, eval_pairs=4000, tokenizer_pairs=2000)
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
 TOKENIZER_TEXTS = 200_000  # a tokenizer is trained on at most so many texts; more changes little and takes its time
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -97,10 +97,10 @@ def parse_flags():
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="(0)")
 
     flag = parser.add_argument_group("training").add_argument
-    flag("--per_device_train_batch_size", type=count, default=16, help="comparisons (16)")
+    flag("--per_device_train_batch_size", type=count, help=f"comparisons (16; built-in data: {BUILT_IN['train_batch_size']})")
     flag("--per_device_eval_batch_size", type=count, default=16, help="comparisons (16)")
     flag("--gradient_accumulation_steps", type=count, default=1, help="(1)")
-    flag("--learning_rate", type=positive, help="(5e-5; from scratch 1.5e-3)")
+    flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
     flag("--weight_decay", type=number(float, 0), default=0.0, help="on matrices only (0)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(1.0)")
     flag("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="(cosine)")
@@ -125,8 +125,10 @@ def parse_flags():
         parser.error(f"argument --n_head: found {args.n_head} for --n_embd {args.n_embd}; rotary positions need heads of even width")
     if args.eval_path and not args.data_path:
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
+    if args.per_device_train_batch_size is None:
+        args.per_device_train_batch_size = 16 if args.data_path else BUILT_IN["train_batch_size"]
     if args.learning_rate is None:
-        args.learning_rate = 5e-5 if args.model_name_or_path else 1.5e-3
+        args.learning_rate = 5e-5 if args.model_name_or_path else 2e-3
     return args
 
 
