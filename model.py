@@ -267,15 +267,14 @@ class GPT(nn.Module):
         state = {}
         for name, parameter in model.named_parameters():
             parts = []
-            for theirs in hf_names(config, name):
+            for theirs, rows in hf_parts(config, name, len(parameter)):
                 if theirs not in weights:
                     raise ValueError(f"{source}: weight {theirs} is missing")
-                parts.append(maybe_transpose(config, name, weights.pop(theirs)).float())
-            value = parts[0] if len(parts) == 1 else torch.cat(parts)
-            if value.shape != parameter.shape:
-                raise ValueError(f"{source}: weight {', '.join(hf_names(config, name))} makes a {name} of shape "
-                                 f"{list(value.shape)}; config.json asks for {list(parameter.shape)}")
-            state[name] = value.contiguous()
+                part, expected = weights.pop(theirs), maybe_transpose(config, name, parameter[:rows])
+                if part.shape != expected.shape:
+                    raise ValueError(f"{source}: weight {theirs} has shape {list(part.shape)}; config.json asks for {list(expected.shape)}")
+                parts.append(maybe_transpose(config, name, part).float())
+            state[name] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
         left_over = [name for name in weights if not name.endswith(family["ignored"])]
         if left_over:
             raise ValueError(f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
@@ -290,14 +289,11 @@ class GPT(nn.Module):
 
     def to_hf(self) -> dict[str, torch.Tensor]:
         """The weights under their Hugging Face names, without prefix: the inverse of `from_hf`."""
-        config, weights = self.config, {}
+        weights = {}
         for name, parameter in self.named_parameters():
-            theirs = hf_names(config, name)
-            sizes = [len(parameter) // len(theirs)] * len(theirs)
-            if len(theirs) == 3:  # queries, keys, values
-                sizes = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
-            for part_name, part in zip(theirs, parameter.detach().split(sizes)):
-                weights[part_name] = maybe_transpose(config, name, part).clone(memory_format=torch.contiguous_format)
+            names, rows = zip(*hf_parts(self.config, name, len(parameter)))
+            for theirs, part in zip(names, parameter.detach().split(rows)):
+                weights[theirs] = maybe_transpose(self.config, name, part).clone(memory_format=torch.contiguous_format)
         return weights
 
 
@@ -336,12 +332,18 @@ def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return F.pad(weight[:rows], (0, 0, 0, max(0, rows - len(weight))))
 
 
-def hf_names(config: GPTConfig, name: str) -> list[str]:
-    """`blocks.3.qkv.weight` -> the names under which Hugging Face keeps that parameter."""
+def hf_parts(config: GPTConfig, name: str, rows: int) -> list[tuple[str, int]]:
+    """The names under which Hugging Face keeps one of our parameters, and how many of its rows each of them has.
+
+    `blocks.3.qkv.weight` -> layer 3's q_proj, k_proj and v_proj in llama, c_attn alone in gpt2.
+    """
     module, kind = name.rsplit(".", 1)
     layer = re.search(r"\d+", module)
     theirs = FAMILIES[config.model_type]["names"][re.sub(r"\d+", "{}", module)]
-    return [f"{t.format(layer and layer[0])}.{kind}" for t in theirs]
+    shares = [rows // len(theirs)] * len(theirs)
+    if len(theirs) == 3:  # queries, keys, values
+        shares = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    return [(f"{t.format(layer and layer[0])}.{kind}", share) for t, share in zip(theirs, shares)]
 
 
 def maybe_transpose(config: GPTConfig, name: str, weight: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import FAMILIES, GPT, hf_names, read_checkpoint, resize_rows
+from model import FAMILIES, GPT, hf_parts, read_checkpoint, resize_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -256,7 +256,7 @@ class RewardModel(nn.Module):
         path.mkdir(parents=True, exist_ok=True)
         rows = 8 * math.ceil((tokenizer.vocab_size if tokenizer else config.vocab_size) / 8)
         weights = self.backbone.to_hf()
-        embed = hf_names(config, "embed.weight")[0]
+        (embed, _), = hf_parts(config, "embed.weight", rows)
         weights[embed] = resize_rows(weights[embed], rows)
         state = {f"rwtransformer.{name}": weight.cpu() for name, weight in weights.items()}
         torch.save(state | {"v_head.weight": self.v_head.weight.detach().cpu()}, path / "pytorch_model.bin")

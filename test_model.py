@@ -268,13 +268,14 @@ def broken(directory, change):
     (lambda config, weights: weights.pop("h.1.mlp.c_fc.bias"), ["h.1.mlp.c_fc.bias", "missing"]),
     (lambda config, weights: weights.update({"h.2.ln_1.weight": torch.ones(32)}), ["h.2.ln_1.weight", "not part of"]),
     (lambda config, weights: weights.update({"ln_f.bias": torch.ones(31)}), ["ln_f.bias", "[31]", "[32]"]),
+    (lambda config, weights: weights.update({"h.0.mlp.c_fc.weight": torch.ones(128, 32)}), ["h.0.mlp.c_fc.weight", "[128, 32]", "[32, 128]"]),
     (lambda config, weights: config.update(n_embd=64), ["wte.weight", "[96, 32]", "[96, 64]"]),
     (lambda config, weights: config.update(model_type="bert"), ["config.json", "'bert'", "gpt2", "llama"]),
     (lambda config, weights: config.pop("n_layer"), ["config.json", "n_layer", "missing"]),
     (lambda config, weights: config.update(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx", "True"]),
     (lambda config, weights: config.update(activation_function="swish2"), ["swish2", "gelu_new"]),
     (lambda config, weights: config.update(n_head=5), ["config.json", "32", "5"]),
-], ids=["missing", "left over", "shape", "width", "family", "key", "unsupported", "activation", "heads"])
+], ids=["missing", "left over", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads"])
 def test_bad_checkpoints_are_refused(change, words, tmp_path):
     directory = broken(tmp_path / "model", change)
     with pytest.raises(ValueError) as error:
