@@ -54,7 +54,7 @@ FAMILIES = {
             "blocks.{}.mlp_out": ["h.{}.mlp.c_proj"],
             "norm": ["ln_f"],
         },
-        ignored=("attn.bias", "attn.masked_bias", "lm_head.weight"),
+        ignored=("attn.bias", "attn.masked_bias"),
     ),
     "llama": dict(
         variant=dict(norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=10000.0),
@@ -77,13 +77,16 @@ FAMILIES = {
             "blocks.{}.mlp_out": ["layers.{}.mlp.down_proj"],
             "norm": ["norm"],
         },
-        ignored=("rotary_emb.inv_freq", "lm_head.weight"),
+        ignored=("rotary_emb.inv_freq",),
     ),
 }
 
 
-def unsupported(model_type):
-    raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+def family_of(model_type) -> dict:
+    """The row of FAMILIES. Raises ValueError where there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    return FAMILIES[model_type]
 
 
 @dataclass
@@ -113,8 +116,7 @@ class GPTConfig:
     token_ids: dict = field(default_factory=dict)  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
 
     def __post_init__(self):
-        family = FAMILIES.get(self.model_type) or unsupported(self.model_type)
-        for name, value in family["variant"].items():
+        for name, value in family_of(self.model_type)["variant"].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.n_kv_head = self.n_kv_head or self.n_head
@@ -134,9 +136,11 @@ class GPTConfig:
     @classmethod
     def from_hf(cls, hf: dict) -> "GPTConfig":
         """The config that a parsed Hugging Face config.json describes. Raises ValueError for what we cannot compute."""
-        family = FAMILIES.get(hf.get("model_type")) or unsupported(hf.get("model_type"))
+        family = family_of(hf.get("model_type"))
         # transformers 5 moved the two top-level rope keys into one dictionary.
         rope = hf.get("rope_parameters") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters is {rope!r}; expected an object")
         if rope.get("rope_type", "default") != "default":
             hf = {**hf, "rope_scaling": rope}
         hf = {"rope_theta": rope.get("rope_theta"), **hf}
@@ -147,6 +151,14 @@ class GPTConfig:
         missing = [family["config"][ours] for ours in ("vocab_size", "n_layer", "n_head", "n_embd") if ours not in given]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
+        if type(hf.get("pad_token_id")) not in (int, type(None)):
+            raise ValueError(f"pad_token_id is {hf['pad_token_id']!r}; expected a token id or null")
+        for ours, value in given.items():
+            kind = {"activation": str, "norm_eps": float, "rope_theta": float}.get(ours, int)
+            right = type(value) in (int, float) and value > 0 if kind is float else type(value) is kind and (kind is str or value > 0)
+            if not right:
+                expected = {str: "a name", float: "a number above 0", int: "a whole number above 0"}[kind]
+                raise ValueError(f"{family['config'][ours]} is {value!r}; expected {expected}")
         token_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
         return cls(model_type=hf["model_type"], **given, token_ids=token_ids)
 
@@ -261,7 +273,8 @@ class GPT(nn.Module):
         except ValueError as error:
             raise ValueError(f"{source}/config.json: {error}") from None
         family = FAMILIES[config.model_type]
-        weights = {name.removeprefix(family["prefix"]): weight for name, weight in weights.items()}
+        for prefix in ("rwtransformer.", "rwtranrsformer.", family["prefix"]):  # DeepSpeed-Chat's, in both its spellings
+            weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
         with torch.device("meta"):  # shapes without memory: the checkpoint's tensors become the parameters
             model = cls(config)
         state = {}
@@ -275,7 +288,7 @@ class GPT(nn.Module):
                     raise ValueError(f"{source}: weight {theirs} has shape {list(part.shape)}; config.json asks for {list(expected.shape)}")
                 parts.append(maybe_transpose(config, name, part).float())
             state[name] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-        left_over = [name for name in weights if not name.endswith(family["ignored"])]
+        left_over = [name for name in weights if not name.endswith((*family["ignored"], "lm_head.weight", "v_head.weight"))]
         if left_over:
             raise ValueError(f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
                              f"{config.n_layer} layers (config.json)")
@@ -367,21 +380,20 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
         raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
-    safe, pickled = path / "model.safetensors", path / "pytorch_model.bin"
-    file = safe if safe.exists() else pickled
+    file, load = path / "pytorch_model.bin", partial(torch.load, map_location="cpu", weights_only=True)
+    if (path / "model.safetensors").exists():
+        file = path / "model.safetensors"
+        try:
+            from safetensors.torch import load_file as load
+        except ImportError:
+            raise ValueError(f"{file}: reading it needs `pip install safetensors`") from None
     if not file.exists():
         raise ValueError(f"{path}: neither model.safetensors nor pytorch_model.bin there")
-    if file == safe:
-        try:
-            from safetensors.torch import load_file
-        except ImportError:
-            raise ValueError(f"{safe}: reading it needs `pip install safetensors`") from None
     try:
-        weights = load_file(safe) if file == safe else torch.load(pickled, map_location="cpu", weights_only=True)
+        weights = load(file)
     except Exception as error:  # each library has its own kinds of exception for a cut or foreign file
-        raise ValueError(f"{file}: cannot be read as weights ({first_line(error)})") from None
+        reason = f"{type(error).__name__}: {error}".splitlines()
+        raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
+    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+        raise ValueError(f"{file}: expected a dictionary of names and tensors, found something else")
     return hf, weights
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

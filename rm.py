@@ -18,6 +18,7 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -65,10 +66,12 @@ def pairwise_loss(
         raise ValueError(f"rewards: expected float32 or float64 of shape {list(ids.shape)}, that of input_ids; "
                          f"found {rewards.dtype} of shape {list(rewards.shape)}")
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
+    if mask is not None:  # ids in front of a text and behind it are not compared
+        ids = ids.masked_fill((mask.cumsum(1) == 0) | (mask.flip(1).cumsum(1).flip(1) == 0), pad_id)
     B = len(ids) // 2
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
-        start, stop = divergent_region(ids, ends, chosen, rejected, has_mask=mask is not None)  # 4. find the divergence
+        start, stop = divergent_region(ids, ends, chosen, rejected)  # 4. find the divergence
         losses.append(pair_loss(rewards[chosen, start:stop], rewards[rejected, start:stop]))  # 5. mean over the region
         chosen_scores.append(rewards[chosen, ends[chosen] - 1])
         rejected_scores.append(rewards[rejected, ends[rejected] - 1])
@@ -79,7 +82,7 @@ def pairwise_loss(
     }
 
 
-def divergent_region(ids, ends: list[int], chosen: int, rejected: int, has_mask: bool) -> tuple[int, int]:
+def divergent_region(ids, ends: list[int], chosen: int, rejected: int) -> tuple[int, int]:
     """(start, stop) of the positions that the loss of the pair of rows `chosen`, `rejected` reads.
 
     The texts diverge where their ids first differ, or where exactly one of them has ended; the region reaches from
@@ -92,7 +95,7 @@ def divergent_region(ids, ends: list[int], chosen: int, rejected: int, has_mask:
         return differing[0], longer
     if shorter < longer:
         return shorter, longer
-    if differing and not has_mask:
+    if differing:  # behind both ends, so by the pad id alone
         raise ValueError(
             f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {longer} ends both texts before they first "
             f"differ, at column {differing[0]}; pass an attention_mask, which tells where texts end")
@@ -124,7 +127,7 @@ def text_ends(ids, pad_id: int, num_padding_at_beginning: int, mask) -> list[int
 
 
 def check_batch(input_ids, pad_id, attention_mask, pairs=False, vocab_size=None):
-    """Raise ValueError for a batch of wrong shape or content. Returns ids and mask on the CPU: one copy, no further sync."""
+    """Raise ValueError for a batch of wrong shape or content. Returns ids and mask on the CPU, where ends are searched for."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
         raise ValueError(f"input_ids: expected integers of shape (rows, length), found {input_ids.dtype} of shape "
                          f"{list(input_ids.shape)}")
@@ -166,6 +169,7 @@ class RewardModel(nn.Module):
         self.v_head = nn.Linear(backbone.config.n_embd, 1, bias=False)
         self.pad_id = pad_id
         self.num_padding_at_beginning = num_padding_at_beginning
+        self.has_fresh_head = True  # nothing has trained it
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """Rewards and loss of a batch of pairs. Takes, returns and raises what `pairwise_loss` does.
@@ -222,26 +226,31 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, path, pad_id: int | None = None, num_padding_at_beginning: int | None = None) -> "RewardModel":
         """A reward model from a directory: a Hugging Face backbone (the value head is fresh), or one of `save_pretrained`.
 
-        pad_id: None takes `pad_token_id` of config.json; where that has none, a new id right after the vocabulary. A
-        pad_id beyond the embedding adds rows of zeros up to it. num_padding_at_beginning: None takes what config.json
+        pad_id: None takes `pad_token_id` of config.json; where that has none, the tokenizer's (`data.load_tokenizer`), or
+        without one a new id right after the vocabulary. A pad_id beyond the embedding adds rows of zeros up to it. num_padding_at_beginning: None takes what config.json
         says, else 1 where texts begin with a bos that is also the pad, else 0. Raises ValueError that names the file.
         """
         hf, weights = read_checkpoint(path)
-        head = weights.pop("v_head.weight", None)
-        backbone = GPT.from_hf(hf, {name.removeprefix("rwtransformer.").removeprefix("rwtranrsformer."): w for name, w in weights.items()}, source=path)
+        backbone = GPT.from_hf(hf, weights, source=path)
         if pad_id is None:
-            recorded = hf.get("pad_token_id")
-            pad_id = backbone.config.vocab_size if recorded is None else recorded
+            pad_id = hf.get("pad_token_id")
+        if pad_id is None and (Path(path) / "tokenizer.model").is_file():
+            from data import load_tokenizer
+
+            pad_id = load_tokenizer(path).pad_id
+        if pad_id is None or pad_id < 0:  # Llama 1 says "none" by -1
+            pad_id = backbone.config.vocab_size
         if num_padding_at_beginning is None:
             bos = hf.get("bos_token_id") if FAMILIES[hf["model_type"]]["bos_in_front"] else None
             num_padding_at_beginning = hf.get("num_padding_at_beginning", int(bos == pad_id))
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
         model = cls(backbone, pad_id, num_padding_at_beginning)
-        if head is not None:
+        if (head := weights.get("v_head.weight")) is not None:
             if head.shape != model.v_head.weight.shape:
                 raise ValueError(f"{path}: weight v_head.weight has shape {list(head.shape)}; "
                                  f"expected {list(model.v_head.weight.shape)}")
             model.v_head.weight.data.copy_(head)
+            model.has_fresh_head = False
         return model
 
     def save_pretrained(self, path, layout: str = "deepspeed-chat", tokenizer=None):
@@ -290,7 +299,7 @@ def score(model: RewardModel, sequences: list[list[int]], batch_size: int) -> li
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Score the responses in a file. One JSON line a row, in the file's order: "
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Score the responses in a file. One JSON line a row, in the file's order: "
                                                  '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.')
     parser.add_argument("checkpoint", help="a directory with a trained reward model and its tokenizer")
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
@@ -302,9 +311,15 @@ def main():
 
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
+    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
+        parser.error(f"argument --out: found {args.out}; expected a file in a directory that exists")
+    if args.out and Path(args.out).resolve() == Path(args.file).resolve():
+        parser.error(f"argument --out: found {args.out}, which is the file to score; give another")
     try:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model = RewardModel.from_pretrained(args.checkpoint).eval().to(device)
+        if model.has_fresh_head:
+            raise ValueError(f"{args.checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)")
         tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
         longest = model.backbone.config.n_positions
         max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
@@ -312,7 +327,8 @@ def main():
             parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has")
         margins = []
         comparisons = load_comparisons(args.file, min_responses=1)
-        with open(args.out, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
+        unfinished = args.out and args.out + ".part"  # so that an --out of before stays until there is a whole new one
+        with open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
             while window := list(itertools.islice(comparisons, 64 * args.batch_size)):  # within it, batches by length
                 sequences = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
                 scores = iter(score(model, [s for group in sequences for s in group], args.batch_size))
@@ -321,6 +337,8 @@ def main():
                     margins += [a - b for a, b in itertools.combinations(row, 2)]
                     out.write(json.dumps({"scores": row} if len(row) > 1 else {"score": row[0]}) + "\n")
                 bar.update(len(window))
+        if args.out:
+            os.replace(unfinished, args.out)
     except (ValueError, OSError) as error:
         sys.exit(f"rm.py: error: {error}")
     if margins:

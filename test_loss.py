@@ -51,27 +51,27 @@ def test_deepspeed_chat(case):
     assert worst < 1e-12
 
 
-def shorter_end(ids, ends, chosen, rejected, has_mask):
-    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+def shorter_end(ids, ends, chosen, rejected):
+    start, stop = divergent_region(ids, ends, chosen, rejected)
     return start, max(start + 1, min(ends[chosen], ends[rejected]))
 
 
-def whole_row(ids, ends, chosen, rejected, has_mask):
+def whole_row(ids, ends, chosen, rejected):
     return 0, ids.shape[1]
 
 
-def one_too_early(ids, ends, chosen, rejected, has_mask):
-    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+def one_too_early(ids, ends, chosen, rejected):
+    start, stop = divergent_region(ids, ends, chosen, rejected)
     return start - 1, stop
 
 
-def one_too_late(ids, ends, chosen, rejected, has_mask):
-    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+def one_too_late(ids, ends, chosen, rejected):
+    start, stop = divergent_region(ids, ends, chosen, rejected)
     return min(start + 1, stop - 1), stop
 
 
-def last_token_alone(ids, ends, chosen, rejected, has_mask):
-    start, stop = divergent_region(ids, ends, chosen, rejected, has_mask)
+def last_token_alone(ids, ends, chosen, rejected):
+    start, stop = divergent_region(ids, ends, chosen, rejected)
     return stop - 1, stop
 
 
@@ -170,6 +170,16 @@ def test_ids_beyond_both_ends_do_not_count():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]])
     out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)  # identical texts
     assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [3]), abs=1e-12)
+
+
+def test_ids_in_front_of_a_left_padded_pair_do_not_count():
+    """As step 3 pads prompts. Where both rows begin at the same column, a mask tells all there is to know."""
+    ids, rewards = batch([7, 1, 2, 0], [8, 1, 2, 3])
+    mask = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1]])
+    out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)
+    assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [3]), abs=1e-12)
+    assert out["chosen_mean_scores"].item() == rewards[0, 2].item()
+    assert out["rejected_mean_scores"].item() == rewards[1, 3].item()
 
 
 def test_brute_force():

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import data
 from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel
 
@@ -187,12 +188,19 @@ def test_gradient_of_every_parameter_is_the_finite_difference(model_type):
         assert ((up - down) / (2 * step)).item() == pytest.approx((parameter.grad * direction).sum().item(), rel=1e-6), name
 
 
-def test_dropout_is_active_in_training_alone():
+def test_dropout_is_active_in_training_alone(monkeypatch):
     torch.manual_seed(0)
-    model, ids = GPT(small("gpt2", dropout=0.5)), torch.randint(0, 50, (1, 8))
+    model, ids = GPT(small("gpt2", dropout=0.5, n_layer=1)), torch.randint(0, 50, (1, 8))
+    dropped = []
+    real = torch.nn.functional.dropout, torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, p, training=True: dropped.append(p * training) or real[0](x, p, training))
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention",
+                        lambda *a, **k: dropped.append(k["dropout_p"]) or real[1](*a, **k))
     assert not torch.equal(model(ids), model(ids))
+    assert dropped == [0.5] * 8  # twice: embedding, attention weights, and the two sums of the one layer
     model.eval()
     assert torch.equal(model(ids), model(ids))
+    assert dropped[8:] == [0.0] * 8
 
 
 def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
@@ -240,6 +248,70 @@ def test_saved_model_is_loaded_as_it_was(model_type, tmp_path):
     assert embed[50:].count_nonzero() == 0
 
 
+def test_embedding_is_saved_with_the_rows_that_the_tokenizer_needs(tmp_path):
+    """DeepSpeed-Chat's step 3 resizes to 8 * ceil(length of the tokenizer / 8), also where the model had more rows."""
+    tokenizer = data.train_tokenizer(["a few words", "and some more"], 290)
+    model = RewardModel(GPT(small("llama", vocab_size=400)), pad_id=tokenizer.pad_id)
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert len(weights["rwtransformer.embed_tokens.weight"]) == 8 * -(-tokenizer.vocab_size // 8) < 400
+    assert data.load_tokenizer(tmp_path).encode("some words") == tokenizer.encode("some words")
+    assert RewardModel.from_pretrained(tmp_path).pad_id == tokenizer.pad_id
+
+
+def test_backbone_of_a_trained_model_loads_as_a_backbone(tmp_path):
+    """Also in the other spelling of the prefix that versions of DeepSpeed-Chat have."""
+    model = RewardModel(GPT(small("gpt2", vocab_size=48)), pad_id=0)
+    model.save_pretrained(tmp_path)
+    ids = torch.randint(0, 48, (2, 5))
+    assert torch.equal(GPT.from_pretrained(tmp_path)(ids), model.backbone(ids))
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    old = {name.replace("rwtransformer", "rwtranrsformer"): weight for name, weight in weights.items()}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    assert torch.equal(RewardModel.from_pretrained(tmp_path).backbone(ids), model.backbone(ids))
+
+
+@pytest.mark.parametrize("model_type, token_ids, expected", [
+    ("llama", {"bos_token_id": 1, "pad_token_id": 1}, (1, 1)),
+    ("llama", {"bos_token_id": 1, "pad_token_id": 2}, (2, 0)),
+    ("llama", {"bos_token_id": 1, "pad_token_id": None}, (48, 0)),  # a new id right after the vocabulary
+    ("llama", {"bos_token_id": 1, "pad_token_id": -1}, (48, 0)),  # Llama 1's way to say "none"
+    ("gpt2", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),  # gpt2 puts no bos in front
+])
+def test_padding_follows_from_the_directory(model_type, token_ids, expected, tmp_path):
+    backbone = GPT(small(model_type, vocab_size=48, token_ids=token_ids))
+    (tmp_path / "config.json").write_text(json.dumps(backbone.config.to_hf()))
+    torch.save(backbone.to_hf(), tmp_path / "pytorch_model.bin")
+    model = RewardModel.from_pretrained(tmp_path)
+    assert (model.pad_id, model.num_padding_at_beginning) == expected
+    given = RewardModel.from_pretrained(tmp_path, pad_id=3, num_padding_at_beginning=2)
+    assert (given.pad_id, given.num_padding_at_beginning) == (3, 2)
+
+
+def test_padding_is_the_tokenizers_where_config_says_nothing(tmp_path):
+    data.train_tokenizer(["a few words", "and some more"], 290).save(tmp_path)
+    backbone = GPT(small("llama", vocab_size=300))
+    (tmp_path / "config.json").write_text(json.dumps(backbone.config.to_hf()))
+    torch.save(backbone.to_hf(), tmp_path / "pytorch_model.bin")
+    assert RewardModel.from_pretrained(tmp_path).pad_id == data.load_tokenizer(tmp_path).pad_id == 0
+
+
+def test_rewards_of_a_half_precision_model_are_float32():
+    model = RewardModel(GPT(small("llama")), pad_id=0).bfloat16()
+    out = model(torch.tensor([[1, 2, 3], [1, 4, 0]]))
+    assert {value.dtype for value in out.values()} == {torch.float32}
+
+
+def test_fresh_weights_have_gpt2s_standard_deviations():
+    """0.02 at width 768; what writes to the residual stream is divided by the square root of the number of writes."""
+    torch.manual_seed(0)
+    blocks = GPT(small("gpt2", n_embd=192, n_layer=8)).blocks
+    std = 0.02 * 2  # a quarter of the width
+    for name, expected in (("qkv", std), ("mlp_in", std), ("attn_out", std / 4), ("mlp_out", std / 4)):
+        weights = torch.stack([getattr(block, name).weight.detach() for block in blocks])
+        assert weights.std().item() == pytest.approx(expected, rel=0.02), name
+
+
 def test_pad_id_beyond_the_embedding_adds_rows_of_zeros():
     model = RewardModel.from_pretrained(TESTDATA / "gpt2")  # its config.json has no pad id: a new one behind the vocabulary
     assert model.pad_id == 96
@@ -275,7 +347,14 @@ def broken(directory, change):
     (lambda config, weights: config.update(scale_attn_by_inverse_layer_idx=True), ["scale_attn_by_inverse_layer_idx", "True"]),
     (lambda config, weights: config.update(activation_function="swish2"), ["swish2", "gelu_new"]),
     (lambda config, weights: config.update(n_head=5), ["config.json", "32", "5"]),
-], ids=["missing", "left over", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads"])
+    (lambda config, weights: config.update(n_head=0), ["config.json", "n_head", "0"]),
+    (lambda config, weights: config.update(n_layer="2"), ["config.json", "n_layer", "'2'"]),
+    (lambda config, weights: config.update(layer_norm_epsilon="x"), ["config.json", "layer_norm_epsilon", "'x'"]),
+    (lambda config, weights: config.update(pad_token_id="0"), ["config.json", "pad_token_id", "'0'"]),
+    (lambda config, weights: config.update(model_type=[]), ["config.json", "[]", "gpt2"]),
+    (lambda config, weights: weights.update({"ln_f.bias": [1.0] * 32}), ["pytorch_model.bin", "tensors"]),
+], ids=["missing", "left over", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads", "no heads", "text for a number", "text for eps", "text for an id", "list for a family",
+        "list for a weight"])
 def test_bad_checkpoints_are_refused(change, words, tmp_path):
     directory = broken(tmp_path / "model", change)
     with pytest.raises(ValueError) as error:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +38,12 @@ def train_ok(output_dir, *arguments, processes=0):
     assert done.returncode == 0, done.stderr
     events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return done, {kind: [event for event in events if event["event"] == kind] for kind in ("step", "eval")}
+
+
+def flags(monkeypatch, *arguments):
+    """The parsed flags of train.py with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *map(str, arguments)])
+    return train.parse_flags()
 
 
 def write_rows(path, n, seed=0, ranking=()):
@@ -97,6 +105,7 @@ def test_calibration_error_by_hand():
     margin = torch.tensor([logit(0.6), -logit(0.6), logit(0.88)], dtype=torch.float64)
     assert train.calibration_error(margin) == pytest.approx(2 / 3 * abs(0.5 - 0.6) + 1 / 3 * abs(1 - 0.88), abs=1e-12)
     assert train.calibration_error(torch.tensor([40.0])) == pytest.approx(0.0, abs=1e-12)  # confidence 1 is in the last bin
+    assert math.isnan(train.calibration_error(torch.tensor([math.nan])))
 
 
 def test_weight_decay_is_on_matrices_only(capsys):
@@ -108,6 +117,46 @@ def test_weight_decay_is_on_matrices_only(capsys):
     assert all("norm" in names[id(p)] or names[id(p)].endswith("bias") for p in kept["params"])
     assert len(decayed["params"]) + len(kept["params"]) == len(names)
     assert "v_head.weight" in {names[id(p)] for p in decayed["params"]}
+
+
+def test_evaluation_leaves_the_model_in_training_mode(monkeypatch):
+    args = flags(monkeypatch, "--dropout", 0.5)
+    model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4, dropout=0.5)), 0)
+    dataset = data.TokenizedData([[[1, 2], [1, 3]]], [None])
+    first, second = (train.evaluate(model, dataset, args, train.Process(), step=0) for _ in range(2))
+    assert first == second  # no dropout in an evaluation
+    assert model.training
+
+
+def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_path):
+    """Of two files, each split 1:2:1 as DeepSpeed-Chat splits it; nothing is in both parts, and both files are."""
+    paths = [write_rows(tmp_path / "a.jsonl", 40), write_rows(tmp_path / "b.jsonl", 60, seed=1)]
+    for path in paths:  # numbered, to be told apart
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps({**row, "prompt": f"{path.stem}{i}"}) + "\n" for i, row in enumerate(rows)))
+    args = flags(monkeypatch, "--data_path", *paths, "--data_split", "1,2,1", "--eval_fraction", 0.2, "--seed", 3)
+    training, held_out = ([comparison.prompt for comparison in part] for part in train.load_data(args))
+    share = set()
+    for path, n in zip(paths, (40, 60)):
+        order = np.arange(n)
+        np.random.RandomState(3).shuffle(order)
+        share |= {f"{path.stem}{i}" for i in order[n // 4 : 3 * n // 4]}
+    assert (len(training), len(held_out)) == (40, 10)
+    assert set(training) | set(held_out) == share
+    assert {prompt[0] for prompt in held_out} == {"a", "b"}
+
+
+def test_fresh_value_head_follows_from_the_seed(monkeypatch, tmp_path, built_in_run):
+    output_dir = shutil.copytree(built_in_run[0], tmp_path / "backbone")
+    weights = torch.load(output_dir / "pytorch_model.bin", weights_only=True)
+    del weights["v_head.weight"]
+    torch.save(weights, output_dir / "pytorch_model.bin")
+    args = ["--model_name_or_path", output_dir, "--max_seq_len", 64, "--data_path", write_rows(tmp_path / "rows.jsonl", 30)]
+    heads = []
+    for seed in (1, 1, 2):
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--seed", str(seed)])
+        heads.append(train.prepare(train.parse_flags(), train.Process())[0].v_head.weight)
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -177,8 +226,57 @@ def test_score_program(built_in_run, tmp_path):
     singles.write_text("\n".join(json.dumps({"prompt": row["prompt"], "response": row["chosen"]}) for row in rows if "chosen" in row))
     done = run("rm.py", output_dir, singles, "--out", tmp_path / "scores.jsonl")
     assert done.returncode == 0, done.stderr
+    for missing, words in ((singles, "which is the file to score"), (tmp_path / "missing.jsonl", "no such file")):
+        before = (tmp_path / "scores.jsonl").read_text()
+        out = singles if missing == singles else tmp_path / "scores.jsonl"
+        refused = run("rm.py", output_dir, missing, "--out", out)
+        assert refused.returncode != 0 and words in refused.stderr.splitlines()[-1]
+        assert (tmp_path / "scores.jsonl").read_text() == before and singles.read_text() != ""
     got = [json.loads(line)["score"] for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert got == pytest.approx([s[0] for s in scores if len(s) == 2], abs=1e-5)
+
+
+def test_run_by_hand(monkeypatch, tmp_path):
+    """Five steps of a run, with all that shapes an update, done again with PyTorch's and transformers' own parts."""
+    from transformers import get_scheduler
+
+    rows, held_out = write_rows(tmp_path / "rows.jsonl", 20), write_rows(tmp_path / "held_out.jsonl", 2, seed=9)
+    arguments = ["--data_path", rows, "--eval_path", held_out, "--per_device_train_batch_size", 8, "--max_steps", 5, "--learning_rate", 1e-2,
+                 "--lr_scheduler_type", "linear", "--num_warmup_steps", 2, "--weight_decay", 0.5, "--max_grad_norm", 0.05,
+                 "--truncation_side", "right", "--max_seq_len", 24, "--seed", 5]
+    _, events = train_ok(tmp_path / "out", *arguments)
+    tokenizer = data.load_tokenizer(tmp_path / "out")
+    args = flags(monkeypatch, *arguments)
+    torch.manual_seed(5)
+    model = train.new_model(args, tokenizer)
+    decayed = [p for name, p in model.named_parameters() if not name.endswith("bias") and "norm" not in name]
+    rest = [p for name, p in model.named_parameters() if name.endswith("bias") or "norm" in name]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.5}, {"params": rest, "weight_decay": 0.0}], lr=1e-2, betas=(0.9, 0.95))
+    scheduler = get_scheduler("linear", optimizer, num_warmup_steps=2, num_training_steps=5)
+    comparisons = list(data.load_comparisons(rows))
+    order = np.arange(20)  # the whole file is the default share, in DeepSpeed-Chat's order
+    np.random.RandomState(5).shuffle(order)
+    pairs = [[([tokenizer.bos_id] + tokenizer.encode(comparisons[i].prompt + response) + [tokenizer.eos_id])[:24]
+              for response in comparisons[i].responses] for i in order]
+    pairs = [pair for pair in pairs if pair[0] != pair[1]]  # cut at 24 tokens, some are identical
+    assert 16 < len(pairs) < 20 and max(len(ids) for pair in pairs for ids in pair) == 24
+    epochs = [np.random.RandomState([5, epoch]).permutation(len(pairs)) for epoch in (0, 1)]
+    batches = [epoch[start : start + 8] for epoch in epochs for start in (0, 8, 16)]
+    for batch, event in zip(batches, events["step"]):
+        ids = [pairs[i][which] for which in (0, 1) for i in batch]
+        loss = model(*data.pad_rows(ids, tokenizer.pad_id))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05).item()
+        assert event["lr"] == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+        assert event["loss"] == pytest.approx(loss.item(), abs=1e-5)
+        assert event["grad_norm"] == pytest.approx(grad_norm, rel=1e-3)
+    saved = rm.RewardModel.from_pretrained(tmp_path / "out")
+    for (name, expected), parameter in zip(model.named_parameters(), saved.parameters()):
+        # on average, since Adam turns a gradient of rounding errors alone into a step of any sign
+        assert (parameter[: len(expected)] - expected).abs().mean() < 1e-4, name
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +339,7 @@ def watched(model, args, process):
         others = [torch.empty_like(mine) for _ in range(process.world_size)]
         dist.all_gather(others, mine)
         process.print(f"ranks agree: {{all(torch.equal(mine, other) for other in others)}}")
+        print(f"dropout seed {{torch.initial_seed()}}", flush=True)
     optimizer.step = step_and_compare
     return optimizer
 
@@ -257,6 +356,7 @@ def test_parameters_stay_equal_across_ranks(files, tmp_path):
                "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--dropout", 0.1, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ranks agree: True") == 7
+    assert len(set(re.findall(r"dropout seed \d+", done.stdout))) == 2
 
 
 def test_training_lowers_the_loss_on_what_it_is_trained_on(files, tmp_path):
@@ -281,11 +381,13 @@ def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
 def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
     for number in (1, 2):
         (tmp_path / "pytorch_model.bin").write_text(f"model {number}")
+        (tmp_path / "model.safetensors").write_text("would be taken for the new model")
         (tmp_path / "notes.txt").write_text("not ours")
         train.open_output(tmp_path, train.Process()).write(f"metrics {number}")
     assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
     assert (tmp_path / "earlier-2" / "metrics.jsonl").read_text() == "metrics 1"
+    assert not (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "metrics.jsonl").exists() and (tmp_path / "notes.txt").read_text() == "not ours"
     assert f"{tmp_path}/earlier-2" in capsys.readouterr().out
 
@@ -353,7 +455,8 @@ def test_bad_data(content, words, monkeypatch, capsys, tmp_path):
 
 def test_model_directory_is_checked_before_the_data_and_both_before_a_tokenizer_is_trained(monkeypatch, capsys, tmp_path, built_in_run):
     missing_data = ["--data_path", tmp_path / "missing.jsonl"]
-    assert "no/model" in complaint(monkeypatch, capsys, "--model_name_or_path", "no/model", *missing_data)
+    line = complaint(monkeypatch, capsys, "--model_name_or_path", "no/model", *missing_data)
+    assert "--model_name_or_path no/model: no such directory" in line
     monkeypatch.setattr(data, "train_tokenizer", lambda *_: pytest.fail("trained a tokenizer before it looked at the data"))
     assert "missing.jsonl" in complaint(monkeypatch, capsys, *missing_data)
 
@@ -376,6 +479,24 @@ def test_vocabulary_too_small_for_the_text_is_said_with_what_it_needs(monkeypatc
     assert "--vocab_size" in line and "310" in line
     needed = int(line.split("; ")[1].split()[0])
     assert data.train_tokenizer((row["prompt"] + row["chosen"] for row in rows), needed).text_size == needed
+
+
+def test_training_that_diverges_stops_before_it_spoils_the_weights(tmp_path):
+    """The step is not taken and not logged; what was logged before stays valid JSON."""
+    done = run("train.py", *TINY, "--output_dir", tmp_path, "--learning_rate", 1e30, "--max_grad_norm", 1e30, "--eval_iters", 1)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train.py: error: at step" in done.stderr.splitlines()[-1] and "--learning_rate" in done.stderr.splitlines()[-1]
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_backbone_without_a_value_head_is_not_scored_with(tmp_path):
+    data.train_tokenizer(["a few words"], 290).save(tmp_path)
+    backbone = train.GPT(train.GPTConfig("llama", n_layer=1, n_embd=8, n_head=2, vocab_size=290, n_positions=64))
+    (tmp_path / "config.json").write_text(json.dumps(backbone.config.to_hf()))
+    torch.save(backbone.to_hf(), tmp_path / "pytorch_model.bin")
+    done = run("rm.py", tmp_path, write_rows(tmp_path / "rows.jsonl", 2))
+    assert done.returncode == 1 and "no v_head.weight" in done.stderr.splitlines()[-1] and done.stdout == ""
 
 
 def test_output_directory_that_cannot_be_written_to(monkeypatch, capsys, tmp_path):

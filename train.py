@@ -45,18 +45,21 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 # Flags
 
 
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: a finite int or float from `low` (or above it) to `high`."""
+def number(kind, low, high=None, above=False):
+    """An argparse type: an int or float from `low` (or above it) to `high`, if need be the largest one of its kind."""
+    limit = high if high is not None else {int: 2**31 - 1, float: sys.float_info.max}[kind]
+
     def parse(text):
         try:
             value = kind(text)
-            if low <= value <= high and math.isfinite(value) and not (above and value == low):
+            if low <= value <= limit and not (above and value == low):
                 return value
         except ValueError:
             pass
         what = {int: "a whole number", float: "a number"}[kind]
-        bounds = f"{'above' if above else 'from'} {low}" + (f" to {high}" if high < math.inf else "")
+        bounds = f"{'above' if above else 'from'} {low}" + (f" to {limit}" if high or kind is int else "")
         raise argparse.ArgumentTypeError(f"found {text!r}; expected {what} {bounds}")
+
     return parse
 
 
@@ -74,26 +77,26 @@ def shares(text):
 
 def parse_flags():
     parser = argparse.ArgumentParser(description="Train a reward model on pairs of responses.", allow_abbrev=False)
-    count, positive = number(int, 1), number(float, 0, above=True)
+    count, size, positive = number(int, 1), number(int, 1, 2**16), number(float, 0, above=True)
     flag = parser.add_argument_group("data").add_argument
     flag("--data_path", nargs="+", metavar="FILE", help="comparisons: .jsonl, .jsonl.gz or .json (default: built-in data)")
     flag("--data_split", type=shares, default=[0.0, 1.0, 0.0], metavar="A,B,C",
          help="shares of the three RLHF stages; B's rows are used, the same as in DeepSpeed-Chat (0,1,0: all)")
     flag("--eval_path", nargs="+", metavar="FILE", help="comparisons to evaluate on (default: a part of --data_path)")
     flag("--eval_fraction", type=number(float, 0, 0.9, above=True), default=0.05, help="that part: the last of the shuffled data (0.05)")
-    flag("--max_seq_len", type=number(int, 2), default=512, help="tokens; longer sequences are truncated (512)")
+    flag("--max_seq_len", type=number(int, 2, 2**20), default=512, help="tokens; longer sequences are truncated (512)")
     flag("--truncation_side", choices=("left", "right"), default="left", help="right is DeepSpeed-Chat's (left)")
     flag("--tokenizer_path", metavar="PATH", help="a tokenizer (default: the model's; from scratch, one trained on the data)")
-    flag("--pad_id", type=number(int, 0), help="padding's id (default: the tokenizer's own, or a new one)")
+    flag("--pad_id", type=number(int, 0, 2**24), help="padding's id (default: the tokenizer's own, or a new one)")
     flag("--num_padding_at_beginning", type=number(int, 0), help="leading pad ids that belong to a text (default: 1 where bos is the pad, else 0)")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", metavar="DIR", help="a pre-trained model (default: from scratch, by the next five)")
     flag("--model_type", choices=list(FAMILIES), help="(llama)")
-    flag("--n_layer", type=count, help="(4)")
-    flag("--n_head", type=count, help="(4)")
-    flag("--n_embd", type=count, help="(96)")
-    flag("--vocab_size", type=number(int, 300), help="at most; a small text supports fewer pieces (8000)")
+    flag("--n_layer", type=size, help="(4)")
+    flag("--n_head", type=size, help="(4)")
+    flag("--n_embd", type=size, help="(96)")
+    flag("--vocab_size", type=number(int, 300, 2**24), help="at most; a small text supports fewer pieces (8000)")
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="(0)")
 
     flag = parser.add_argument_group("training").add_argument
@@ -123,6 +126,8 @@ def parse_flags():
         parser.error(f"argument --n_head: found {args.n_head}, which does not divide --n_embd {args.n_embd}")
     if args.model_type == "llama" and args.n_embd // args.n_head % 2:
         parser.error(f"argument --n_head: found {args.n_head} for --n_embd {args.n_embd}; rotary positions need heads of even width")
+    if not args.output_dir or args.model_name_or_path and Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():
+        parser.error(f"argument --output_dir: found {args.output_dir!r}; expected a directory that is not that of --model_name_or_path")
     if args.eval_path and not args.data_path:
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
     if args.per_device_train_batch_size is None:
@@ -169,18 +174,16 @@ class Process:
 
 def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) -> float:
     """The learning rate of optimizer step `step` (from 0) of `total`: as transformers' `get_scheduler`, so DeepSpeed-Chat's."""
-    if kind == "constant":
-        return peak
-    if step < warmup:
+    if step < warmup and kind != "constant":
         return peak * step / warmup
     remaining = max(0.0, (total - step) / max(1, total - warmup))  # 1 after warm-up, 0 at the end
-    return {
-        "constant_with_warmup": peak,
-        "linear": peak * remaining,
-        "polynomial": 1e-7 + (peak - 1e-7) * remaining,  # of degree 1, to 1e-7
-        "cosine": peak * 0.5 * (1 - math.cos(math.pi * remaining)),
-        "cosine_with_restarts": peak * 0.5 * (1 - math.cos(math.pi * remaining)),  # with one cycle there is no restart
-    }[kind]
+    if kind == "linear":
+        return peak * remaining
+    if kind == "polynomial":  # of degree 1, to 1e-7
+        return 1e-7 + (peak - 1e-7) * remaining
+    if kind in ("cosine", "cosine_with_restarts"):  # with one cycle, which is the default, there is no restart
+        return peak * 0.5 * (1 - math.cos(math.pi * remaining))
+    return peak
 
 
 @functools.lru_cache(maxsize=2)
@@ -222,7 +225,7 @@ def calibration_error(margin: torch.Tensor) -> float:
     margin: (N,), chosen minus rejected end score. 10 equal bins of the confidence max(p, 1 - p) over [0.5, 1].
     """
     confidence, right = torch.sigmoid(margin.abs()), (margin > 0).double()
-    bins = ((confidence - 0.5) * 20).long().clamp(max=9)
+    bins = torch.bucketize(confidence, torch.linspace(0.5, 1, 11, dtype=confidence.dtype)[1:-1], right=True)
     gaps = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, right - confidence.double())
     return float(gaps.abs().sum()) / len(margin)
 
@@ -233,18 +236,17 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
     n = len(dataset.groups)
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
-    mine = range(process.rank, n, process.world_size)
+    groups, rewards = (column[process.rank : n : process.world_size] for column in (dataset.groups, dataset.rewards))
     loss, chosen, rejected, true_margin = 0.0, [], [], []
     model.eval()
-    batches = micro_batches([dataset.groups[i] for i in mine], args.per_device_eval_batch_size)
+    batches = micro_batches(groups, args.per_device_eval_batch_size)
     for batch in tqdm(batches, desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
-        batch = [mine[i] for i in batch]
-        out = model(*collate([dataset.groups[i] for i in batch], model.pad_id, process.device))
+        out = model(*collate([groups[i] for i in batch], model.pad_id, process.device))
         loss += out["loss"].item() * len(batch)
         chosen += out["chosen_mean_scores"].tolist()
         rejected += out["rejected_mean_scores"].tolist()
         for i in batch:
-            true_margin += [a - b for a, b in itertools.combinations(dataset.rewards[i] or (), 2)]
+            true_margin += [a - b for a, b in itertools.combinations(rewards[i] or (), 2)]
     model.train()
     loss, chosen, rejected, true_margin = process.join(loss, chosen, rejected, true_margin)
     chosen, rejected = torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
@@ -268,21 +270,26 @@ def built_in_data(args):
     return data.known_rewards(EVAL_SEED + 1 + args.seed)
 
 
+def load_file(path) -> list[data.Comparison]:
+    comparisons = list(data.load_comparisons(path))
+    if all(len(set(comparison.responses)) == 1 for comparison in comparisons):
+        raise ValueError(f"{path}: in all {len(comparisons)} rows the responses are identical; a comparison needs responses that differ")
+    return comparisons
+
+
 def load_data(args) -> tuple[list | None, list]:
     """Training and eval comparisons. Training is None for the built-in data, whose comparisons are drawn as they are needed."""
     if not args.data_path:
         return None, list(itertools.islice(data.known_rewards(EVAL_SEED), BUILT_IN["eval_pairs"]))
     train = []
     for path in args.data_path:
-        comparisons = list(data.load_comparisons(path))
-        if all(len(set(comparison.responses)) == 1 for comparison in comparisons):
-            raise ValueError(f"{path}: in all {len(comparisons)} rows the responses are identical; a comparison needs responses that differ")
+        comparisons = load_file(path)
         share = data.split_indices(len(comparisons), args.data_split, stage=1, seed=args.seed)
         if len(share) == 0:
             raise ValueError(f"--data_split: the second share of the {len(comparisons)} rows of {path} is no row; give a larger one")
         train += [comparisons[i] for i in share]
     if args.eval_path:
-        return train, [comparison for path in args.eval_path for comparison in data.load_comparisons(path)]
+        return train, [comparison for path in args.eval_path for comparison in load_file(path)]
     np.random.RandomState(args.seed).shuffle(train)
     held_out = max(1, round(args.eval_fraction * len(train)))
     if held_out >= len(train):
@@ -294,7 +301,7 @@ def load_data(args) -> tuple[list | None, list]:
 def load_model(args, tokenizer) -> RewardModel:
     """The pre-trained model, with what the flags say about padding."""
     model = RewardModel.from_pretrained(args.model_name_or_path, tokenizer.pad_id, leading_pads(args, tokenizer))
-    rows = json.loads((Path(args.model_name_or_path) / "config.json").read_text())["vocab_size"]
+    rows = json.loads((Path(args.model_name_or_path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
     if tokenizer.text_size > rows:
         raise ValueError(f"--model_name_or_path {args.model_name_or_path}: the model has {rows} token ids, the tokenizer "
                          f"{tokenizer.text_size}; give the tokenizer that belongs to it (--tokenizer_path)")
@@ -305,8 +312,7 @@ def load_model(args, tokenizer) -> RewardModel:
 
 
 def new_model(args, tokenizer) -> RewardModel:
-    """A model from scratch, the same on every rank."""
-    torch.manual_seed(args.seed)
+    """A model from scratch."""
     config = GPTConfig(
         args.model_type, vocab_size=tokenizer.vocab_size, n_positions=args.max_seq_len, n_layer=args.n_layer, n_head=args.n_head,
         n_embd=args.n_embd, token_ids={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
@@ -348,10 +354,16 @@ def prepare(args, process: Process):
 
     The order is that of the cost of a mistake: the model directory, the data, and only then a tokenizer is trained.
     """
-    tokenizer, model = None, None
-    if args.tokenizer_path or args.model_name_or_path:
-        tokenizer = data.load_tokenizer(args.tokenizer_path or args.model_name_or_path, args.pad_id)
-    if args.model_name_or_path:
+    torch.manual_seed(args.seed)  # for fresh weights, the same ones on every rank
+    tokenizer, model, pretrained = None, None, args.model_name_or_path
+    if pretrained and not Path(pretrained).is_dir():
+        raise ValueError(f"--model_name_or_path {pretrained}: no such directory; expected one with config.json and weights")
+    if args.tokenizer_path or pretrained:
+        try:
+            tokenizer = data.load_tokenizer(args.tokenizer_path or pretrained, args.pad_id)
+        except ValueError as error:
+            raise ValueError(f"{error}; --tokenizer_path says where one is") from None
+    if pretrained:
         model = load_model(args, tokenizer)
     train, evaluation = load_data(args)
     if tokenizer is None:
@@ -371,7 +383,7 @@ def open_output(output_dir: str, process: Process):
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        ours = ("metrics.jsonl", "config.json", "pytorch_model.bin", "tokenizer.model", "tokenizer_config.json")
+        ours = ("metrics.jsonl", "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.model", "tokenizer_config.json")
         if earlier := [path / name for name in ours if (path / name).exists()]:
             number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
             (path / f"earlier-{number}").mkdir()
@@ -435,7 +447,7 @@ def main():
     total_steps = args.max_steps or BUILT_IN["max_steps"]
     if train and not args.max_steps:
         total_steps = args.num_train_epochs * math.ceil(len(train.groups) / global_batch)
-    process.print(f"{args.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; {process.world_size} x {process.device}; "
+    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; {process.world_size} x {process.device}; "
                   f"{total_steps} steps of {global_batch} comparisons")
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
@@ -468,6 +480,9 @@ def main():
             pairs = len(input_ids) // 2 if weight else 0
             sums += torch.stack((loss.detach().double(), sums.new_tensor(pairs), sums.new_tensor(input_ids.numel())))
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        if not torch.isfinite(grad_norm):  # the same on every rank, so all of them leave
+            sys.exit(f"train.py: error: at step {step} the gradient norm is {grad_norm:g}; training cannot go on from there. A smaller "
+                     f"--learning_rate than {args.learning_rate:g}, or more --num_warmup_steps, may help")
         optimizer.step()
         optimizer.zero_grad()
         if process.world_size > 1:
