@@ -1,11 +1,12 @@
 """A GPT backbone: token ids in, last hidden states out (no language-model head).
 
-One class. What distinguishes gpt2 from llama is data: the fields of `GPTConfig`, filled in by the table `FAMILIES`,
+One class. What distinguishes gpt2, opt and llama is data: the fields of `GPTConfig`, filled in by the table `FAMILIES`,
 which also holds each family's Hugging Face names. Adding a family means adding a row to that table.
 
 Notable features:
 - attention through `F.scaled_dot_product_attention`, one fused projection for queries, keys and values
 - grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama); learned positions, LayerNorm, GELU (gpt2)
+- norms before the sublayers, or after them with a narrower embedding (OPT-350m, DeepSpeed-Chat's own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding key, as in `transformers`
 
 Shapes in comments: B rows, L positions, H heads, D width of a head, C width of the hidden state.
@@ -35,7 +36,8 @@ ACTIVATIONS = {
 # of ours stands for several of theirs, their rows follow each other. `prefix` may stand before a name in a checkpoint.
 FAMILIES = {
     "gpt2": dict(
-        variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None),
+        variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None, pre_norm=True,
+                     position_offset=0),
         config=dict(vocab_size="vocab_size", n_positions="n_positions", n_layer="n_layer", n_head="n_head",
                     n_embd="n_embd", n_inner="n_inner", activation="activation_function", norm_eps="layer_norm_epsilon"),
         fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
@@ -56,8 +58,35 @@ FAMILIES = {
         },
         ignored=("attn.bias", "attn.masked_bias"),
     ),
+    "opt": dict(
+        variant=dict(norm="layernorm", norm_eps=1e-5, activation="relu", gated=False, bias=True, rope_theta=None, pre_norm=True,
+                     position_offset=2),
+        config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
+                    n_head="num_attention_heads", n_embd="hidden_size", n_inner="ffn_dim", activation="activation_function",
+                    embed_dim="word_embed_proj_dim", pre_norm="do_layer_norm_before"),
+        fixed=dict(_remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True),
+        architecture="OPTModel",
+        prefix="model.",
+        transposed=False,
+        bos_in_front=True,
+        names={
+            "embed": ["decoder.embed_tokens"],
+            "pos_embed": ["decoder.embed_positions"],
+            "project_in": ["decoder.project_in"],
+            "blocks.{}.attn_norm": ["decoder.layers.{}.self_attn_layer_norm"],
+            "blocks.{}.qkv": [f"decoder.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
+            "blocks.{}.attn_out": ["decoder.layers.{}.self_attn.out_proj"],
+            "blocks.{}.mlp_norm": ["decoder.layers.{}.final_layer_norm"],
+            "blocks.{}.mlp_in": ["decoder.layers.{}.fc1"],
+            "blocks.{}.mlp_out": ["decoder.layers.{}.fc2"],
+            "norm": ["decoder.final_layer_norm"],
+            "project_out": ["decoder.project_out"],
+        },
+        ignored=(),
+    ),
     "llama": dict(
-        variant=dict(norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=10000.0),
+        variant=dict(norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=10000.0, pre_norm=True,
+                     position_offset=0),
         config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
                     head_dim="head_dim", n_inner="intermediate_size", activation="hidden_act", norm_eps="rms_norm_eps",
@@ -70,7 +99,7 @@ FAMILIES = {
         names={
             "embed": ["embed_tokens"],
             "blocks.{}.attn_norm": ["layers.{}.input_layernorm"],
-            "blocks.{}.qkv": ["layers.{}.self_attn.q_proj", "layers.{}.self_attn.k_proj", "layers.{}.self_attn.v_proj"],
+            "blocks.{}.qkv": [f"layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
             "blocks.{}.attn_out": ["layers.{}.self_attn.o_proj"],
             "blocks.{}.mlp_norm": ["layers.{}.post_attention_layernorm"],
             "blocks.{}.mlp_in": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
@@ -111,6 +140,9 @@ class GPTConfig:
     gated: bool | None = None  # SwiGLU: activation(gate) * up
     bias: bool | None = None  # of the linear layers
     rope_theta: float | None = None  # base of the rotary frequencies; where the family has none: learned positions
+    pre_norm: bool | None = None  # norms before the sublayers and at the end; else after the sublayers alone
+    embed_dim: int | None = None  # width of embedding and output; other than n_embd, projections stand in between
+    position_offset: int | None = None  # row of the learned position table where position 0 stands (OPT: 2)
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
     init_std: float | None = None  # of fresh weights: 0.02 at GPT-2's width of 768, in proportion to 1 / sqrt(width)
     token_ids: dict = field(default_factory=dict)  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
@@ -120,6 +152,7 @@ class GPTConfig:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         self.n_kv_head = self.n_kv_head or self.n_head
+        self.embed_dim = self.embed_dim or self.n_embd
         if self.n_embd % self.n_head and self.head_dim is None:
             raise ValueError(f"width {self.n_embd} does not divide into {self.n_head} heads")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
@@ -154,10 +187,9 @@ class GPTConfig:
         if type(hf.get("pad_token_id")) not in (int, type(None)):
             raise ValueError(f"pad_token_id is {hf['pad_token_id']!r}; expected a token id or null")
         for ours, value in given.items():
-            kind = {"activation": str, "norm_eps": float, "rope_theta": float}.get(ours, int)
-            right = type(value) in (int, float) and value > 0 if kind is float else type(value) is kind and (kind is str or value > 0)
-            if not right:
-                expected = {str: "a name", float: "a number above 0", int: "a whole number above 0"}[kind]
+            kind = {"activation": str, "norm_eps": float, "rope_theta": float, "pre_norm": bool}.get(ours, int)
+            if type(value) not in ((int, float) if kind is float else (kind,)) or kind in (int, float) and value <= 0:
+                expected = {str: "a name", float: "a number above 0", int: "a whole number above 0", bool: "true or false"}[kind]
                 raise ValueError(f"{family['config'][ours]} is {value!r}; expected {expected}")
         token_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
         return cls(model_type=hf["model_type"], **given, token_ids=token_ids)
@@ -171,7 +203,7 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); without pre_norm, norm(x + attention(x)) and so on."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -185,11 +217,14 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(config.n_inner, c, bias=config.bias)
 
     def forward(self, x, mask, rotary):
-        dropout = self.config.dropout if self.training else 0.0
-        x = x + F.dropout(self.attn_out(self.attention(self.attn_norm(x), mask, rotary, dropout)), dropout)
-        return x + F.dropout(self.mlp_out(self.mlp(self.mlp_norm(x))), dropout)
+        config = self.config
+        for norm, sublayer in ((self.attn_norm, partial(self.attention, mask=mask, rotary=rotary)), (self.mlp_norm, self.mlp)):
+            y = sublayer(norm(x) if config.pre_norm else x)
+            x = x + F.dropout(y, config.dropout, self.training)
+            x = x if config.pre_norm else norm(x)
+        return x
 
-    def attention(self, x, mask, rotary, dropout):
+    def attention(self, x, mask, rotary):
         config = self.config
         B, L, _ = x.shape
         heads = self.qkv(x).view(B, L, -1, config.head_dim)  # (B, L, H + 2 H_kv, D)
@@ -199,15 +234,16 @@ class Block(nn.Module):
         q, k = q_and_k.split((config.n_head, config.n_kv_head), dim=2)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),  # (B, H, L, D)
-            attn_mask=mask, is_causal=mask is None, dropout_p=dropout, enable_gqa=config.n_kv_head != config.n_head)
-        return y.transpose(1, 2).reshape(B, L, -1)  # (B, L, H * D)
+            attn_mask=mask, is_causal=mask is None, dropout_p=config.dropout if self.training else 0.0,
+            enable_gqa=config.n_kv_head != config.n_head)
+        return self.attn_out(y.transpose(1, 2).reshape(B, L, -1))  # from (B, L, H * D)
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.activation]
         if not self.config.gated:
-            return activation(self.mlp_in(x))
+            return self.mlp_out(activation(self.mlp_in(x)))
         gate, up = self.mlp_in(x).chunk(2, dim=-1)
-        return activation(gate) * up
+        return self.mlp_out(activation(gate) * up)
 
 
 class GPT(nn.Module):
@@ -216,11 +252,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
         if config.rope_theta is None:
-            self.pos_embed = nn.Embedding(config.n_positions, config.n_embd)
+            self.pos_embed = nn.Embedding(config.n_positions + config.position_offset, config.n_embd)
+        self.project_in = self.project_out = None
+        if config.embed_dim != config.n_embd:
+            self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False)
+            self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config)
+        self.norm = make_norm(config) if config.pre_norm else None
         self.apply(self._init_weights)
 
     def _init_weights(self, module):
@@ -234,27 +274,33 @@ class GPT(nn.Module):
                 nn.init.normal_(linear.weight, std=self.config.init_std / math.sqrt(2 * self.config.n_layer))
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Last hidden states after the final norm.
+        """Last hidden states, after the final norm and OPT's output projection.
 
         input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None: everywhere.
-        Returns (B, L, C). Values at left padding have no meaning. Positions are columns, at padding too.
+        Returns (B, L, embed_dim). Values at left padding have no meaning. Positions are columns, at padding too; but OPT
+        counts attended tokens, and all padding has the position before the first.
         Raises ValueError for rows longer than `n_positions`.
         """
         L = input_ids.shape[1]
         if L > self.config.n_positions:
             raise ValueError(f"rows of {L} tokens, but the model has {self.config.n_positions} positions")
         x = self.embed(input_ids)  # (B, L, C)
-        positions = torch.arange(L, device=input_ids.device)
-        rotary = None
+        if self.project_in is not None:
+            x = self.project_in(x)
+        positions, rotary = torch.arange(L, device=input_ids.device), None
+        if self.config.position_offset and attention_mask is not None:
+            positions = attention_mask.long().cumsum(1) * attention_mask.long() - 1  # (B, L)
         if self.config.rope_theta is None:
-            x = x + self.pos_embed(positions)
+            x = x + self.pos_embed(positions + self.config.position_offset)
         else:
             rotary = rotary_tables(positions, self.config, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         mask = None if attention_mask is None else causal_mask(attention_mask)
         for block in self.blocks:
             x = block(x, mask, rotary)
-        return self.norm(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.project_out is None else self.project_out(x)
 
     @classmethod
     def from_pretrained(cls, path) -> "GPT":

@@ -166,7 +166,7 @@ class RewardModel(nn.Module):
     def __init__(self, backbone: GPT, pad_id: int, num_padding_at_beginning: int = 0):
         super().__init__()
         self.backbone = backbone
-        self.v_head = nn.Linear(backbone.config.n_embd, 1, bias=False)
+        self.v_head = nn.Linear(backbone.config.embed_dim, 1, bias=False)
         self.pad_id = pad_id
         self.num_padding_at_beginning = num_padding_at_beginning
         self.has_fresh_head = True  # nothing has trained it
