@@ -42,6 +42,7 @@ FAMILIES = {
                     n_embd="n_embd", n_inner="n_inner", activation="activation_function", norm_eps="layer_norm_epsilon"),
         fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         architecture="GPT2Model",
+        classifier="GPT2ForSequenceClassification",
         prefix="transformer.",
         transposed=True,  # GPT-2 stores its linear weights as (in, out): "Conv1D"
         bos_in_front=False,
@@ -66,6 +67,7 @@ FAMILIES = {
                     embed_dim="word_embed_proj_dim", pre_norm="do_layer_norm_before"),
         fixed=dict(_remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True),
         architecture="OPTModel",
+        classifier="OPTForSequenceClassification",
         prefix="model.",
         transposed=False,
         bos_in_front=True,
@@ -90,9 +92,10 @@ FAMILIES = {
         config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
                     head_dim="head_dim", n_inner="intermediate_size", activation="hidden_act", norm_eps="rms_norm_eps",
-                    rope_theta="rope_theta"),
-        fixed=dict(attention_bias=False, mlp_bias=False, rope_scaling=None),
+                    rope_theta="rope_theta", rope_scaling="rope_scaling"),
+        fixed=dict(attention_bias=False, mlp_bias=False),
         architecture="LlamaModel",
+        classifier="LlamaForSequenceClassification",
         prefix="model.",
         transposed=False,
         bos_in_front=True,
@@ -140,6 +143,7 @@ class GPTConfig:
     gated: bool | None = None  # SwiGLU: activation(gate) * up
     bias: bool | None = None  # of the linear layers
     rope_theta: float | None = None  # base of the rotary frequencies; where the family has none: learned positions
+    rope_scaling: dict | None = None  # Llama 3's, under Hugging Face's keys
     pre_norm: bool | None = None  # norms before the sublayers and at the end; else after the sublayers alone
     embed_dim: int | None = None  # width of embedding and output; other than n_embd, projections stand in between
     position_offset: int | None = None  # row of the learned position table where position 0 stands (OPT: 2)
@@ -170,13 +174,18 @@ class GPTConfig:
     def from_hf(cls, hf: dict) -> "GPTConfig":
         """The config that a parsed Hugging Face config.json describes. Raises ValueError for what we cannot compute."""
         family = family_of(hf.get("model_type"))
-        # transformers 5 moved the two top-level rope keys into one dictionary.
-        rope = hf.get("rope_parameters") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters is {rope!r}; expected an object")
-        if rope.get("rope_type", "default") != "default":
-            hf = {**hf, "rope_scaling": rope}
-        hf = {"rope_theta": rope.get("rope_theta"), **hf}
+        # transformers 5 put the two top-level rope keys into one dictionary; a "type" in there is an older "rope_type".
+        both = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+        if not all(isinstance(rope, dict) for rope in both):
+            raise ValueError(f"rope_scaling or rope_parameters is {both[0] or both[1]!r}; expected an object")
+        rope = both[0] | both[1]
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ():
+            if not isinstance(rope.get(key), (int, float)):
+                raise ValueError(f"{key} of the rope scaling is {rope.get(key)!r}; expected a number")
+        hf = {"rope_theta": rope.get("rope_theta"), **hf, "rope_scaling": rope if kind == "llama3" else None}
         for key, value in family["fixed"].items():
             if hf.get(key, value) != value:
                 raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
@@ -187,9 +196,10 @@ class GPTConfig:
         if type(hf.get("pad_token_id")) not in (int, type(None)):
             raise ValueError(f"pad_token_id is {hf['pad_token_id']!r}; expected a token id or null")
         for ours, value in given.items():
-            kind = {"activation": str, "norm_eps": float, "rope_theta": float, "pre_norm": bool}.get(ours, int)
+            kind = {"activation": str, "norm_eps": float, "rope_theta": float, "pre_norm": bool, "rope_scaling": dict}.get(ours, int)
             if type(value) not in ((int, float) if kind is float else (kind,)) or kind in (int, float) and value <= 0:
-                expected = {str: "a name", float: "a number above 0", int: "a whole number above 0", bool: "true or false"}[kind]
+                expected = {str: "a name", float: "a number above 0", int: "a whole number above 0", bool: "true or false",
+                            dict: "an object"}[kind]
                 raise ValueError(f"{family['config'][ours]} is {value!r}; expected {expected}")
         token_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
         return cls(model_type=hf["model_type"], **given, token_ids=token_ids)
@@ -200,6 +210,9 @@ class GPTConfig:
         hf = {"model_type": self.model_type, "architectures": [family["architecture"]]}
         hf |= {theirs: getattr(self, ours) for ours, theirs in family["config"].items()}
         return hf | {"tie_word_embeddings": False} | self.token_ids
+
+
+HEADS = ("lm_head.weight", "score.weight", "v_head.weight")  # weights in a checkpoint that are not the backbone's
 
 
 class Block(nn.Module):
@@ -334,7 +347,7 @@ class GPT(nn.Module):
                     raise ValueError(f"{source}: weight {theirs} has shape {list(part.shape)}; config.json asks for {list(expected.shape)}")
                 parts.append(maybe_transpose(config, name, part).float())
             state[name] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-        left_over = [name for name in weights if not name.endswith((*family["ignored"], "lm_head.weight", "v_head.weight"))]
+        left_over = [name for name in weights if not name.endswith((*family["ignored"], *HEADS))]
         if left_over:
             raise ValueError(f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
                              f"{config.n_layer} layers (config.json)")
@@ -375,7 +388,15 @@ def rotary_tables(positions: torch.Tensor, config: GPTConfig, dtype: torch.dtype
     """cos and sin of position * frequency (Su et al. 2021, RoFormer), each (L, 1, D) to broadcast over heads."""
     wide = torch.promote_types(dtype, torch.float32)
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide) / config.head_dim
-    angles = positions.to(wide)[:, None] * (1.0 / config.rope_theta**exponents)  # (L, D / 2)
+    frequencies = 1.0 / config.rope_theta**exponents
+    if scaling := config.rope_scaling:
+        # Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones stay, and those between
+        # are blended (Dubey et al. 2024; the formula is that of Meta's llama-models).
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        blend = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
+    angles = positions.to(wide)[:, None] * frequencies  # (L, D / 2)
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
@@ -411,7 +432,7 @@ def maybe_transpose(config: GPTConfig, name: str, weight: torch.Tensor) -> torch
 
 
 def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The parsed config.json of a directory, and its weights: model.safetensors, or else pytorch_model.bin.
+    """The parsed config.json of a directory, and its weights: model.safetensors, whole or in shards, else pytorch_model.bin.
 
     Raises ValueError that names the file that is missing or broken.
     """
@@ -426,20 +447,28 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
         raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
-    file, load = path / "pytorch_model.bin", partial(torch.load, map_location="cpu", weights_only=True)
-    if (path / "model.safetensors").exists():
-        file = path / "model.safetensors"
+    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
+    if not files[0].exists() and index.exists():
+        try:
+            files = [path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: expected an object with a weight_map ({type(error).__name__}: {error})") from None
+    if index.exists() or files[0].exists():
         try:
             from safetensors.torch import load_file as load
         except ImportError:
-            raise ValueError(f"{file}: reading it needs `pip install safetensors`") from None
-    if not file.exists():
-        raise ValueError(f"{path}: neither model.safetensors nor pytorch_model.bin there")
-    try:
-        weights = load(file)
-    except Exception as error:  # each library has its own kinds of exception for a cut or foreign file
-        reason = f"{type(error).__name__}: {error}".splitlines()
-        raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
+            raise ValueError(f"{path}: reading its safetensors needs `pip install safetensors`") from None
+    else:
+        files, load = [path / "pytorch_model.bin"], partial(torch.load, map_location="cpu", weights_only=True)
+        if not files[0].exists():
+            raise ValueError(f"{path}: neither model.safetensors nor pytorch_model.bin there")
+    weights = {}
+    for file in files:
+        try:
+            weights |= load(file)
+        except Exception as error:  # each library has its own kinds of exception for a cut, missing or foreign file
+            reason = f"{type(error).__name__}: {error}".splitlines()
+            raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
     if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
-        raise ValueError(f"{file}: expected a dictionary of names and tensors, found something else")
+        raise ValueError(f"{files[0]}: expected a dictionary of names and tensors, found something else")
     return hf, weights

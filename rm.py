@@ -245,10 +245,11 @@ class RewardModel(nn.Module):
             num_padding_at_beginning = hf.get("num_padding_at_beginning", int(bos == pad_id))
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
         model = cls(backbone, pad_id, num_padding_at_beginning)
-        if (head := weights.get("v_head.weight")) is not None:
+        if head_name := next((name for name in ("v_head.weight", "score.weight") if name in weights), None):
+            head = weights[head_name]
             if head.shape != model.v_head.weight.shape:
-                raise ValueError(f"{path}: weight v_head.weight has shape {list(head.shape)}; "
-                                 f"expected {list(model.v_head.weight.shape)}")
+                raise ValueError(f"{path}: weight {head_name} has shape {list(head.shape)}; "
+                                 f"expected {list(model.v_head.weight.shape)}, one reward")
             model.v_head.weight.data.copy_(head)
             model.has_fresh_head = False
         return model
@@ -258,19 +259,28 @@ class RewardModel(nn.Module):
 
         layout "deepspeed-chat": pytorch_model.bin with the keys that DeepSpeed-Chat's step 3 loads. It resizes the
         embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so that is how many are written.
+        layout "hf": model.safetensors (needs safetensors) that `transformers.AutoModelForSequenceClassification` loads.
         """
-        if layout != "deepspeed-chat":
-            raise ValueError(f"layout {layout!r} is not known; known is deepspeed-chat")
-        path, config = Path(path), self.backbone.config
+        if layout not in ("deepspeed-chat", "hf"):
+            raise ValueError(f"layout {layout!r} is not known; known are deepspeed-chat and hf")
+        path, config, family = Path(path), self.backbone.config, FAMILIES[self.backbone.config.model_type]
         path.mkdir(parents=True, exist_ok=True)
         rows = 8 * math.ceil((tokenizer.vocab_size if tokenizer else config.vocab_size) / 8)
         weights = self.backbone.to_hf()
         (embed, _), = hf_parts(config, "embed.weight", rows)
         weights[embed] = resize_rows(weights[embed], rows)
-        state = {f"rwtransformer.{name}": weight.cpu() for name, weight in weights.items()}
-        torch.save(state | {"v_head.weight": self.v_head.weight.detach().cpu()}, path / "pytorch_model.bin")
+        head = self.v_head.weight.detach().cpu().clone()
+        prefix, head_name = ("rwtransformer.", "v_head.weight") if layout == "deepspeed-chat" else (family["prefix"], "score.weight")
+        state = {prefix + name: weight.cpu() for name, weight in weights.items()} | {head_name: head}
         hf = config.to_hf() | {
             "vocab_size": rows, "pad_token_id": self.pad_id, "num_padding_at_beginning": self.num_padding_at_beginning}
+        if layout == "hf":
+            from safetensors.torch import save_file
+
+            hf |= {"architectures": [family["classifier"]], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+            save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        else:
+            torch.save(state, path / "pytorch_model.bin")
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         if tokenizer:
             tokenizer.save(path)

@@ -101,7 +101,9 @@ def test_trajectory(name):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("model_type, overrides", [
-    ("gpt2", {}), ("gpt2", {"n_inner": 24, "activation": "relu"}), ("opt", {}), ("opt", {"pre_norm": False, "embed_dim": 8}), ("llama", {}), ("llama", {"n_kv_head": 1, "head_dim": 6})])
+    ("gpt2", {}), ("gpt2", {"n_inner": 24, "activation": "relu"}), ("opt", {}), ("opt", {"pre_norm": False, "embed_dim": 8}), ("llama", {}),
+    ("llama", {"n_kv_head": 1, "head_dim": 6}), ("llama", {"n_embd": 64, "rope_scaling": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}})])
 def test_same_hidden_states_as_transformers(model_type, overrides, dtype, tolerance):
     """The config.json and weights that we write make the same backbone in transformers, at left and right padding."""
     import transformers
@@ -136,12 +138,14 @@ def test_backbone_saved_by_transformers_loads(model_type, tmp_path):
     config = transformers.AutoConfig.for_model(**small(model_type, n_kv_head=2 if model_type == "llama" else 4).to_hf())
     theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
     theirs.save_pretrained(tmp_path / "safetensors")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     (tmp_path / "bin").mkdir()
     theirs.config.save_pretrained(tmp_path / "bin")
     torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
     ids = torch.randint(0, 50, (2, 7))
     expected = theirs.base_model(ids).last_hidden_state
-    for directory in ("safetensors", "bin"):
+    for directory in ("safetensors", "shards", "bin"):
         close(GPT.from_pretrained(tmp_path / directory)(ids), expected)
 
 
@@ -232,6 +236,26 @@ def test_bad_batches_are_refused(call, words):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_hf_layout_gives_the_same_end_scores_in_transformers(model_type, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    narrow = {"embed_dim": 8, "pre_norm": False} if model_type == "opt" else {}
+    model = RewardModel(GPT(small(model_type, **narrow)), pad_id=49)
+    model.save_pretrained(tmp_path, layout="hf")
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = torch.randint(0, 49, (4, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [5], [7], [1]])
+    ids[~mask] = 49
+    scores = model(ids, mask.long())
+    expected = theirs(ids, attention_mask=mask.long()).logits[:, 0]
+    close(torch.cat((scores["chosen_mean_scores"], scores["rejected_mean_scores"])), expected)
+    again = RewardModel.from_pretrained(tmp_path)
+    assert torch.equal(again(ids, mask.long())["loss"], scores["loss"]) and again.pad_id == 49
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -354,8 +378,11 @@ def broken(directory, change):
     (lambda config, weights: config.update(pad_token_id="0"), ["config.json", "pad_token_id", "'0'"]),
     (lambda config, weights: config.update(model_type=[]), ["config.json", "[]", "gpt2"]),
     (lambda config, weights: weights.update({"ln_f.bias": [1.0] * 32}), ["pytorch_model.bin", "tensors"]),
+    (lambda config, weights: config.update(rope_parameters=[1]), ["config.json", "rope_parameters", "[1]"]),
+    (lambda config, weights: config.update(rope_scaling={"type": "yarn"}), ["config.json", "'yarn'", "llama3"]),
+    (lambda config, weights: config.update(rope_scaling={"rope_type": "llama3", "factor": 8}), ["config.json", "low_freq_factor"]),
 ], ids=["missing", "left over", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads", "no heads", "text for a number", "text for eps", "text for an id", "list for a family",
-        "list for a weight"])
+        "list for a weight", "list for rope", "unknown rope", "incomplete rope"])
 def test_bad_checkpoints_are_refused(change, words, tmp_path):
     directory = broken(tmp_path / "model", change)
     with pytest.raises(ValueError) as error:
