@@ -146,7 +146,7 @@ def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_
     assert {prompt[0] for prompt in held_out} == {"a", "b"}
 
 
-def test_fresh_value_head_follows_from_the_seed(monkeypatch, tmp_path, built_in_run):
+def test_value_head_follows_from_the_seed_and_dropout_from_the_flag(monkeypatch, tmp_path, built_in_run):
     output_dir = shutil.copytree(built_in_run[0], tmp_path / "backbone")
     weights = torch.load(output_dir / "pytorch_model.bin", weights_only=True)
     del weights["v_head.weight"]
@@ -154,8 +154,10 @@ def test_fresh_value_head_follows_from_the_seed(monkeypatch, tmp_path, built_in_
     args = ["--model_name_or_path", output_dir, "--max_seq_len", 64, "--data_path", write_rows(tmp_path / "rows.jsonl", 30)]
     heads = []
     for seed in (1, 1, 2):
-        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--seed", str(seed)])
-        heads.append(train.prepare(train.parse_flags(), train.Process())[0].v_head.weight)
+        monkeypatch.setattr(sys, "argv", ["train.py", *map(str, args), "--seed", str(seed), "--dropout", "0.25"])
+        model = train.prepare(train.parse_flags(), train.Process())[0]
+        assert {block.config.dropout for block in model.backbone.blocks} == {0.25}  # the flag's, not the checkpoint's
+        heads.append(model.v_head.weight)
     assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
 
 

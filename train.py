@@ -455,7 +455,6 @@ def main():
     optimizer = make_optimizer(model, args, process)
     torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
     before = after = run_evaluation(0)
-    model.train()
     batches = global_batches(train, args, tokenizer, global_batch)
     bar = tqdm(itertools.islice(batches, total_steps), total=total_steps, unit=" steps", disable=process.rank != 0)
     step_ended = time.perf_counter()
