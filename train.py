@@ -447,8 +447,8 @@ def main():
     total_steps = args.max_steps or BUILT_IN["max_steps"]
     if train and not args.max_steps:
         total_steps = args.num_train_epochs * math.ceil(len(train.groups) / global_batch)
-    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; {process.world_size} x {process.device}; "
-                  f"{total_steps} steps of {global_batch} comparisons")
+    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; "
+                  f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
     trained = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
@@ -468,7 +468,7 @@ def main():
         weight = 1 / len(batch) if share else 0.0
         share = share or batch[:1]
         chunks = micro_batches(share, args.per_device_train_batch_size)
-        sums = torch.zeros(3, dtype=torch.float64, device=process.device)  # loss, pairs, tokens
+        total_loss, pairs, tokens = torch.zeros((), dtype=torch.float64, device=process.device), 0, 0
         for i, chunk in enumerate(chunks):
             input_ids, mask = collate([share[j] for j in chunk], model.pad_id, process.device)
             last = i == len(chunks) - 1
@@ -476,19 +476,20 @@ def main():
                 out = trained(input_ids, mask)
                 loss = out["loss"] * (len(chunk) * weight)  # summed over micro-batches and ranks: the mean over the batch
                 (loss * process.world_size).backward()  # DistributedDataParallel takes the mean over ranks, we want the sum
-            pairs = len(input_ids) // 2 if weight else 0
-            sums += torch.stack((loss.detach().double(), sums.new_tensor(pairs), sums.new_tensor(input_ids.numel())))
+            total_loss += loss.detach()
+            pairs += len(input_ids) // 2 if weight else 0
+            tokens += input_ids.numel()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if not torch.isfinite(grad_norm):  # the same on every rank, so all of them leave
             sys.exit(f"train.py: error: at step {step} the gradient norm is {grad_norm:g}; training cannot go on from there. A smaller "
                      f"--learning_rate than {args.learning_rate:g}, or more --num_warmup_steps, may help")
         optimizer.step()
         optimizer.zero_grad()
+        sums = torch.stack((total_loss, total_loss.new_tensor(pairs), total_loss.new_tensor(tokens)))
         if process.world_size > 1:
             dist.all_reduce(sums)
-        loss, pairs, tokens = sums.tolist()
-        now = time.perf_counter()
-        log(event="step", step=step, loss=loss, lr=lr, grad_norm=float(grad_norm), pairs=int(pairs), tokens=int(tokens), seconds=now - step_ended)
+        (loss, pairs, tokens), now = sums.tolist(), time.perf_counter()
+        log(event="step", step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), pairs=int(pairs), tokens=int(tokens), seconds=now - step_ended)
         step_ended = now
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
         if step == total_steps or args.eval_interval and step % args.eval_interval == 0:
