@@ -241,7 +241,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A sentencepiece BPE tokenizer with at most `vocab_size` ids; the same for the same texts, in the same order.
 
     Bytes are the fallback for what is not in the vocabulary, and nothing is normalized: no text is lost (but for U+2581,
-    sentencepiece's own sign for a space, which comes back as one). Ids 0 to 3 are pad, bos, eos, unk. Raises ValueError where `vocab_size` is too small for the bytes and the text's characters.
+    sentencepiece's own sign for a space, which comes back as one). Ids 0 to 3 are pad, bos, eos, unk.
+    Raises ValueError where `vocab_size` is too small for the bytes and the text's characters.
     """
     model = io.BytesIO()
     try:

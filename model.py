@@ -31,9 +31,10 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
-# Per family: `variant` are the fields of GPTConfig that make it one. `config` maps fields to keys of Hugging Face's config.json. `fixed` are
-# keys that would change the computation and must have this value. `names` maps our modules to Hugging Face's; where one
-# of ours stands for several of theirs, their rows follow each other. `prefix` may stand before a name in a checkpoint.
+# Per family: `variant` are the fields of GPTConfig that make it one. `config` maps fields to keys of Hugging Face's
+# config.json. `fixed` are keys that would change the computation and must have this value. `names` maps our modules to
+# Hugging Face's; where one of ours stands for several of theirs, their rows follow each other. `prefix` may stand before
+# a name in a checkpoint; `ignored` are the endings of buffers that old checkpoints carry.
 FAMILIES = {
     "gpt2": dict(
         variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None, pre_norm=True,
@@ -344,7 +345,8 @@ class GPT(nn.Module):
                     raise ValueError(f"{source}: weight {theirs} is missing")
                 part, expected = weights.pop(theirs), maybe_transpose(config, name, parameter[:rows])
                 if part.shape != expected.shape:
-                    raise ValueError(f"{source}: weight {theirs} has shape {list(part.shape)}; config.json asks for {list(expected.shape)}")
+                    raise ValueError(f"{source}: weight {theirs} has shape {list(part.shape)}; config.json asks for "
+                                     f"{list(expected.shape)}")
                 parts.append(maybe_transpose(config, name, part).float())
             state[name] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
         left_over = [name for name in weights if not name.endswith((*family["ignored"], *HEADS))]

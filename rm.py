@@ -227,8 +227,9 @@ class RewardModel(nn.Module):
         """A reward model from a directory: a Hugging Face backbone (the value head is fresh), or one of `save_pretrained`.
 
         pad_id: None takes `pad_token_id` of config.json; where that has none, the tokenizer's (`data.load_tokenizer`), or
-        without one a new id right after the vocabulary. A pad_id beyond the embedding adds rows of zeros up to it. num_padding_at_beginning: None takes what config.json
-        says, else 1 where texts begin with a bos that is also the pad, else 0. Raises ValueError that names the file.
+        without one a new id right after the vocabulary. A pad_id beyond the embedding adds rows of zeros up to it.
+        num_padding_at_beginning: None takes what config.json says, else 1 where texts begin with a bos that is also the
+        pad, else 0. Raises ValueError that names the file.
         """
         hf, weights = read_checkpoint(path)
         backbone = GPT.from_hf(hf, weights, source=path)
@@ -309,8 +310,9 @@ def score(model: RewardModel, sequences: list[list[int]], batch_size: int) -> li
 
 
 def main():
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Score the responses in a file. One JSON line a row, in the file's order: "
-                                                 '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.')
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description="Score the responses in a file. One JSON line a row, in the file's order: "
+        '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.')
     parser.add_argument("checkpoint", help="a directory with a trained reward model and its tokenizer")
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
@@ -352,8 +354,8 @@ def main():
     except (ValueError, OSError) as error:
         sys.exit(f"rm.py: error: {error}")
     if margins:
-        right = sum(margin > 0 for margin in margins)
-        print(f"{len(margins)} pairs: accuracy {right / len(margins):.4f}, mean margin {sum(margins) / len(margins):.4f}", file=sys.stderr)
+        accuracy, mean = sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins)
+        print(f"{len(margins)} pairs: accuracy {accuracy:.4f}, mean margin {mean:.4f}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -83,12 +83,14 @@ def parse_flags():
     flag("--data_split", type=shares, default=[0.0, 1.0, 0.0], metavar="A,B,C",
          help="shares of the three RLHF stages; B's rows are used, the same as in DeepSpeed-Chat (0,1,0: all)")
     flag("--eval_path", nargs="+", metavar="FILE", help="comparisons to evaluate on (default: a part of --data_path)")
-    flag("--eval_fraction", type=number(float, 0, 0.9, above=True), default=0.05, help="that part: the last of the shuffled data (0.05)")
+    flag("--eval_fraction", type=number(float, 0, 0.9, above=True), default=0.05,
+         help="that part: the last of the shuffled data (0.05)")
     flag("--max_seq_len", type=number(int, 2, 2**20), default=512, help="tokens; longer sequences are truncated (512)")
     flag("--truncation_side", choices=("left", "right"), default="left", help="right is DeepSpeed-Chat's (left)")
     flag("--tokenizer_path", metavar="PATH", help="a tokenizer (default: the model's; from scratch, one trained on the data)")
     flag("--pad_id", type=number(int, 0, 2**24), help="padding's id (default: the tokenizer's own, or a new one)")
-    flag("--num_padding_at_beginning", type=number(int, 0), help="leading pad ids that belong to a text (default: 1 where bos is the pad, else 0)")
+    flag("--num_padding_at_beginning", type=number(int, 0),
+         help="leading pad ids that belong to a text (default: 1 where bos is the pad, else 0)")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", metavar="DIR", help="a pre-trained model (default: from scratch, by the next five)")
@@ -126,8 +128,9 @@ def parse_flags():
         parser.error(f"argument --n_head: found {args.n_head}, which does not divide --n_embd {args.n_embd}")
     if args.model_type == "llama" and args.n_embd // args.n_head % 2:
         parser.error(f"argument --n_head: found {args.n_head} for --n_embd {args.n_embd}; rotary positions need heads of even width")
-    if not args.output_dir or args.model_name_or_path and Path(args.output_dir).resolve() == Path(args.model_name_or_path).resolve():
-        parser.error(f"argument --output_dir: found {args.output_dir!r}; expected a directory that is not that of --model_name_or_path")
+    model_dir = args.model_name_or_path and Path(args.model_name_or_path).resolve()
+    if not args.output_dir or Path(args.output_dir).resolve() == model_dir:
+        parser.error(f"argument --output_dir: found {args.output_dir!r}; expected a directory, and not that of --model_name_or_path")
     if args.eval_path and not args.data_path:
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
     if args.per_device_train_batch_size is None:
@@ -273,7 +276,7 @@ def built_in_data(args):
 def load_file(path) -> list[data.Comparison]:
     comparisons = list(data.load_comparisons(path))
     if all(len(set(comparison.responses)) == 1 for comparison in comparisons):
-        raise ValueError(f"{path}: in all {len(comparisons)} rows the responses are identical; a comparison needs responses that differ")
+        raise ValueError(f"{path}: in all {len(comparisons)} rows the responses are identical; a comparison needs some that differ")
     return comparisons
 
 
@@ -481,15 +484,16 @@ def main():
             tokens += input_ids.numel()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if not torch.isfinite(grad_norm):  # the same on every rank, so all of them leave
-            sys.exit(f"train.py: error: at step {step} the gradient norm is {grad_norm:g}; training cannot go on from there. A smaller "
-                     f"--learning_rate than {args.learning_rate:g}, or more --num_warmup_steps, may help")
+            sys.exit(f"train.py: error: at step {step} the gradient norm is {grad_norm:g}; training cannot go on from there. "
+                     f"A smaller --learning_rate than {args.learning_rate:g}, or more --num_warmup_steps, may help")
         optimizer.step()
         optimizer.zero_grad()
         sums = torch.stack((total_loss, total_loss.new_tensor(pairs), total_loss.new_tensor(tokens)))
         if process.world_size > 1:
             dist.all_reduce(sums)
         (loss, pairs, tokens), now = sums.tolist(), time.perf_counter()
-        log(event="step", step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), pairs=int(pairs), tokens=int(tokens), seconds=now - step_ended)
+        log(event="step", step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), pairs=int(pairs), tokens=int(tokens),
+            seconds=now - step_ended)
         step_ended = now
         bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
         if step == total_steps or args.eval_interval and step % args.eval_interval == 0:
