@@ -13,7 +13,6 @@ Chat messages become text by this template: a system message's content as it is,
 
 import gzip
 import io
-import itertools
 import json
 import math
 import random

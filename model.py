@@ -15,7 +15,7 @@ Shapes in comments: B rows, L positions, H heads, D width of a head, C width of 
 import json
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 

@@ -3,9 +3,12 @@
 Ids in the small cases: 1 to 9 are tokens, 0 is the pad id. Rewards are random unless a test says what they are.
 """
 
+import inspect
 import json
 import math
+import operator
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -268,3 +271,15 @@ def test_rewards_of_another_shape_or_kind_are_refused(rewards):
 def test_input_ids_of_another_shape_or_kind_are_refused(ids):
     with pytest.raises(ValueError, match="input_ids: expected integers"):
         pairwise_loss(ids, torch.zeros(ids.shape), pad_id=0)
+
+
+def test_readme_points_at_lines_that_exist():
+    """The table of the six steps names functions of rm.py and comments in it; each step of the loop has one such line."""
+    here = Path(__file__).parent
+    rows = [line for line in (here / "README.md").read_text().splitlines() if re.match(r"\| [1-6]\. ", line)]
+    assert len(rows) == 6
+    loop = inspect.getsource(pairwise_loss)
+    for number, row in enumerate(rows, start=1):
+        names = [name for name in re.findall(r"`([A-Za-z_.]+)`", row.split("|")[2]) if "." not in name or name.startswith("RewardModel.")]
+        assert names and all(operator.attrgetter(name)(rm) for name in names if name != "collate")
+        assert loop.count(f"# {number}. ") == (1 if number >= 3 else 0)
