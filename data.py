@@ -182,15 +182,17 @@ def split_indices(n: int, data_split: list[float], stage: int, seed: int) -> np.
 class Tokenizer:
     """A sentencepiece model, with the special ids that a sequence needs.
 
-    pad_id: int. bos_id, eos_id: int or None. text_size: number of ids of the sentencepiece model.
-    vocab_size: the same, with a new pad id if there is one.
+    pad_id: int. bos_id: int, or None where texts begin with none. eos_id: int or None.
+    text_size: number of ids that the tokenizer came with. vocab_size: the same, with a new pad id if there is one.
     """
 
     def __init__(self, model_proto: bytes, pad_id: int | None = None):
         self.model_proto = model_proto
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-        size = self.pieces.get_piece_size()
-        own_pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
+        pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
+        self.set_ids(self.pieces.get_piece_size(), pad, bos, eos, pad_id)
+
+    def set_ids(self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None):
         if pad_id is None:  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
             pad_id = size if own_pad in (None, bos, eos) else own_pad
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
@@ -211,29 +213,96 @@ class Tokenizer:
         (Path(directory) / "tokenizer_config.json").write_text(json.dumps({"pad_token_id": self.pad_id}) + "\n")
 
 
-def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
-    """The sentencepiece tokenizer in a directory (tokenizer.model), or in a file. `pad_id` overrides its own.
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer of the tokenizers library, and the tokenizer_config.json beside it, which names the special tokens."""
 
-    Raises ValueError that names the file.
+    def __init__(self, backend, config: dict, pad_id: int | None = None):
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", **config}  # GPT-2's files leave these out
+        pad, bos, eos = (self.token_id(self.config.get(name)) for name in ("pad_token", "bos_token", "eos_token"))
+        self.set_ids(backend.get_vocab_size(), pad, bos, eos, pad_id)
+        in_front = self.config.get("add_bos_token")
+        if in_front is None:
+            in_front = bos is not None and backend.encode("").ids[:1] == [bos]
+        self.bos_id = bos if in_front else None
+
+    def token_id(self, token) -> int | None:
+        token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else self.backend.token_to_id(token)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode([int(i) for i in ids if i != self.pad_id], skip_special_tokens=True)
+
+    def save(self, directory):
+        backend = type(self.backend).from_str(self.backend.to_str())
+        if self.pad_id == self.text_size:  # in the copy alone: here, the name of the new pad is text like any other
+            backend.add_special_tokens(["<|reward model pad|>"])
+        backend.save(str(Path(directory) / "tokenizer.json"))
+        tokens = {name: backend.id_to_token(self.token_id(token)) for name, token in self.config.items()
+                  if name in ("bos_token", "eos_token", "unk_token") and self.token_id(token) is not None}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.bos_id is not None, **tokens,
+                  "pad_token": backend.id_to_token(self.pad_id), "pad_token_id": self.pad_id}
+        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # in the order in which they are looked for
+
+
+def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
+    """The tokenizer in a directory, or in one of these files; `pad_id` overrides its own.
+
+    tokenizer.model: sentencepiece. tokenizer.json, or vocab.json beside merges.txt (byte-level BPE: GPT-2, OPT): through
+    the tokenizers library. Raises ValueError that names the file.
     """
     path = Path(path)
-    file = path / "tokenizer.model" if path.is_dir() else path
+    file = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path) if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; expected a sentencepiece model")
-    config = file.with_name("tokenizer_config.json")
-    if pad_id is None and config.is_file():  # ours says which pad id was chosen; Hugging Face's has no such key
-        try:
-            pad_id = json.loads(config.read_text(encoding="utf-8")).get("pad_token_id")
-            if not (pad_id is None or type(pad_id) is int and pad_id >= 0):
-                raise ValueError(f"pad_token_id is {pad_id!r}")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{config}: {error}; expected an object, and an id if it has a pad_token_id") from None
+        raise ValueError(f"{path}: no {'tokenizer in this directory' if path.is_dir() else 'such file'}; expected tokenizer.model, "
+                         "tokenizer.json, or vocab.json and merges.txt")
+    config = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if file.with_name(name).is_file():
+            try:
+                found = json.loads(file.with_name(name).read_text(encoding="utf-8"))
+                if not isinstance(found, dict):
+                    raise ValueError(f"holds {json_type(found)}")
+                config |= found
+                own = config.get("pad_token_id")  # ours says which pad id was chosen; Hugging Face's has no such key
+                if not (own is None or type(own) is int and own >= 0):
+                    raise ValueError(f"pad_token_id is {own!r}")
+            except ValueError as error:
+                raise ValueError(f"{file.with_name(name)}: {error}; expected an object, and an id if it has a pad_token_id") from None
+    pad_id = config.get("pad_token_id") if pad_id is None else pad_id
     try:
+        if file.suffix == ".json":
+            return HuggingFaceTokenizer(load_backend(file, config), config, pad_id)
         if model_proto := file.read_bytes():  # sentencepiece takes an empty one
             return Tokenizer(model_proto, pad_id)
-    except RuntimeError:
-        pass
+    except ImportError:
+        raise ValueError(f"{file}: reading it needs `pip install -r requirements-hf.txt`") from None
+    except Exception as error:  # tokenizers raises Exception itself
+        raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     raise ValueError(f"{file}: not a sentencepiece model, or damaged")
+
+
+def load_backend(file: Path, config: dict):
+    """The tokenizers.Tokenizer of tokenizer.json, or of vocab.json and the merges.txt beside it."""
+    import tokenizers
+
+    if file.name != "vocab.json":
+        return tokenizers.Tokenizer.from_file(str(file))
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(file.with_name("merges.txt"))))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    special = [config.get(name, "<|endoftext|>") for name in ("bos_token", "eos_token", "unk_token")] + [config.get("pad_token")]
+    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    backend.add_special_tokens([token for token in special if token is not None and backend.token_to_id(token) is not None])
+    return backend
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -459,7 +459,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         try:
             from safetensors.torch import load_file as load
         except ImportError:
-            raise ValueError(f"{path}: reading its safetensors needs `pip install safetensors`") from None
+            raise ValueError(f"{path}: reading its safetensors needs `pip install -r requirements-hf.txt`") from None
     else:
         files, load = [path / "pytorch_model.bin"], partial(torch.load, map_location="cpu", weights_only=True)
         if not files[0].exists():

@@ -235,10 +235,11 @@ class RewardModel(nn.Module):
         backbone = GPT.from_hf(hf, weights, source=path)
         if pad_id is None:
             pad_id = hf.get("pad_token_id")
-        if pad_id is None and (Path(path) / "tokenizer.model").is_file():
-            from data import load_tokenizer
+        if pad_id is None:
+            from data import TOKENIZER_FILES, load_tokenizer
 
-            pad_id = load_tokenizer(path).pad_id
+            if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+                pad_id = load_tokenizer(path).pad_id
         if pad_id is None or pad_id < 0:  # Llama 1 says "none" by -1
             pad_id = backbone.config.vocab_size
         if num_padding_at_beginning is None:

@@ -284,11 +284,89 @@ def test_pad_is_the_given_one_or_the_tokenizers_own_or_new(tmp_path, options, gi
     *(("tokenizer_config.json", lambda model, config=config: config, "")
       for config in (b"{", b"[]", b'{"pad_token_id": "x"}', b'{"pad_token_id": -1}'))])
 def test_damaged_tokenizer_file(tmp_path, tokenizer, file, content, found):
-    with pytest.raises(ValueError, match=f"^{tmp_path}/tokenizer.model: no such file"):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: no tokenizer in this directory"):
         data.load_tokenizer(tmp_path)
     tokenizer.save(tmp_path)
     (tmp_path / file).write_bytes(content(tokenizer.model_proto))
     with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: .*{found}"):
+        data.load_tokenizer(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokenizers of Hugging Face's formats, against transformers
+
+HARD_TEXTS = ["", " ", "Hello world", "  two  spaces ", "line\n\nHuman: hi\r\n\tx", "naïve café ☕ 日本語 🙂", "I'll, you're; 1234 don't",
+              "a</s>b<s> c<pad>d <|endoftext|>"]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "opt", "llama3", "llama3, a pad of its own"])
+def hub_directory(request, tmp_path_factory):
+    """Tokenizer files as the hub has them -> (directory, is a bos put in front, has a pad that nothing else is)."""
+    import tokenizers
+
+    directory = tmp_path_factory.mktemp("tokenizer")
+    family = request.param.split(",")[0]
+    special = {"gpt2": ["<|endoftext|>"], "opt": ["<s>", "<pad>", "</s>"], "llama3": ["<|begin|>", "<|end|>", "<|pad|>"]}[family]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    if family == "llama3":
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+        tokenizer.save(str(directory / "tokenizer.json"))
+        config = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True}, "tokenizer_class": "PreTrainedTokenizerFast"}
+        if "own" in request.param:
+            config["pad_token"] = "<|pad|>"
+    else:
+        tokenizer.model.save(str(directory))
+        config = {"tokenizer_class": "GPT2Tokenizer"}
+        if family == "opt":  # its eos is its bos, as in facebook/opt-350m
+            config |= {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"model_type": {"llama3": "llama"}.get(family, family)}))
+    return directory, family != "gpt2", family == "opt" or "own" in request.param
+
+
+def test_same_ids_as_transformers(hub_directory):
+    import transformers
+
+    ours, theirs = data.load_tokenizer(hub_directory[0]), transformers.AutoTokenizer.from_pretrained(hub_directory[0])
+    for text in HARD_TEXTS + TEXTS:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+    for text in HARD_TEXTS[:-1]:
+        assert ours.decode(ours.encode(text)) == text
+    assert ours.eos_id == theirs.eos_token_id and ours.text_size == len(theirs)
+
+
+def test_special_ids_of_hub_tokenizers(hub_directory):
+    directory, bos_in_front, own_pad = hub_directory
+    tokenizer = data.load_tokenizer(directory)
+    assert tokenizer.encode("a")[0] != tokenizer.bos_id and (tokenizer.bos_id is not None) == bos_in_front
+    assert (tokenizer.pad_id < tokenizer.text_size) == own_pad
+    assert tokenizer.vocab_size == tokenizer.text_size + (not own_pad)
+    assert tokenizer.pad_id not in (tokenizer.bos_id, tokenizer.eos_id)
+    assert data.load_tokenizer(directory, pad_id=tokenizer.eos_id).pad_id == tokenizer.eos_id  # DeepSpeed-Chat's choice
+
+
+def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(hub_directory, tmp_path):
+    import transformers
+
+    tokenizer = data.load_tokenizer(hub_directory[0])
+    tokenizer.save(tmp_path)
+    again, theirs = data.load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    names = ("pad_id", "bos_id", "eos_id", "vocab_size")
+    assert [getattr(again, name) for name in names] == [getattr(tokenizer, name) for name in names]
+    assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size)
+    for text in HARD_TEXTS + TEXTS:
+        assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+@pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("vocab.json", "[]"), ("vocab.json", "{}")])
+def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
+    (tmp_path / file).write_text(content)  # the third lacks its merges.txt
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: not a tokenizer"):
         data.load_tokenizer(tmp_path)
 
 

@@ -380,6 +380,41 @@ def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
     assert (tmp_path / "out" / "tokenizer.model").read_bytes() == (output_dir / "tokenizer.model").read_bytes()
 
 
+def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_path):
+    """vocab.json, merges.txt and a checkpoint by transformers go in. What comes out is loaded as `create_critic_model(rlhf_training
+    =True)` does: the backbone from config.json, its embedding resized to 8 * ceil(length of the tokenizer / 8), then the weights."""
+    import tokenizers
+    import transformers
+
+    texts = [c.prompt + c.responses[0] for c, _ in zip(data.known_rewards(0), range(100))]
+    bpe = tokenizers.ByteLevelBPETokenizer()
+    bpe.train_from_iterator(texts, vocab_size=300, special_tokens=["<s>", "<pad>", "</s>"], show_progress=False)
+    source, output_dir = tmp_path / "opt", tmp_path / "out"
+    config = transformers.OPTConfig(vocab_size=304, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+                                    max_position_embeddings=64, word_embed_proj_dim=8, do_layer_norm_before=False, bos_token_id=2)
+    transformers.OPTForCausalLM(config).save_pretrained(source)
+    bpe.save_model(str(source))
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
+    (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", **special}))
+    rows = write_rows(tmp_path / "rows.jsonl", 24)
+    done = run("train.py", "--model_name_or_path", source, "--data_path", rows, "--max_seq_len", 64, "--output_dir", output_dir)
+    assert done.returncode == 0, done.stderr
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output_dir)
+    backbone = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(output_dir))
+    backbone.resize_token_embeddings(8 * math.ceil(len(tokenizer) / 8))
+    weights = torch.load(output_dir / "pytorch_model.bin", weights_only=True)
+    head = weights.pop("v_head.weight")
+    backbone.load_state_dict({name.removeprefix("rwtransformer."): weight for name, weight in weights.items()}, strict=True)
+    c = next(data.known_rewards(1))
+    ids = torch.tensor([tokenizer(c.prompt + c.responses[0])["input_ids"]])
+    ids = (ids if ids[0, 0] == 2 else torch.cat((torch.tensor([[2]]), ids), 1))[:, :64]
+    ours = rm.RewardModel.from_pretrained(output_dir).eval()
+    expected = (backbone.eval()(ids).last_hidden_state @ head.T)[..., 0]
+    assert (ours.pad_id, ours.num_padding_at_beginning) == (1, 0)
+    assert torch.allclose(ours.forward_value(ids, return_value_only=True), expected, atol=1e-5)
+
+
 def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
     for number in (1, 2):
         (tmp_path / "pytorch_model.bin").write_text(f"model {number}")

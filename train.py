@@ -386,7 +386,7 @@ def open_output(output_dir: str, process: Process):
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        ours = ("metrics.jsonl", "config.json", "model.safetensors", "pytorch_model.bin", "tokenizer.model", "tokenizer_config.json")
+        ours = ("metrics.jsonl", "config.json", "model.safetensors", "pytorch_model.bin", *data.TOKENIZER_FILES, "tokenizer_config.json")
         if earlier := [path / name for name in ours if (path / name).exists()]:
             number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
             (path / f"earlier-{number}").mkdir()
