@@ -454,7 +454,7 @@ def main():
                   f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
-    trained = DistributedDataParallel(model, broadcast_buffers=False) if process.world_size > 1 else model
+    trained = DistributedDataParallel(model) if process.world_size > 1 else model
     optimizer = make_optimizer(model, args, process)
     torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
     before = after = run_evaluation(0)
