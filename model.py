@@ -122,6 +122,26 @@ def family_of(model_type) -> dict:
     return FAMILIES[model_type]
 
 
+def rope_keys(hf: dict) -> dict:
+    """The rope_theta and rope_scaling of a parsed config.json, None where it has none. Raises ValueError for unknown kinds.
+
+    transformers 5 put these two top-level keys into one dictionary; a "type" in there is an older "rope_type".
+    """
+    both = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
+    if not all(isinstance(rope, dict) for rope in both):
+        raise ValueError(f"rope_scaling or rope_parameters is {both[0] or both[1]!r}; expected an object")
+    rope = both[0] | both[1]
+    theta, kind = hf.get("rope_theta", rope.get("rope_theta")), rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "llama3":
+        raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
+    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if not isinstance(rope.get(key), (int, float)):
+            raise ValueError(f"{key} of the rope scaling is {rope.get(key)!r}; expected a number")
+    return {"rope_theta": theta, "rope_scaling": rope}
+
+
 @dataclass
 class GPTConfig:
     """The shape of a backbone. A field that is None takes the family's value (FAMILIES), or the usual one for the others.
@@ -175,18 +195,7 @@ class GPTConfig:
     def from_hf(cls, hf: dict) -> "GPTConfig":
         """The config that a parsed Hugging Face config.json describes. Raises ValueError for what we cannot compute."""
         family = family_of(hf.get("model_type"))
-        # transformers 5 put the two top-level rope keys into one dictionary; a "type" in there is an older "rope_type".
-        both = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
-        if not all(isinstance(rope, dict) for rope in both):
-            raise ValueError(f"rope_scaling or rope_parameters is {both[0] or both[1]!r}; expected an object")
-        rope = both[0] | both[1]
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ():
-            if not isinstance(rope.get(key), (int, float)):
-                raise ValueError(f"{key} of the rope scaling is {rope.get(key)!r}; expected a number")
-        hf = {"rope_theta": rope.get("rope_theta"), **hf, "rope_scaling": rope if kind == "llama3" else None}
+        hf = hf | rope_keys(hf)
         for key, value in family["fixed"].items():
             if hf.get(key, value) != value:
                 raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
@@ -471,6 +480,6 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         except Exception as error:  # each library has its own kinds of exception for a cut, missing or foreign file
             reason = f"{type(error).__name__}: {error}".splitlines()
             raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
-    if not isinstance(weights, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items()):
+    if not all(isinstance(name, str) and torch.is_tensor(weight) for name, weight in weights.items()):
         raise ValueError(f"{files[0]}: expected a dictionary of names and tensors, found something else")
     return hf, weights
