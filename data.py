@@ -219,17 +219,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, backend, config: dict, pad_id: int | None = None):
         backend.no_truncation()
         backend.no_padding()
-        self.backend = backend
-        self.config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", **config}  # GPT-2's files leave these out
-        pad, bos, eos = (self.token_id(self.config.get(name)) for name in ("pad_token", "bos_token", "eos_token"))
+        self.backend, self.config = backend, config
+        pad, bos, eos = (self.token_id(config.get(name)) for name in ("pad_token", "bos_token", "eos_token"))
         self.set_ids(backend.get_vocab_size(), pad, bos, eos, pad_id)
-        in_front = self.config.get("add_bos_token")
+        in_front = config.get("add_bos_token")
         if in_front is None:
             in_front = bos is not None and backend.encode("").ids[:1] == [bos]
         self.bos_id = bos if in_front else None
 
-    def token_id(self, token) -> int | None:
-        token = token.get("content") if isinstance(token, dict) else token
+    def token_id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
@@ -243,7 +241,7 @@ class HuggingFaceTokenizer(Tokenizer):
         if self.pad_id == self.text_size:  # in the copy alone: here, the name of the new pad is text like any other
             backend.add_special_tokens(["<|reward model pad|>"])
         backend.save(str(Path(directory) / "tokenizer.json"))
-        tokens = {name: backend.id_to_token(self.token_id(token)) for name, token in self.config.items()
+        tokens = {name: token for name, token in self.config.items()
                   if name in ("bos_token", "eos_token", "unk_token") and self.token_id(token) is not None}
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.bos_id is not None, **tokens,
                   "pad_token": backend.id_to_token(self.pad_id), "pad_token_id": self.pad_id}
@@ -278,6 +276,9 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
             except ValueError as error:
                 raise ValueError(f"{file.with_name(name)}: {error}; expected an object, and an id if it has a pad_token_id") from None
     pad_id = config.get("pad_token_id") if pad_id is None else pad_id
+    # A token may be an object with its text as "content". GPT-2's files leave out that its bos and eos are this one.
+    config = {key: value["content"] if isinstance(value, dict) and "content" in value else value for key, value in config.items()}
+    config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", **config}
     try:
         if file.suffix == ".json":
             return HuggingFaceTokenizer(load_backend(file, config), config, pad_id)
@@ -299,8 +300,7 @@ def load_backend(file: Path, config: dict):
     backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(file.with_name("merges.txt"))))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
     backend.decoder = tokenizers.decoders.ByteLevel()
-    special = [config.get(name, "<|endoftext|>") for name in ("bos_token", "eos_token", "unk_token")] + [config.get("pad_token")]
-    special = [token["content"] if isinstance(token, dict) else token for token in special]
+    special = [config["bos_token"], config["eos_token"], config.get("unk_token", "<|endoftext|>"), config.get("pad_token")]
     backend.add_special_tokens([token for token in special if token is not None and backend.token_to_id(token) is not None])
     return backend
 
