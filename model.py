@@ -4,7 +4,7 @@ One class. What distinguishes gpt2, opt and llama is data: the fields of `GPTCon
 which also holds each family's Hugging Face names. Adding a family means adding a row to that table.
 
 Notable features:
-- attention through `F.scaled_dot_product_attention`, one fused projection for queries, keys and values
+- attention through `F.scaled_dot_product_attention`
 - grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama); learned positions, LayerNorm, GELU (gpt2)
 - norms before the sublayers, or after them with a narrower embedding (OPT-350m, DeepSpeed-Chat's own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding key, as in `transformers`
@@ -15,6 +15,7 @@ Shapes in comments: B rows, L positions, H heads, D width of a head, C width of 
 import json
 import math
 import re
+import zipfile
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,9 @@ ACTIVATIONS = {
 
 # Per family: `variant` are the fields of GPTConfig that make it one. `config` maps fields to keys of Hugging Face's
 # config.json. `fixed` are keys that would change the computation and must have this value. `names` maps our modules to
-# Hugging Face's; where one of ours stands for several of theirs, their rows follow each other. `prefix` may stand before
-# a name in a checkpoint; `ignored` are the endings of buffers that old checkpoints carry.
+# Hugging Face's; where one of theirs stands for several of ours, our rows follow each other in it. `prefixes` stand before
+# a name or don't, depending on which of Hugging Face's classes wrote it; the first one is that of the classes with a
+# head. `ignored` are the endings of buffers that old checkpoints carry.
 FAMILIES = {
     "gpt2": dict(
         variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None, pre_norm=True,
@@ -44,21 +46,23 @@ FAMILIES = {
         fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         architecture="GPT2Model",
         classifier="GPT2ForSequenceClassification",
-        prefix="transformer.",
+        prefixes=("transformer.",),
         transposed=True,  # GPT-2 stores its linear weights as (in, out): "Conv1D"
         bos_in_front=False,
         names={
-            "embed": ["wte"],
-            "pos_embed": ["wpe"],
-            "blocks.{}.attn_norm": ["h.{}.ln_1"],
-            "blocks.{}.qkv": ["h.{}.attn.c_attn"],
-            "blocks.{}.attn_out": ["h.{}.attn.c_proj"],
-            "blocks.{}.mlp_norm": ["h.{}.ln_2"],
-            "blocks.{}.mlp_in": ["h.{}.mlp.c_fc"],
-            "blocks.{}.mlp_out": ["h.{}.mlp.c_proj"],
-            "norm": ["ln_f"],
+            "embed": "wte",
+            "pos_embed": "wpe",
+            "blocks.{}.attn_norm": "h.{}.ln_1",
+            "blocks.{}.q": "h.{}.attn.c_attn",
+            "blocks.{}.k": "h.{}.attn.c_attn",
+            "blocks.{}.v": "h.{}.attn.c_attn",
+            "blocks.{}.attn_out": "h.{}.attn.c_proj",
+            "blocks.{}.mlp_norm": "h.{}.ln_2",
+            "blocks.{}.mlp_in": "h.{}.mlp.c_fc",
+            "blocks.{}.mlp_out": "h.{}.mlp.c_proj",
+            "norm": "ln_f",
         },
-        ignored=("attn.bias", "attn.masked_bias"),
+        ignored=(".attn.bias", ".attn.masked_bias"),
     ),
     "opt": dict(
         variant=dict(norm="layernorm", norm_eps=1e-5, activation="relu", gated=False, bias=True, rope_theta=None, pre_norm=True,
@@ -69,21 +73,23 @@ FAMILIES = {
         fixed=dict(_remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True),
         architecture="OPTModel",
         classifier="OPTForSequenceClassification",
-        prefix="model.",
+        prefixes=("model.", "decoder."),
         transposed=False,
         bos_in_front=True,
         names={
-            "embed": ["decoder.embed_tokens"],
-            "pos_embed": ["decoder.embed_positions"],
-            "project_in": ["decoder.project_in"],
-            "blocks.{}.attn_norm": ["decoder.layers.{}.self_attn_layer_norm"],
-            "blocks.{}.qkv": [f"decoder.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
-            "blocks.{}.attn_out": ["decoder.layers.{}.self_attn.out_proj"],
-            "blocks.{}.mlp_norm": ["decoder.layers.{}.final_layer_norm"],
-            "blocks.{}.mlp_in": ["decoder.layers.{}.fc1"],
-            "blocks.{}.mlp_out": ["decoder.layers.{}.fc2"],
-            "norm": ["decoder.final_layer_norm"],
-            "project_out": ["decoder.project_out"],
+            "embed": "decoder.embed_tokens",
+            "pos_embed": "decoder.embed_positions",
+            "project_in": "decoder.project_in",
+            "blocks.{}.attn_norm": "decoder.layers.{}.self_attn_layer_norm",
+            "blocks.{}.q": "decoder.layers.{}.self_attn.q_proj",
+            "blocks.{}.k": "decoder.layers.{}.self_attn.k_proj",
+            "blocks.{}.v": "decoder.layers.{}.self_attn.v_proj",
+            "blocks.{}.attn_out": "decoder.layers.{}.self_attn.out_proj",
+            "blocks.{}.mlp_norm": "decoder.layers.{}.final_layer_norm",
+            "blocks.{}.mlp_in": "decoder.layers.{}.fc1",
+            "blocks.{}.mlp_out": "decoder.layers.{}.fc2",
+            "norm": "decoder.final_layer_norm",
+            "project_out": "decoder.project_out",
         },
         ignored=(),
     ),
@@ -97,18 +103,21 @@ FAMILIES = {
         fixed=dict(attention_bias=False, mlp_bias=False),
         architecture="LlamaModel",
         classifier="LlamaForSequenceClassification",
-        prefix="model.",
+        prefixes=("model.",),
         transposed=False,
         bos_in_front=True,
         names={
-            "embed": ["embed_tokens"],
-            "blocks.{}.attn_norm": ["layers.{}.input_layernorm"],
-            "blocks.{}.qkv": [f"layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
-            "blocks.{}.attn_out": ["layers.{}.self_attn.o_proj"],
-            "blocks.{}.mlp_norm": ["layers.{}.post_attention_layernorm"],
-            "blocks.{}.mlp_in": ["layers.{}.mlp.gate_proj", "layers.{}.mlp.up_proj"],
-            "blocks.{}.mlp_out": ["layers.{}.mlp.down_proj"],
-            "norm": ["norm"],
+            "embed": "embed_tokens",
+            "blocks.{}.attn_norm": "layers.{}.input_layernorm",
+            "blocks.{}.q": "layers.{}.self_attn.q_proj",
+            "blocks.{}.k": "layers.{}.self_attn.k_proj",
+            "blocks.{}.v": "layers.{}.self_attn.v_proj",
+            "blocks.{}.attn_out": "layers.{}.self_attn.o_proj",
+            "blocks.{}.mlp_norm": "layers.{}.post_attention_layernorm",
+            "blocks.{}.mlp_gate": "layers.{}.mlp.gate_proj",
+            "blocks.{}.mlp_in": "layers.{}.mlp.up_proj",
+            "blocks.{}.mlp_out": "layers.{}.mlp.down_proj",
+            "norm": "norm",
         },
         ignored=("rotary_emb.inv_freq",),
     ),
@@ -233,10 +242,13 @@ class Block(nn.Module):
         self.config = config
         c, q_width, kv_width = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
         self.attn_norm = make_norm(config)
-        self.qkv = nn.Linear(c, q_width + 2 * kv_width, bias=config.bias)
+        self.q = nn.Linear(c, q_width, bias=config.bias)
+        self.k = nn.Linear(c, kv_width, bias=config.bias)
+        self.v = nn.Linear(c, kv_width, bias=config.bias)
         self.attn_out = nn.Linear(q_width, c, bias=config.bias)
         self.mlp_norm = make_norm(config)
-        self.mlp_in = nn.Linear(c, (2 if config.gated else 1) * config.n_inner, bias=config.bias)
+        self.mlp_gate = nn.Linear(c, config.n_inner, bias=config.bias) if config.gated else None
+        self.mlp_in = nn.Linear(c, config.n_inner, bias=config.bias)
         self.mlp_out = nn.Linear(config.n_inner, c, bias=config.bias)
 
     def forward(self, x, mask, rotary):
@@ -250,11 +262,9 @@ class Block(nn.Module):
     def attention(self, x, mask, rotary):
         config = self.config
         B, L, _ = x.shape
-        heads = self.qkv(x).view(B, L, -1, config.head_dim)  # (B, L, H + 2 H_kv, D)
-        q_and_k, v = heads.split((config.n_head + config.n_kv_head, config.n_kv_head), dim=2)
+        q, k, v = (linear(x).view(B, L, -1, config.head_dim) for linear in (self.q, self.k, self.v))  # (B, L, H, D)
         if rotary is not None:
-            q_and_k = rotate(q_and_k, *rotary)
-        q, k = q_and_k.split((config.n_head, config.n_kv_head), dim=2)
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
         y = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),  # (B, H, L, D)
             attn_mask=mask, is_causal=mask is None, dropout_p=config.dropout if self.training else 0.0,
@@ -263,10 +273,9 @@ class Block(nn.Module):
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.activation]
-        if not self.config.gated:
+        if self.mlp_gate is None:
             return self.mlp_out(activation(self.mlp_in(x)))
-        gate, up = self.mlp_in(x).chunk(2, dim=-1)
-        return self.mlp_out(activation(gate) * up)
+        return self.mlp_out(activation(self.mlp_gate(x)) * self.mlp_in(x))
 
 
 class GPT(nn.Module):
@@ -342,28 +351,51 @@ class GPT(nn.Module):
         except ValueError as error:
             raise ValueError(f"{source}/config.json: {error}") from None
         family = FAMILIES[config.model_type]
-        for prefix in ("rwtransformer.", "rwtranrsformer.", family["prefix"]):  # DeepSpeed-Chat's, in both its spellings
-            weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
+
+        def bare(name):
+            for prefix in ("rwtransformer.", "rwtranrsformer.", *family["prefixes"]):  # DeepSpeed-Chat's, in both spellings
+                name = name.removeprefix(prefix)
+            return name
+
+        weights = {bare(name): (name, weight) for name, weight in weights.items()}
         with torch.device("meta"):  # shapes without memory: the checkpoint's tensors become the parameters
             model = cls(config)
-        state = {}
-        for name, parameter in model.named_parameters():
-            parts = []
-            for theirs, rows in hf_parts(config, name, len(parameter)):
-                if theirs not in weights:
-                    raise ValueError(f"{source}: weight {theirs} is missing")
-                part, expected = weights.pop(theirs), maybe_transpose(config, name, parameter[:rows])
-                if part.shape != expected.shape:
-                    raise ValueError(f"{source}: weight {theirs} has shape {list(part.shape)}; config.json asks for "
-                                     f"{list(expected.shape)}")
-                parts.append(maybe_transpose(config, name, part).float())
-            state[name] = parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
-        left_over = [name for name in weights if not name.endswith((*family["ignored"], *HEADS))]
+        state, parameters = {}, dict(model.named_parameters())
+        for theirs, ours in model.hf_names().items():
+            if bare(theirs) not in weights:
+                raise ValueError(f"{source}: weight {theirs} is missing")
+            _, weight = weights.pop(bare(theirs))
+            rows = [len(parameters[name]) for name in ours]
+            expected = [sum(rows), *parameters[ours[0]].shape[1:]]
+            if is_transposed := model.is_transposed(ours[0]):
+                expected.reverse()
+            if list(weight.shape) != expected:
+                raise ValueError(f"{source}: weight {theirs} has shape {list(weight.shape)}; config.json asks for {expected}")
+            # float() and t() copy no float32 weight: it stays in the file, mapped, until something writes to it.
+            parts = (weight.t() if is_transposed else weight).float().split(rows)
+            if len(parts) > 1:
+                parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+            state |= zip(ours, parts)
+        left_over = [name for bare_name, (name, _) in weights.items() if not bare_name.endswith((*family["ignored"], *HEADS))]
         if left_over:
             raise ValueError(f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
                              f"{config.n_layer} layers (config.json)")
         model.load_state_dict(state, assign=True)
         return model
+
+    def hf_names(self) -> dict[str, list[str]]:
+        """Hugging Face's name of every weight -> our names of what it holds, row after row: one, or gpt2's q, k and v."""
+        names = {}
+        for ours, _ in self.named_parameters():
+            module, kind = ours.rsplit(".", 1)
+            layer = re.search(r"\d+", module)
+            theirs = FAMILIES[self.config.model_type]["names"][re.sub(r"\d+", "{}", module)]
+            names.setdefault(f"{theirs.format(layer and layer[0])}.{kind}", []).append(ours)
+        return names
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether Hugging Face keeps this weight of ours as (in, out)."""
+        return FAMILIES[self.config.model_type]["transposed"] and name.startswith("blocks.") and self.get_parameter(name).dim() == 2
 
     def resize_embedding(self, rows: int):
         """Make the token embedding `rows` rows long. New rows are zeros."""
@@ -373,10 +405,9 @@ class GPT(nn.Module):
     def to_hf(self) -> dict[str, torch.Tensor]:
         """The weights under their Hugging Face names, without prefix: the inverse of `from_hf`."""
         weights = {}
-        for name, parameter in self.named_parameters():
-            names, rows = zip(*hf_parts(self.config, name, len(parameter)))
-            for theirs, part in zip(names, parameter.detach().split(rows)):
-                weights[theirs] = maybe_transpose(self.config, name, part).clone(memory_format=torch.contiguous_format)
+        for theirs, ours in self.hf_names().items():
+            weight = torch.cat([self.get_parameter(name).detach() for name in ours])
+            weights[theirs] = weight.t().contiguous() if self.is_transposed(ours[0]) else weight
         return weights
 
 
@@ -423,28 +454,18 @@ def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return F.pad(weight[:rows], (0, 0, 0, max(0, rows - len(weight))))
 
 
-def hf_parts(config: GPTConfig, name: str, rows: int) -> list[tuple[str, int]]:
-    """The names under which Hugging Face keeps one of our parameters, and how many of its rows each of them has.
-
-    `blocks.3.qkv.weight` -> layer 3's q_proj, k_proj and v_proj in llama, c_attn alone in gpt2.
-    """
-    module, kind = name.rsplit(".", 1)
-    layer = re.search(r"\d+", module)
-    theirs = FAMILIES[config.model_type]["names"][re.sub(r"\d+", "{}", module)]
-    shares = [rows // len(theirs)] * len(theirs)
-    if len(theirs) == 3:  # queries, keys, values
-        shares = [heads * config.head_dim for heads in (config.n_head, config.n_kv_head, config.n_kv_head)]
-    return [(f"{t.format(layer and layer[0])}.{kind}", share) for t, share in zip(theirs, shares)]
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
 
 
-def maybe_transpose(config: GPTConfig, name: str, weight: torch.Tensor) -> torch.Tensor:
-    is_linear = name.startswith("blocks.") and weight.dim() == 2
-    return weight.t() if is_linear and FAMILIES[config.model_type]["transposed"] else weight
+def index_of(file: Path) -> Path:
+    return file.with_name(file.name + ".index.json")
 
 
 def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The parsed config.json of a directory, and its weights: model.safetensors, whole or in shards, else pytorch_model.bin.
+    """The parsed config.json of a directory, and its weights: those of model.safetensors, else of pytorch_model.bin, each
+    whole or in the shards that an index beside it lists.
 
+    The files are mapped, not read: a weight takes memory of its own only once it is written to or converted.
     Raises ValueError that names the file that is missing or broken.
     """
     path = Path(path)
@@ -458,21 +479,24 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
         raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
-    index, files = path / "model.safetensors.index.json", [path / "model.safetensors"]
-    if not files[0].exists() and index.exists():
+    whole = next((path / name for name in WEIGHT_FILES for found in (path / name, index_of(path / name)) if found.exists()), None)
+    if whole is None:
+        raise ValueError(f"{path}: neither {' nor '.join(WEIGHT_FILES)} there, whole or in shards")
+    files = [whole]
+    if not whole.exists():
         try:
-            files = [path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+            shards = json.loads(index_of(whole).read_text(encoding="utf-8"))["weight_map"].values()
+            files = [path / name for name in sorted(set(shards))]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: expected an object with a weight_map ({type(error).__name__}: {error})") from None
-    if index.exists() or files[0].exists():
+            raise ValueError(f"{index_of(whole)}: expected an object with a weight_map ({type(error).__name__}: {error})") from None
+    if whole.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file as load
         except ImportError:
             raise ValueError(f"{path}: reading its safetensors needs `pip install -r requirements-hf.txt`") from None
     else:
-        files, load = [path / "pytorch_model.bin"], partial(torch.load, map_location="cpu", weights_only=True)
-        if not files[0].exists():
-            raise ValueError(f"{path}: neither model.safetensors nor pytorch_model.bin there")
+        def load(file):  # files of PyTorch before 1.6 are no zip archives, and cannot be mapped
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     weights = {}
     for file in files:
         try:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import FAMILIES, GPT, hf_parts, read_checkpoint, resize_rows
+from model import FAMILIES, GPT, WEIGHT_FILES, index_of, read_checkpoint, resize_rows
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -156,6 +156,9 @@ def check_batch(input_ids, pad_id, attention_mask, pairs=False, vocab_size=None)
 # The model
 
 
+LAYOUTS = ("deepspeed-chat", "hf")  # of a saved model
+
+
 class RewardModel(nn.Module):
     """A GPT backbone and a value head: a reward for every token.
 
@@ -247,8 +250,9 @@ class RewardModel(nn.Module):
             num_padding_at_beginning = hf.get("num_padding_at_beginning", int(bos == pad_id))
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
         model = cls(backbone, pad_id, num_padding_at_beginning)
-        if head_name := next((name for name in ("v_head.weight", "score.weight") if name in weights), None):
-            head = weights[head_name]
+        head_name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
+        head = weights.get(head_name)
+        if head is not None and (head_name == "v_head.weight" or head.shape[:1] == (1,)):  # a score of more rows is a classifier's
             if head.shape != model.v_head.weight.shape:
                 raise ValueError(f"{path}: weight {head_name} has shape {list(head.shape)}; "
                                  f"expected {list(model.v_head.weight.shape)}, one reward")
@@ -263,26 +267,34 @@ class RewardModel(nn.Module):
         embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so that is how many are written.
         layout "hf": model.safetensors (needs safetensors) that `transformers.AutoModelForSequenceClassification` loads.
         """
-        if layout not in ("deepspeed-chat", "hf"):
-            raise ValueError(f"layout {layout!r} is not known; known are deepspeed-chat and hf")
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")
+        if layout == "hf":
+            try:
+                from safetensors.torch import save_file
+            except ImportError:
+                raise ValueError(f"layout {layout!r} needs `pip install -r requirements-hf.txt`") from None
         path, config, family = Path(path), self.backbone.config, FAMILIES[self.backbone.config.model_type]
+        file = path / WEIGHT_FILES[layout == "deepspeed-chat"]
+        others = [other for name in WEIGHT_FILES for other in (path / name, index_of(path / name)) if other != file and other.exists()]
+        if others:
+            raise ValueError(f"{others[0]}: another model lies there, which would be read in place of the one to be saved; "
+                             "give another directory, or move that file")
         path.mkdir(parents=True, exist_ok=True)
         rows = 8 * math.ceil((tokenizer.vocab_size if tokenizer else config.vocab_size) / 8)
         weights = self.backbone.to_hf()
-        (embed, _), = hf_parts(config, "embed.weight", rows)
+        embed = family["names"]["embed"] + ".weight"
         weights[embed] = resize_rows(weights[embed], rows)
         head = self.v_head.weight.detach().cpu().clone()
-        prefix, head_name = ("rwtransformer.", "v_head.weight") if layout == "deepspeed-chat" else (family["prefix"], "score.weight")
+        prefix, head_name = ("rwtransformer.", "v_head.weight") if layout == "deepspeed-chat" else (family["prefixes"][0], "score.weight")
         state = {prefix + name: weight.cpu() for name, weight in weights.items()} | {head_name: head}
         hf = config.to_hf() | {
             "vocab_size": rows, "pad_token_id": self.pad_id, "num_padding_at_beginning": self.num_padding_at_beginning}
         if layout == "hf":
-            from safetensors.torch import save_file
-
             hf |= {"architectures": [family["classifier"]], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-            save_file(state, path / "model.safetensors", metadata={"format": "pt"})
-        else:
-            torch.save(state, path / "pytorch_model.bin")
+        part = file.with_name(file.name + ".part")  # this model may be mapped from the file that it replaces: no writing into it
+        save_file(state, part, metadata={"format": "pt"}) if layout == "hf" else torch.save(state, part)
+        os.replace(part, file)
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         if tokenizer:
             tokenizer.save(path)
