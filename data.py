@@ -139,6 +139,13 @@ def parse_messages(name: str, value, role: str) -> list[tuple[str, str]]:
     return messages
 
 
+# The same as a tokenizer_config.json has it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'system': '', 'user': '\\n\\nHuman: ', 'assistant': '\\n\\nAssistant: '}[message['role']] + message['content'] }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}")
+
+
 def chat_text(messages: list[tuple[str, str]]) -> str:
     """The template for chat messages, that of Anthropic's hh-rlhf dialogues."""
     in_front = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -179,6 +186,10 @@ def split_indices(n: int, data_split: list[float], stage: int, seed: int) -> np.
 # Tokens
 
 
+SPACE = "\u2581"  # sentencepiece's sign for a space
+NOT_NORMAL = "A  \ufb01 \u2460\n"  # text that every way to normalize changes
+
+
 class Tokenizer:
     """A sentencepiece model, with the special ids that a sequence needs.
 
@@ -208,9 +219,72 @@ class Tokenizer:
         return self.pieces.decode([int(i) for i in ids if i < self.text_size and i not in special])
 
     def save(self, directory):
-        """Write the files from which `load_tokenizer(directory)` makes the same tokenizer."""
+        """Write the files from which `load_tokenizer(directory)` and transformers' `AutoTokenizer` make this tokenizer."""
         (Path(directory) / "tokenizer.model").write_bytes(self.model_proto)
-        (Path(directory) / "tokenizer_config.json").write_text(json.dumps({"pad_token_id": self.pad_id}) + "\n")
+        if spec := sentencepiece_spec(self.pieces):
+            # transformers takes the name of a special token for the token, sentencepiece for text: told to, both do that.
+            self.save_spec(directory, spec, self.pieces.id_to_piece, {"split_special_tokens": True})
+        else:
+            (Path(directory) / "tokenizer_config.json").write_text(json.dumps({"pad_token_id": self.pad_id}) + "\n")
+
+    def save_spec(self, directory, spec: dict, id_to_token, config: dict):
+        """Write `spec` as tokenizer.json, and tokenizer_config.json. By default they make bos, text, eos of a text, as `tokenize`."""
+        ids = {name: i for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)) if i is not None}
+        # A new pad id gets a name, and so do ids that it leaves out: the length of a tokenizer is its number of names.
+        token = {i: id_to_token(i) if i < self.text_size else f"<|reward model {'pad' if i == self.pad_id else i}|>"
+                 for i in (*ids.values(), *range(self.text_size, self.vocab_size))}
+        known = {added["id"] for added in spec["added_tokens"]}
+        spec["added_tokens"] += [added_token(i, token[i]) for i in sorted(token) if i not in known]
+        in_front = [] if self.bos_id is None else [self.bos_id]
+        behind = [] if self.eos_id in (None, self.pad_id) else [self.eos_id]
+
+        def surrounded(name, type_id):
+            before, after = ([{"SpecialToken": {"id": token[i], "type_id": type_id}} for i in part] for part in (in_front, behind))
+            return [*before, {"Sequence": {"id": name, "type_id": type_id}}, *after]
+
+        spec |= {"truncation": None, "padding": None, "post_processor": {
+            "type": "TemplateProcessing", "single": surrounded("A", 0), "pair": surrounded("A", 0) + surrounded("B", 1),
+            "special_tokens": {token[i]: {"id": token[i], "ids": [i], "tokens": [token[i]]} for i in in_front + behind}}}
+        config = config | {name: token[i] for name, i in ids.items()} | {
+            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(in_front), "add_eos_token": bool(behind),
+            "pad_token_id": self.pad_id, "chat_template": CHAT_TEMPLATE}
+        for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
+            (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def added_token(i: int, name: str) -> dict:
+    return dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+
+
+def sentencepiece_spec(pieces: sentencepiece.SentencePieceProcessor) -> dict | None:
+    """The content of a tokenizer.json that does what a sentencepiece BPE model does.
+
+    None for models of which that cannot be said: other ones than BPE, and those that normalize or have pieces of their user.
+    """
+    names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
+    special = [i for i in range(len(names)) if pieces.is_control(i) or pieces.is_unknown(i)]
+    ordinary = [i for i in range(len(names)) if i not in special and not pieces.is_byte(i)]
+    dummy_prefix = pieces.normalize("a")[:-1]
+    if dummy_prefix not in ("", SPACE) or pieces.normalize(NOT_NORMAL) != dummy_prefix + NOT_NORMAL.replace(" ", SPACE):
+        return None
+    if [pieces.get_score(i) for i in ordinary] != [-rank for rank in range(len(ordinary))]:  # BPE's scores are ranks of merges
+        return None
+    parts = {names[i] for i in ordinary}
+    merges = [[names[i][:cut], names[i][cut:]] for i in ordinary for cut in range(len(names[i]) - 1, 0, -1)
+              if names[i][:cut] in parts and names[i][cut:] in parts]
+    replace = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in ((" ", SPACE), (SPACE, " "))]
+    prepend = [{"type": "Prepend", "prepend": SPACE}] if dummy_prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_prefix else []
+    return {
+        "version": "1.0",
+        "added_tokens": [added_token(i, names[i]) for i in special],
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace[0]]},
+        "pre_tokenizer": None,
+        "decoder": {"type": "Sequence", "decoders": [replace[1], {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {"type": "BPE", "unk_token": names[pieces.unk_id()], "fuse_unk": True,
+                  "byte_fallback": any(map(pieces.is_byte, range(len(names)))),
+                  "vocab": {name: i for i, name in enumerate(names)}, "merges": merges},
+    }
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -237,15 +311,9 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.backend.decode([int(i) for i in ids if i != self.pad_id], skip_special_tokens=True)
 
     def save(self, directory):
-        backend = type(self.backend).from_str(self.backend.to_str())
-        if self.pad_id == self.text_size:  # in the copy alone: here, the name of the new pad is text like any other
-            backend.add_special_tokens(["<|reward model pad|>"])
-        backend.save(str(Path(directory) / "tokenizer.json"))
-        tokens = {name: token for name, token in self.config.items()
-                  if name in ("bos_token", "eos_token", "unk_token") and self.token_id(token) is not None}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": self.bos_id is not None, **tokens,
-                  "pad_token": backend.id_to_token(self.pad_id), "pad_token_id": self.pad_id}
-        (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        unk = self.config.get("unk_token")
+        config = {} if self.token_id(unk) is None else {"unk_token": unk}
+        self.save_spec(directory, json.loads(self.backend.to_str()), self.backend.id_to_token, config)
 
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # in the order in which they are looked for

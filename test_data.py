@@ -251,8 +251,8 @@ def test_training_is_reproducible_and_vocab_size_an_upper_bound(tokenizer):
 
 def sentencepiece_model(**options) -> bytes:
     model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, model_type="bpe", vocab_size=300,
-                                             byte_fallback=True, minloglevel=2, **options)
+    options = dict(model_type="bpe", vocab_size=300, byte_fallback=True, hard_vocab_limit=False, minloglevel=2) | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, **options)
     return model.getvalue()
 
 
@@ -350,17 +350,59 @@ def test_special_ids_of_hub_tokenizers(hub_directory):
     assert data.load_tokenizer(directory, pad_id=tokenizer.eos_id).pad_id == tokenizer.eos_id  # DeepSpeed-Chat's choice
 
 
-def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(hub_directory, tmp_path):
+def assert_transformers_agrees(tokenizer, directory):
+    """What `save` wrote is the same tokenizer to us and to AutoTokenizer, whose default is the sequence that we train on."""
     import transformers
 
-    tokenizer = data.load_tokenizer(hub_directory[0])
-    tokenizer.save(tmp_path)
-    again, theirs = data.load_tokenizer(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.save(directory)
+    again, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     names = ("pad_id", "bos_id", "eos_id", "vocab_size")
     assert [getattr(again, name) for name in names] == [getattr(tokenizer, name) for name in names]
     assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size)
-    for text in HARD_TEXTS + TEXTS:
-        assert again.encode(text) == tokenizer.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+    rng = random.Random(0)
+    alphabet = ["a", "aa", "ab", " ", "  ", "\n", "the", " the", "é", "e\u0301", "ﬁ", "😀", "日本", "\u2581", "<s>", "</s>", "<unk>", "<0x41>"]
+    drawn = ["".join(rng.choices([*alphabet, chr(rng.randrange(1, 0x3000))], k=rng.randrange(30))) for _ in range(500)]
+    for text in HARD_TEXTS + TEXTS + drawn:
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        if ids or tokenizer.bos_id or tokenizer.eos_id:
+            assert theirs(text)["input_ids"] == data.tokenize(Comparison("", [text]), tokenizer, 10**6)[0], text
+    chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
+    messages = [{"role": role, "content": content} for role, content in chat]
+    assert theirs.apply_chat_template(messages, tokenize=False) == data.chat_text(chat)
+    assert theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == data.chat_text(chat[:2]) + "\n\nAssistant:"
+
+
+@pytest.mark.parametrize("above", [None, 0, 7])
+def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(hub_directory, tmp_path, above):
+    """Also with a pad id that we are given, at the end of the vocabulary or some ids behind it."""
+    tokenizer = data.load_tokenizer(hub_directory[0])
+    if above is not None:
+        tokenizer = data.load_tokenizer(hub_directory[0], tokenizer.text_size + above)
+    assert_transformers_agrees(tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("pad_id", [None, 2, 450])
+def test_saved_tokenizer_of_ours_is_the_same_for_transformers(tokenizer, tmp_path, pad_id):
+    assert_transformers_agrees(data.Tokenizer(tokenizer.model_proto, pad_id), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, dict(bos_id=-1, eos_id=-1), dict(byte_fallback=False), dict(pad_id=3)], ids=str)
+def test_saved_sentencepiece_of_llama_2_is_the_same_for_transformers(tmp_path, options):
+    """A space in front of every text, and none of them lost."""
+    model = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False, **options)
+    assert_transformers_agrees(data.Tokenizer(model), tmp_path)
+
+
+@pytest.mark.parametrize("options", [{}, dict(model_type="unigram"), dict(normalization_rule_name="identity"), dict(user_defined_symbols=["ab"])],
+                         ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"])
+def test_no_tokenizer_json_is_written_that_would_not_be_the_same(options, tmp_path):
+    same = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    options = {**same, **options} if "model_type" in options or "user_defined_symbols" in options else options
+    tokenizer = data.Tokenizer(sentencepiece_model(**options))
+    tokenizer.save(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    assert data.load_tokenizer(tmp_path).encode("a  ﬁ ab") == tokenizer.encode("a  ﬁ ab")
 
 
 @pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("vocab.json", "[]"), ("vocab.json", "{}")])
