@@ -12,6 +12,10 @@
     python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]
 
 scores the responses in FILE: comparisons in any format of data.py, or rows {"prompt": ..., "response": ...}.
+
+    python rm.py convert CHECKPOINT DIRECTORY --layout hf
+
+writes a trained model in another layout: hf for transformers, deepspeed-chat for its step 3.
 """
 
 import argparse
@@ -301,7 +305,7 @@ class RewardModel(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The program: score the responses in a file
+# The programs: score the responses in a file, convert a model
 
 
 @torch.no_grad()
@@ -322,53 +326,83 @@ def score(model: RewardModel, sequences: list[list[int]], batch_size: int) -> li
     return scores
 
 
-def main():
+def trained_model(checkpoint) -> RewardModel:
+    model = RewardModel.from_pretrained(checkpoint)
+    if model.has_fresh_head:
+        raise ValueError(f"{checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)")
+    return model.eval()
+
+
+def score_program(argv: list[str]):
+    from data import load_comparisons, load_tokenizer, tokenize
+
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description="Score the responses in a file. One JSON line a row, in the file's order: "
-        '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.')
+        '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.',
+        epilog="`python rm.py convert --help` tells of the other program in this file.")
     parser.add_argument("checkpoint", help="a directory with a trained reward model and its tokenizer")
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
     parser.add_argument("--max_seq_len", type=int, help="longer sequences are truncated (default: what the model has positions for)")
-    args = parser.parse_args()
-    from data import load_comparisons, load_tokenizer, tokenize
-
+    args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
     if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
         parser.error(f"argument --out: found {args.out}; expected a file in a directory that exists")
     if args.out and Path(args.out).resolve() == Path(args.file).resolve():
         parser.error(f"argument --out: found {args.out}, which is the file to score; give another")
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = RewardModel.from_pretrained(args.checkpoint).eval().to(device)
-        if model.has_fresh_head:
-            raise ValueError(f"{args.checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)")
-        tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
-        longest = model.backbone.config.n_positions
-        max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
-        if not 2 <= max_seq_len <= longest:
-            parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has")
-        margins = []
-        comparisons = load_comparisons(args.file, min_responses=1)
-        unfinished = args.out and args.out + ".part"  # so that an --out of before stays until there is a whole new one
-        with open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
-            while window := list(itertools.islice(comparisons, 64 * args.batch_size)):  # within it, batches by length
-                sequences = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
-                scores = iter(score(model, [s for group in sequences for s in group], args.batch_size))
-                for group in sequences:
-                    row = list(itertools.islice(scores, len(group)))
-                    margins += [a - b for a, b in itertools.combinations(row, 2)]
-                    out.write(json.dumps({"scores": row} if len(row) > 1 else {"score": row[0]}) + "\n")
-                bar.update(len(window))
-        if args.out:
-            os.replace(unfinished, args.out)
-    except (ValueError, OSError) as error:
-        sys.exit(f"rm.py: error: {error}")
+    model = trained_model(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
+    longest = model.backbone.config.n_positions
+    max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
+    if not 2 <= max_seq_len <= longest:
+        parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has")
+    margins = []
+    comparisons = load_comparisons(args.file, min_responses=1)
+    unfinished = args.out and args.out + ".part"  # so that an --out of before stays until there is a whole new one
+    with open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
+        while window := list(itertools.islice(comparisons, 64 * args.batch_size)):  # within it, batches by length
+            sequences = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
+            scores = iter(score(model, [s for group in sequences for s in group], args.batch_size))
+            for group in sequences:
+                row = list(itertools.islice(scores, len(group)))
+                margins += [a - b for a, b in itertools.combinations(row, 2)]
+                out.write(json.dumps({"scores": row} if len(row) > 1 else {"score": row[0]}) + "\n")
+            bar.update(len(window))
+    if args.out:
+        os.replace(unfinished, args.out)
     if margins:
         accuracy, mean = sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins)
         print(f"{len(margins)} pairs: accuracy {accuracy:.4f}, mean margin {mean:.4f}", file=sys.stderr)
+
+
+def convert_program(argv: list[str]):
+    from data import TOKENIZER_FILES, load_tokenizer
+
+    parser = argparse.ArgumentParser("rm.py convert", allow_abbrev=False, description="Write a trained reward model in another layout.")
+    parser.add_argument("checkpoint", help="a directory with a trained reward model, in either layout")
+    parser.add_argument("directory", help="where to write it: a new directory, or an empty one")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True,
+                        help="deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification")
+    args = parser.parse_args(argv)
+    directory = Path(args.directory)
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        parser.error(f"argument directory: found {args.directory}, which is not empty; give a new one")
+    model = trained_model(args.checkpoint)
+    has_tokenizer = any((Path(args.checkpoint) / name).is_file() for name in TOKENIZER_FILES)
+    model.save_pretrained(directory, args.layout, load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer else None)
+    print(f"{directory}: {args.layout} layout, {'with its tokenizer' if has_tokenizer else 'without a tokenizer, as there was none'}")
+
+
+def main():
+    try:
+        if sys.argv[1:2] == ["convert"]:
+            convert_program(sys.argv[2:])
+        else:
+            score_program(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"rm.py: error: {error}")
 
 
 if __name__ == "__main__":

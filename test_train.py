@@ -414,6 +414,30 @@ def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_pat
     assert torch.allclose(ours.forward_value(ids, return_value_only=True), expected, atol=1e-5)
 
 
+def test_converted_model_gives_the_same_scores_in_transformers_and_comes_back_bit_for_bit(built_in_run, tmp_path):
+    """From a text to its score by AutoTokenizer and AutoModelForSequenceClassification alone, as by rm.py."""
+    import transformers
+
+    output_dir, *_ = built_in_run
+    for source, target, layout in ((output_dir, "hf", "hf"), (tmp_path / "hf", "back", "deepspeed-chat")):
+        done = run("rm.py", "convert", source, tmp_path / target, "--layout", layout)
+        assert done.returncode == 0, done.stderr
+    before, after = (torch.load(d / "pytorch_model.bin", weights_only=True) for d in (output_dir, tmp_path / "back"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    for file in ("config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "back" / file).read_bytes() == (output_dir / file).read_bytes(), file
+
+    rows = [json.loads(line) for line in write_rows(tmp_path / "rows.jsonl", 5).read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    batch = tokenizer([row["prompt"] + row["chosen"] for row in rows], padding=True, return_tensors="pt", return_token_type_ids=False)
+    for directory in (output_dir, tmp_path / "hf"):
+        scored = run("rm.py", directory, tmp_path / "rows.jsonl").stdout.splitlines()
+        assert model(**batch).logits[:, 0].tolist() == pytest.approx([json.loads(line)["scores"][0] for line in scored], abs=1e-5)
+    refused = run("rm.py", "convert", output_dir, tmp_path / "hf", "--layout", "deepspeed-chat")
+    assert refused.returncode != 0 and "hf, which is not empty" in refused.stderr.splitlines()[-1]
+
+
 def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
     for number in (1, 2):
         (tmp_path / "pytorch_model.bin").write_text(f"model {number}")
