@@ -1,6 +1,7 @@
 """The backbone and the reward model, against DeepSpeed-Chat's numbers and against `transformers`."""
 
 import json
+import math
 import pickle
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 import data
 from model import FAMILIES, GPT, GPTConfig
-from rm import RewardModel
+from rm import LAYOUTS, RewardModel
 
 TESTDATA = Path(__file__).parent / "testdata"
 CHECKPOINTS = ["gpt2", "llama_gqa", "opt", "opt_postnorm_proj"]
@@ -149,6 +150,78 @@ def test_backbone_saved_by_transformers_loads(model_type, tmp_path):
         close(GPT.from_pretrained(tmp_path / directory)(ids), expected)
 
 
+def old_buffers(model_type, n_layer=2):
+    if model_type == "gpt2":
+        return {f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 32, 32).tril().bool() if name == "bias" else torch.tensor(-1e4)
+                for i in range(n_layer) for name in ("bias", "masked_bias")}
+    return {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(2) for i in range(n_layer)} if model_type == "llama" else {}
+
+
+def without(name, *prefixes):
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    return name
+
+
+VARIANTS = {  # what hub files of one and the same model look like: weights by a model with a head -> weights in a file
+    "with prefix": lambda weights, model_type: weights,
+    "without prefix": lambda weights, model_type: {without(name, "transformer.", "model."): w for name, w in weights.items()},
+    "of the bare decoder": lambda weights, model_type: {without(name, "transformer.", "model.", "decoder."): w for name, w in weights.items()},
+    "untied head": lambda weights, model_type: weights | {"lm_head.weight": torch.randn(50, 16)},
+    "head of a classifier": lambda weights, model_type: weights | {"score.weight": torch.randn(2, 16)},
+    "no head": lambda weights, model_type: {name: w for name, w in weights.items() if name != "lm_head.weight"},
+    "old buffers": lambda weights, model_type: weights | old_buffers(model_type),
+    "float16": lambda weights, model_type: {name: w.half() for name, w in weights.items()},
+    "bfloat16": lambda weights, model_type: {name: w.bfloat16() for name, w in weights.items()},
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin of old"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_files_as_the_hub_has_them(model_type, variant, file, tmp_path):
+    import safetensors.torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**small(model_type, n_kv_head=2 if model_type == "llama" else 4).to_hf())
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    weights = VARIANTS[variant]({name: torch.randn_like(w) / 2 for name, w in theirs.state_dict().items()}, model_type)
+    kept = {name: without(name, "transformer.", "model.", "decoder.") for name in theirs.base_model.state_dict()}
+    stored = {without(name, "transformer.", "model.", "decoder."): w for name, w in weights.items()}
+    theirs.base_model.load_state_dict({name: stored[bare].float() for name, bare in kept.items()})
+    config.save_pretrained(tmp_path)
+    if file == "model.safetensors":
+        safetensors.torch.save_file(weights, tmp_path / file)
+    else:  # PyTorch before 1.6 did not write zip archives
+        torch.save(weights, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization="old" not in file)
+    ids, mask = left_padded()
+    positions = {} if model_type == "opt" else {"position_ids": torch.arange(ids.shape[1]).expand(ids.shape)}
+    expected = theirs.base_model(ids, attention_mask=mask, **positions).last_hidden_state[mask.bool()]
+    model = RewardModel.from_pretrained(tmp_path, pad_id=0)
+    assert model.has_fresh_head and {p.dtype for p in model.parameters()} == {torch.float32}
+    close(model.backbone(ids, mask)[mask.bool()], expected)
+
+
+LLAMA_3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("keys", [
+    {"rope_theta": 500.0}, {"rope_theta": 500.0, "rope_scaling": None}, {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+    {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}}, {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA_3}},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA_3}}, {}], ids=lambda keys: ",".join(keys) or "none")
+def test_rotary_keys_of_old_and_new_config_files(keys, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    hf = {key: value for key, value in small("llama", n_embd=64).to_hf().items() if "rope" not in key} | keys
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    theirs = transformers.AutoModel.from_config(transformers.AutoConfig.from_pretrained(tmp_path)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ids = torch.randint(0, 50, (2, 32))
+    close(GPT.from_pretrained(tmp_path)(ids), theirs(ids).last_hidden_state)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Properties
 
@@ -285,6 +358,51 @@ def test_embedding_is_saved_with_the_rows_that_the_tokenizer_needs(tmp_path):
     assert RewardModel.from_pretrained(tmp_path).pad_id == tokenizer.pad_id
 
 
+@pytest.mark.parametrize("pad_id", [None, 0, 320])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_round_trip_with_a_tokenizer(model_type, layout, pad_id, tmp_path):
+    """Everything comes back bit for bit, and the rows of the embedding are what the length of the tokenizer asks for: its own pad
+    is id 0; a new one stands at the end of a vocabulary of 290, or some ids behind it."""
+    import transformers
+
+    torch.manual_seed(0)
+    proto = data.train_tokenizer(["a few words", "and some more"], 290).model_proto
+    tokenizer = data.Tokenizer(proto, pad_id)
+    model = RewardModel(GPT(small(model_type, vocab_size=tokenizer.vocab_size)), tokenizer.pad_id, num_padding_at_beginning=2)
+    model.save_pretrained(tmp_path, layout=layout, tokenizer=tokenizer)
+    again = RewardModel.from_pretrained(tmp_path)
+    assert (again.pad_id, again.num_padding_at_beginning, again.has_fresh_head) == (tokenizer.pad_id, 2, False)
+    ours, saved = dict(model.named_parameters()), dict(again.named_parameters())
+    rows = 8 * math.ceil(len(transformers.AutoTokenizer.from_pretrained(tmp_path)) / 8)
+    assert len(saved["backbone.embed.weight"]) == rows == json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    assert rows >= tokenizer.vocab_size > rows - 8 and not saved["backbone.embed.weight"][tokenizer.vocab_size :].any()
+    assert ours.keys() == saved.keys() and all(torch.equal(p, saved[name][: len(p)]) for name, p in ours.items())
+    assert data.load_tokenizer(tmp_path).pad_id == tokenizer.pad_id
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_model_is_saved_over_the_files_that_it_was_loaded_from(layout, tmp_path):
+    """Its weights are mapped from them, so they must not change under it."""
+    torch.manual_seed(0)
+    RewardModel(GPT(small("llama", vocab_size=48)), pad_id=0).save_pretrained(tmp_path, layout)
+    model = RewardModel.from_pretrained(tmp_path)
+    before = model.backbone.blocks[0].q.weight.detach().clone()
+    other = RewardModel(GPT(small("llama", vocab_size=48)), pad_id=0)
+    other.save_pretrained(tmp_path, layout)
+    assert torch.equal(model.backbone.blocks[0].q.weight, before)
+    model.save_pretrained(tmp_path, layout)
+    assert torch.equal(RewardModel.from_pretrained(tmp_path).backbone.blocks[0].q.weight, before)
+
+
+def test_model_is_not_saved_beside_one_that_would_be_read_in_its_place(tmp_path):
+    model = RewardModel(GPT(small("llama")), pad_id=0)
+    for first, second, file in (("hf", "deepspeed-chat", "model.safetensors"), ("deepspeed-chat", "hf", "pytorch_model.bin")):
+        model.save_pretrained(tmp_path / first, first)
+        with pytest.raises(ValueError, match=f"{first}/{file}: another model"):
+            model.save_pretrained(tmp_path / first, second)
+
+
 def test_backbone_of_a_trained_model_loads_as_a_backbone(tmp_path):
     """Also in the other spelling of the prefix that versions of DeepSpeed-Chat have."""
     model = RewardModel(GPT(small("gpt2", vocab_size=48)), pad_id=0)
@@ -365,6 +483,7 @@ def broken(directory, change):
 @pytest.mark.parametrize("change, words", [
     (lambda config, weights: weights.pop("h.1.mlp.c_fc.bias"), ["h.1.mlp.c_fc.bias", "missing"]),
     (lambda config, weights: weights.update({"h.2.ln_1.weight": torch.ones(32)}), ["h.2.ln_1.weight", "not part of"]),
+    (lambda config, weights: weights.update({"h.2.attn.c_attn.bias": torch.ones(96)}), ["h.2.attn.c_attn.bias", "not part of"]),
     (lambda config, weights: weights.update({"ln_f.bias": torch.ones(31)}), ["ln_f.bias", "[31]", "[32]"]),
     (lambda config, weights: weights.update({"h.0.mlp.c_fc.weight": torch.ones(128, 32)}), ["h.0.mlp.c_fc.weight", "[128, 32]", "[32, 128]"]),
     (lambda config, weights: config.update(n_embd=64), ["wte.weight", "[96, 32]", "[96, 64]"]),
@@ -382,13 +501,19 @@ def broken(directory, change):
     (lambda config, weights: config.update(rope_parameters=[1]), ["config.json", "rope_parameters", "[1]"]),
     (lambda config, weights: config.update(rope_scaling={"type": "yarn"}), ["config.json", "'yarn'", "llama3"]),
     (lambda config, weights: config.update(rope_scaling={"rope_type": "llama3", "factor": 8}), ["config.json", "low_freq_factor"]),
-], ids=["missing", "left over", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads", "no heads", "text for a number", "text for eps", "text for an id", "list for a family",
+], ids=["missing", "left over", "left over that ends like a buffer", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads", "no heads", "text for a number", "text for eps", "text for an id", "list for a family",
         "list for a weight", "list for rope", "unknown rope", "incomplete rope"])
 def test_bad_checkpoints_are_refused(change, words, tmp_path):
     directory = broken(tmp_path / "model", change)
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(directory)
     assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+
+
+def cut(weights, file):
+    import safetensors.torch
+
+    file.write_bytes(safetensors.torch.save(weights)[:5000])
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -398,7 +523,18 @@ def test_bad_checkpoints_are_refused(change, words, tmp_path):
     (lambda d: (d / "pytorch_model.bin").write_bytes((d / "pytorch_model.bin").read_bytes()[:5000]), ["pytorch_model.bin"]),
     (lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol=2)), ["pytorch_model.bin"]),
     (lambda d: (d / "model.safetensors").write_bytes(b"not safetensors"), ["model.safetensors"]),
-], ids=["no config", "cut config", "no weights", "cut weights", "code in the pickle", "not safetensors"])
+    (lambda d: cut(GPT.from_pretrained(d).to_hf(), d / "model.safetensors"), ["model.safetensors"]),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}'),
+     ["model-1-of-2.safetensors"]),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"wte.weight": 1}}'), ["index.json", "weight_map"]),
+    (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": '), ["index.json", "weight_map"]),
+    (lambda d: (d / "model.safetensors.index.json").write_text('[]'), ["index.json", "weight_map"]),
+    (lambda d: torch.save({**torch.load(d / "pytorch_model.bin"), "v_head.weight": torch.ones(1, 31)}, d / "pytorch_model.bin"),
+     ["v_head.weight", "[1, 31]", "[1, 32]"]),
+    (lambda d: torch.save({**torch.load(d / "pytorch_model.bin"), "score.weight": torch.ones(1, 31)}, d / "pytorch_model.bin"),
+     ["score.weight", "[1, 31]", "[1, 32]"]),
+], ids=["no config", "cut config", "no weights", "cut weights", "code in the pickle", "not safetensors", "cut safetensors", "missing shard",
+        "index of numbers", "cut index", "index of nothing", "head of another width", "score of another width"])
 def test_bad_files_are_refused(spoil, words, tmp_path, capfd):
     directory = broken(tmp_path / "model", lambda config, weights: None)
     spoil(directory)
