@@ -284,16 +284,17 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.embed = make_embedding(config.vocab_size, config.embed_dim)
         if config.rope_theta is None:
-            self.pos_embed = nn.Embedding(config.n_positions + config.position_offset, config.n_embd)
+            self.pos_embed = make_embedding(config.n_positions + config.position_offset, config.n_embd)
         self.project_in = self.project_out = None
         if config.embed_dim != config.n_embd:
             self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False)
             self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config) if config.pre_norm else None
-        self.apply(self._init_weights)
+        if not self.embed.weight.is_meta:
+            self.apply(self._init_weights)
 
     def _init_weights(self, module):
         """GPT-2's: normal with `init_std`; layers that write to the residual stream scaled down by the number of writes."""
@@ -411,6 +412,11 @@ class GPT(nn.Module):
         return weights
 
 
+def make_embedding(rows: int, width: int) -> nn.Embedding:
+    """Without nn.Embedding's own initialization: on the meta device it would import a large part of PyTorch, for nothing."""
+    return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+
+
 def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
@@ -451,7 +457,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     """The first `rows` rows of a matrix, followed by rows of zeros where it has fewer."""
-    return F.pad(weight[:rows], (0, 0, 0, max(0, rows - len(weight))))
+    if rows == len(weight):
+        return weight
+    resized = weight.new_empty(rows, weight.shape[1])
+    resized[: len(weight)] = weight[:rows]
+    resized[len(weight) :] = 0
+    return resized
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
