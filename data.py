@@ -19,7 +19,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -458,6 +458,73 @@ def pad_rows(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, tor
         input_ids[row, : len(sequence)] = torch.tensor(sequence)
         attention_mask[row, : len(sequence)] = 1
     return input_ids, attention_mask
+
+
+@dataclass
+class PackedBatch:
+    """Comparisons without padding to a common length, and with what the responses of each share stored once.
+
+    Of a comparison: the trunk is what its sequences have in common at their start, a branch is the rest of one of them, a tail
+    is the padding from the end of that one to the longest one's end, because the loss reads rewards there. All are laid out
+    flat: first all trunks, then all branches, then all tails.
+    """
+
+    token_groups: list[list[list[int]]]  # what was packed
+    input_ids: torch.Tensor  # (num_tokens,) int64
+    positions: torch.Tensor  # (num_tokens,) int64, the columns where the padded layout would have them
+    trunks: list[int]  # lengths, one a comparison
+    branches: list[int]  # lengths, one a response, comparison after comparison
+    tails: list[int]
+    length: int  # of the longest sequence
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed on."""
+        return sum(self.trunks) + sum(self.branches) + sum(self.tails)
+
+    @property
+    def trunk_of_branch(self) -> list[int]:
+        return [i for i, group in enumerate(self.token_groups) for _ in group]
+
+    def to(self, device) -> "PackedBatch":
+        return replace(self, input_ids=self.input_ids.to(device), positions=self.positions.to(device))
+
+
+def trunk_length(group: list[list[int]]) -> int:
+    """What the sequences of a comparison share, but for the last token of each: there its score is read, in its branch."""
+    return min(shared_prefix(group), min(map(len, group)) - 1)
+
+
+def packed_size(group: list[list[int]]) -> int:
+    """How many tokens of a packed batch a comparison is."""
+    trunk = trunk_length(group)
+    return trunk + len(group) * (max(map(len, group)) - trunk)
+
+
+def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 2, tails: bool = True) -> PackedBatch:
+    """Pack comparisons: of each the token ids of its sequences, best first.
+
+    A sequence's length is where its text ends; it may contain `pad_id`. Without `tails` there are end scores and no loss.
+    Raises ValueError that names the comparison.
+    """
+    layout = {"trunks": [], "branches": [], "tails": []}
+    ids, positions = ({name: [] for name in layout} for _ in range(2))
+    for i, group in enumerate(token_groups):
+        if len(group) < min_responses or not all(group):
+            raise ValueError(f"comparison {i}: {len(group)} sequences of {[len(sequence) for sequence in group]} tokens; expected "
+                             f"{min_responses} or more, of one token or more")
+        trunk, longest = trunk_length(group), max(map(len, group)) if tails else 0
+        parts = [("trunks", group[0][:trunk], 0)]
+        for sequence in group:
+            parts += [("branches", sequence[trunk:], trunk), ("tails", [pad_id] * (longest - len(sequence)), len(sequence))]
+        for name, tokens, start in parts:
+            layout[name].append(len(tokens))
+            ids[name] += tokens
+            positions[name] += range(start, start + len(tokens))
+    if not token_groups:
+        raise ValueError("no comparison to pack")
+    return PackedBatch(token_groups, *(torch.tensor(sum(column.values(), [])) for column in (ids, positions)), **layout,
+                       length=max(len(sequence) for group in token_groups for sequence in group))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ Shapes in comments: B rows, L positions, H heads, D width of a head, C width of 
 
 import json
 import math
+import operator
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -234,6 +235,9 @@ class GPTConfig:
 HEADS = ("lm_head.weight", "score.weight", "v_head.weight")  # weights in a checkpoint that are not the backbone's
 
 
+ALL = slice(None)
+
+
 class Block(nn.Module):
     """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); without pre_norm, norm(x + attention(x)) and so on."""
 
@@ -251,25 +255,26 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(c, config.n_inner, bias=config.bias)
         self.mlp_out = nn.Linear(config.n_inner, c, bias=config.bias)
 
-    def forward(self, x, mask, rotary):
-        config = self.config
-        for norm, sublayer in ((self.attn_norm, partial(self.attention, mask=mask, rotary=rotary)), (self.mlp_norm, self.mlp)):
-            y = sublayer(norm(x) if config.pre_norm else x)
-            x = x + F.dropout(y, config.dropout, self.training)
-            x = x if config.pre_norm else norm(x)
-        return x
+    def forward(self, x, attend, rotary, keys=ALL, read=ALL):
+        """x: (B, L, C), or packed (T, C). `attend` is the attention of that layout, `rotary` the tables of `rotary_tables`.
 
-    def attention(self, x, mask, rotary):
-        config = self.config
-        B, L, _ = x.shape
-        q, k, v = (linear(x).view(B, L, -1, config.head_dim) for linear in (self.q, self.k, self.v))  # (B, L, H, D)
+        `keys`: the rows of x that are attended to. `read`: the rows of which anything is read later, and which are returned.
+        """
+        pre_norm, y = self.config.pre_norm, self.attn_norm(x) if self.config.pre_norm else x
+        x = x[read] + self.drop(self.attention(y, attend, rotary, keys, read))
+        x = x if pre_norm else self.attn_norm(x)
+        x = x + self.drop(self.mlp(self.mlp_norm(x) if pre_norm else x))
+        return x if pre_norm else self.mlp_norm(x)
+
+    def drop(self, x):
+        return F.dropout(x, self.config.dropout, self.training)
+
+    def attention(self, x, attend, rotary, keys, read):
+        q, k, v = (linear(x[rows]).unflatten(-1, (-1, self.config.head_dim))  # (..., H, D)
+                   for linear, rows in ((self.q, read), (self.k, keys), (self.v, keys)))
         if rotary is not None:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),  # (B, H, L, D)
-            attn_mask=mask, is_causal=mask is None, dropout_p=config.dropout if self.training else 0.0,
-            enable_gqa=config.n_kv_head != config.n_head)
-        return self.attn_out(y.transpose(1, 2).reshape(B, L, -1))  # from (B, L, H * D)
+            q, k = (rotate(x, *(table[rows] for table in rotary)) for x, rows in ((q, read), (k, keys)))
+        return self.attn_out(attend(q, k, v, self.config.dropout if self.training else 0.0).flatten(-2))
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.activation]
@@ -315,22 +320,34 @@ class GPT(nn.Module):
         Raises ValueError for rows longer than `n_positions`.
         """
         L = input_ids.shape[1]
-        if L > self.config.n_positions:
-            raise ValueError(f"rows of {L} tokens, but the model has {self.config.n_positions} positions")
-        x = self.embed(input_ids)  # (B, L, C)
-        if self.project_in is not None:
-            x = self.project_in(x)
-        positions, rotary = torch.arange(L, device=input_ids.device), None
+        positions = torch.arange(L, device=input_ids.device)
         if self.config.position_offset and attention_mask is not None:
             positions = attention_mask.long().cumsum(1) * attention_mask.long() - 1  # (B, L)
+        mask = None if attention_mask is None else causal_mask(attention_mask)
+        return self.transform(input_ids, positions, L, partial(padded_attention, mask=mask))
+
+    def forward_packed(self, batch) -> torch.Tensor:
+        """The same for a `data.PackedBatch`, at all of its tokens but the trunks': (tokens - trunk tokens, embed_dim)."""
+        positions, n_text = batch.positions, batch.num_tokens - sum(batch.tails)
+        if self.config.position_offset:
+            positions = torch.cat((positions[:n_text], torch.full_like(positions[n_text:], -1)))
+        attend = partial(packed_attention, batch=batch)
+        return self.transform(batch.input_ids, positions, batch.length, attend, slice(n_text), slice(sum(batch.trunks), None))
+
+    def transform(self, input_ids, positions, length: int, attend, keys=ALL, read=ALL):
+        """Token-wise work, which knows of no layout, around `attend`, which does."""
+        if length > self.config.n_positions:
+            raise ValueError(f"rows of {length} tokens, but the model has {self.config.n_positions} positions")
+        x, rotary = self.embed(input_ids), None
+        if self.project_in is not None:
+            x = self.project_in(x)
         if self.config.rope_theta is None:
             x = x + self.pos_embed(positions + self.config.position_offset)
         else:
             rotary = rotary_tables(positions, self.config, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
-        mask = None if attention_mask is None else causal_mask(attention_mask)
         for block in self.blocks:
-            x = block(x, mask, rotary)
+            x = block(x, attend, rotary, keys, read if block is self.blocks[-1] else ALL)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -421,6 +438,43 @@ def make_norm(config: GPTConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+
+
+def scaled_dot_product(q, k, v, dropout_p: float, **mask) -> torch.Tensor:
+    """Attention of q (B, L, H, D) to k and v (B, M, H_kv, D): (B, L, H, D)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1], **mask)
+    return y.transpose(1, 2)
+
+
+def padded_attention(q, k, v, dropout_p: float, mask) -> torch.Tensor:
+    """q (B, L, H, D), k and v (B, L, H_kv, D), mask of `causal_mask` or None -> (B, L, H, D)."""
+    return scaled_dot_product(q, k, v, dropout_p, attn_mask=mask, is_causal=mask is None)
+
+
+def packed_attention(q, k, v, dropout_p: float, batch) -> torch.Tensor:
+    """q (T, H, D), or without the rows of the trunks; k and v without those of the tails -> as q.
+
+    A trunk attends to itself; a branch to its trunk and itself; a tail, which is padding, to the whole text and no padding.
+    """
+    trunks, branches, tails = batch.trunks, batch.branches, batch.tails
+    keys, values = k.split(trunks + branches), v.split(trunks + branches)
+    # split, because its gradient is one concatenation; that of a slice would be as large as q itself
+    queries = list(q.split((trunks if len(q) == batch.num_tokens else []) + branches + tails))
+    trunk_queries, branch_queries, tail_queries = (queries[: -2 * len(tails)], queries[-2 * len(tails) : -len(tails)],
+                                                   queries[-len(tails) :])
+    for i, query in enumerate(trunk_queries):
+        if len(query):
+            trunk_queries[i] = scaled_dot_product(query[None], keys[i][None], values[i][None], dropout_p, is_causal=True)[0]
+    longest = max(trunks)
+    hidden = q.new_full((max(map(operator.add, branches, tails)), longest + max(branches)), -math.inf).triu(longest + 1)
+    for i, trunk in enumerate(batch.trunk_of_branch):
+        branch, query = len(trunks) + i, torch.cat((branch_queries[i], tail_queries[i]))
+        key, value = (torch.cat((x[trunk], x[branch]))[None] for x in (keys, values))
+        mask = hidden[: len(query), longest - trunks[trunk] : longest + branches[i]]  # a branch's token t sees its tokens up to t
+        y = scaled_dot_product(query[None], key, value, dropout_p, attn_mask=mask)[0]
+        branch_queries[i], tail_queries[i] = y.split((branches[i], tails[i]))
+    return torch.cat(trunk_queries + branch_queries + tail_queries)
 
 
 def causal_mask(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -72,10 +72,15 @@ def pairwise_loss(
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
     if mask is not None:  # ids in front of a text and behind it are not compared
         ids = ids.masked_fill((mask.cumsum(1) == 0) | (mask.flip(1).cumsum(1).flip(1) == 0), pad_id)
-    B = len(ids) // 2
+    rows, B = ids.tolist(), len(ids) // 2
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
-        start, stop = divergent_region(ids, ends, chosen, rejected)  # 4. find the divergence
+        start, stop = divergent_region(rows[chosen][: ends[chosen]], rows[rejected][: ends[rejected]])  # 4. find the divergence
+        if start == stop:  # identical texts: two equal rewards give log 2 and no gradient
+            if rows[chosen] != rows[rejected]:  # behind both ends, so by the pad id alone
+                raise ValueError(f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} ends both texts before "
+                                 "they first differ; pass an attention_mask, which tells where texts end")
+            start, stop = len(rows[chosen]) - 1, len(rows[chosen])
         losses.append(pair_loss(rewards[chosen, start:stop], rewards[rejected, start:stop]))  # 5. mean over the region
         chosen_scores.append(rewards[chosen, ends[chosen] - 1])
         rejected_scores.append(rewards[rejected, ends[rejected] - 1])
@@ -86,24 +91,15 @@ def pairwise_loss(
     }
 
 
-def divergent_region(ids, ends: list[int], chosen: int, rejected: int) -> tuple[int, int]:
-    """(start, stop) of the positions that the loss of the pair of rows `chosen`, `rejected` reads.
+def divergent_region(chosen: list[int], rejected: list[int]) -> tuple[int, int]:
+    """(start, stop) of the positions that the loss of two texts, given as token ids, reads.
 
     The texts diverge where their ids first differ, or where exactly one of them has ended; the region reaches from
-    there to the longer end, so the rewards that the shorter text gets at its padding count too. Identical texts have
-    no divergence: their region is the row's last position, where two equal rewards give log 2 and no gradient.
+    there to the longer end, so the rewards that the shorter text gets at its padding count too. That of identical texts
+    is empty.
     """
-    shorter, longer = sorted((ends[chosen], ends[rejected]))
-    differing = (ids[chosen] != ids[rejected]).nonzero().flatten().tolist()
-    if differing and differing[0] < shorter:
-        return differing[0], longer
-    if shorter < longer:
-        return shorter, longer
-    if differing:  # behind both ends, so by the pad id alone
-        raise ValueError(
-            f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {longer} ends both texts before they first "
-            f"differ, at column {differing[0]}; pass an attention_mask, which tells where texts end")
-    return ids.shape[1] - 1, ids.shape[1]
+    shorter, longer = sorted((len(chosen), len(rejected)))
+    return next((t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b), shorter), longer
 
 
 def text_ends(ids, pad_id: int, num_padding_at_beginning: int, mask) -> list[int]:
@@ -182,7 +178,11 @@ class RewardModel(nn.Module):
         """Rewards and loss of a batch of pairs. Takes, returns and raises what `pairwise_loss` does.
 
         attention_mask: (2B, L), what is attended to and where texts end; without one, both follow from the pad id.
+        A `data.PackedBatch` in place of input_ids goes to `forward_packed`: through here, so that the hooks of
+        DistributedDataParallel run.
         """
+        if not torch.is_tensor(input_ids):
+            return self.forward_packed(input_ids)
         ids, mask = check_batch(input_ids, self.pad_id, attention_mask, pairs=True, vocab_size=self.backbone.config.vocab_size)
         attended = attention_mask
         if mask is None:
@@ -190,6 +190,41 @@ class RewardModel(nn.Module):
             attended = torch.arange(ids.shape[1], device=input_ids.device) < ends[:, None]
         rewards = self.token_rewards(input_ids, attended)
         return pairwise_loss(input_ids, rewards, self.pad_id, self.num_padding_at_beginning, attention_mask)
+
+    def forward_packed(self, batch) -> dict[str, torch.Tensor]:
+        """Rewards and loss of a `data.PackedBatch`: the numbers of `forward`, without padding and with each trunk computed once.
+
+        The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs (i, j), i < j; the loss of the
+        batch is the mean over its comparisons (Ouyang et al. 2022, eq. 1 and section 3.5). The scores are those of the pairs.
+        """
+        losses, chosen_scores, rejected_scores = [], [], []
+        for texts, trunk, rewards in zip(batch.token_groups, batch.trunks, self.packed_rewards(batch)):
+            pair_losses = []
+            for i, j in itertools.combinations(range(len(texts)), 2):
+                start, stop = divergent_region(texts[i], texts[j])
+                region = slice(min(start, stop - 1) - trunk, stop - trunk)  # of identical texts the last token
+                pair_losses.append(pair_loss(rewards[i][region], rewards[j][region]))
+                chosen_scores.append(rewards[i][len(texts[i]) - 1 - trunk])
+                rejected_scores.append(rewards[j][len(texts[j]) - 1 - trunk])
+            losses.append(torch.stack(pair_losses).mean())
+        return {
+            "loss": torch.stack(losses).mean(),
+            "chosen_mean_scores": torch.stack(chosen_scores),
+            "rejected_mean_scores": torch.stack(rejected_scores),
+        }
+
+    def packed_rewards(self, batch) -> list[list[torch.Tensor]]:
+        """Of every comparison of a `data.PackedBatch`, the rewards behind its trunk: one tensor for each response."""
+        vocab_size = self.backbone.config.vocab_size
+        for i, group in enumerate(batch.token_groups):
+            for j, text in enumerate(group):
+                if min(text) < 0 or max(text) >= vocab_size:
+                    found = next(token for token in text if not 0 <= token < vocab_size)
+                    raise ValueError(f"comparison {i}, response {j}: id {found}; the model has ids 0 to {vocab_size - 1}")
+        rewards = self.v_head(self.backbone.forward_packed(batch)).squeeze(-1)
+        rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).split(batch.branches + batch.tails)
+        rows = iter([torch.cat(parts) for parts in zip(rewards[: len(batch.tails)], rewards[len(batch.tails) :])])
+        return [list(itertools.islice(rows, len(group))) for group in batch.token_groups]
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The reward for every token of N rows: (N, L), float32 or wider."""

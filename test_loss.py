@@ -54,27 +54,27 @@ def test_deepspeed_chat(case):
     assert worst < 1e-12
 
 
-def shorter_end(ids, ends, chosen, rejected):
-    start, stop = divergent_region(ids, ends, chosen, rejected)
-    return start, max(start + 1, min(ends[chosen], ends[rejected]))
+def shorter_end(chosen, rejected):
+    start, stop = divergent_region(chosen, rejected)
+    return start, max(start + 1, min(len(chosen), len(rejected)))
 
 
-def whole_row(ids, ends, chosen, rejected):
-    return 0, ids.shape[1]
+def from_the_start(chosen, rejected):
+    return 0, max(len(chosen), len(rejected))
 
 
-def one_too_early(ids, ends, chosen, rejected):
-    start, stop = divergent_region(ids, ends, chosen, rejected)
+def one_too_early(chosen, rejected):
+    start, stop = divergent_region(chosen, rejected)
     return start - 1, stop
 
 
-def one_too_late(ids, ends, chosen, rejected):
-    start, stop = divergent_region(ids, ends, chosen, rejected)
+def one_too_late(chosen, rejected):
+    start, stop = divergent_region(chosen, rejected)
     return min(start + 1, stop - 1), stop
 
 
-def last_token_alone(ids, ends, chosen, rejected):
-    start, stop = divergent_region(ids, ends, chosen, rejected)
+def last_token_alone(chosen, rejected):
+    start, stop = divergent_region(chosen, rejected)
     return stop - 1, stop
 
 
@@ -83,7 +83,7 @@ def summed(chosen_rewards, rejected_rewards):
 
 
 divergent_region = rm.divergent_region
-WRONG = [("divergent_region", f) for f in (shorter_end, whole_row, one_too_early, one_too_late, last_token_alone)]
+WRONG = [("divergent_region", f) for f in (shorter_end, from_the_start, one_too_early, one_too_late, last_token_alone)]
 
 
 @pytest.mark.parametrize("name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None))

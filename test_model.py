@@ -1,8 +1,10 @@
 """The backbone and the reward model, against DeepSpeed-Chat's numbers and against `transformers`."""
 
+import itertools
 import json
 import math
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -306,6 +308,144 @@ def test_bad_batches_are_refused(call, words):
     with pytest.raises(ValueError) as error:
         call(RewardModel(GPT(small("gpt2")), pad_id=0))
     assert all(word in str(error.value) for word in words), error.value
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The packed layout, against the padded one
+
+
+def padded(model, groups):
+    """The loss and the scores of comparisons, pair by pair in the padded layout: the mean over each one's pairs, then over all."""
+    losses, scores = [], []
+    for group in groups:
+        pairs = []
+        for pair in itertools.combinations(group, 2):
+            input_ids, mask = data.pad_rows(pair, model.pad_id)
+            out = model(input_ids, mask)
+            pairs.append(out["loss"])
+            scores.append((out["chosen_mean_scores"], out["rejected_mean_scores"]))
+        losses.append(torch.stack(pairs).mean())
+    chosen, rejected = (torch.cat(column) for column in zip(*scores))
+    return {"loss": torch.stack(losses).mean(), "chosen_mean_scores": chosen, "rejected_mean_scores": rejected}
+
+
+def random_groups(seed, sizes=range(2, 7), vocab_size=50):
+    """Comparisons with every relation that texts can have: shared starts, none, prefixes, equal ones, pad ids inside."""
+    rng = random.Random(seed)
+    groups = []
+    for size in sizes:
+        trunk = rng.choices(range(vocab_size), k=rng.choice((0, 1, 5, 11)))
+        group = [trunk + rng.choices(range(vocab_size), k=rng.randint(0 if trunk else 1, 12)) for _ in range(size)]
+        if rng.random() < 0.3:
+            group[-1] = group[0][: rng.randint(1, len(group[0]))]  # a prefix of another, or the same text
+        groups.append(group)
+    return groups
+
+
+KINDS = [("gpt2", {}), ("opt", {}), ("opt", {"pre_norm": False, "embed_dim": 8}), ("llama", {}), ("llama", {"n_kv_head": 2}), ("llama", {
+    "n_embd": 64, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                   "original_max_position_embeddings": 16}})]
+
+
+def lively(model_type, **overrides):
+    """A small model whose numbers are large enough to show mistakes."""
+    torch.manual_seed(0)
+    model = RewardModel(GPT(small(model_type, **overrides)), pad_id=0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["float64", "float32"])
+@pytest.mark.parametrize("model_type, overrides", KINDS)
+def test_packed_loss_scores_and_gradients_are_those_of_the_padded_layout(model_type, overrides, dtype, tolerance):
+    model = lively(model_type, **overrides).to(dtype)
+    for seed in range(6):
+        groups = random_groups(seed)
+        expected = padded(model, groups)
+        expected["loss"].backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        model.zero_grad()
+        out = model(data.pack(groups, model.pad_id))
+        out["loss"].backward()
+        for key in expected:
+            torch.testing.assert_close(out[key], expected[key], atol=tolerance, rtol=tolerance)
+        for name, parameter in model.named_parameters():
+            scale = max(1.0, gradients[name].abs().max().item())
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=tolerance * scale, rtol=0, msg=name)
+        model.zero_grad()
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_packed_layout_has_deepspeed_chats_numbers(name):
+    model, expected = from_deepspeed_chat(name, "expected.json")
+    ids, mask, B = expected["input_ids"], expected["attention_mask"], len(expected["input_ids"]) // 2
+    rows = [row[: int(length)].tolist() for row, length in zip(ids, mask.sum(1))]
+    out = model(data.pack([[rows[i], rows[B + i]] for i in range(B)], model.pad_id))
+    out["loss"].backward()
+    for key in ("loss", "chosen_mean_scores", "rejected_mean_scores"):
+        close(out[key], expected[key], name=key)
+    close(model.v_head.weight.grad, expected["grad_v_head"], name="gradient of v_head")
+    close(torch.stack([p.grad.norm() for p in model.parameters()]).norm(), expected["grad_norm"], name="gradient norm")
+
+
+def test_packed_batch_by_hand():
+    batch = data.pack([[[5, 6, 7, 8], [5, 6, 9]], [[1], [2, 3]]], pad_id=0)
+    assert (batch.trunks, batch.branches, batch.tails) == ([2, 0], [2, 1, 1, 2], [0, 1, 1, 0])
+    assert batch.input_ids.tolist() == [5, 6] + [7, 8, 9, 1, 2, 3] + [0, 0]  # trunks, branches, tails
+    assert batch.positions.tolist() == [0, 1] + [2, 3, 2, 0, 0, 1] + [3, 1]
+    assert batch.num_tokens == 10 == sum(map(data.packed_size, batch.token_groups)) and batch.length == 4
+    prefix = data.pack([[[5, 6, 7], [5, 6]]], pad_id=0)  # the score of the second is read at its last token, in its branch
+    assert (prefix.trunks, prefix.branches, prefix.tails) == ([1], [2, 1], [0, 1])
+
+
+@pytest.mark.parametrize("model_type, overrides", KINDS)
+def test_nothing_attends_to_another_comparison_or_branch_or_to_padding(model_type, overrides):
+    """By gradients: which embeddings the reward at each place depends on, against the definition."""
+    model = lively(model_type, **overrides).double()
+    groups = [[[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]], [[11, 12, 13], [11, 14]]]  # every id but the shared ones is its text's own
+    rewards = model.packed_rewards(data.pack(groups, pad_id=0))
+    for group, rows in zip(groups, rewards):
+        for text, row in zip(group, rows):
+            trunk = max(map(len, group)) - len(row)
+            for column, reward in enumerate(row, start=trunk):
+                grad, = torch.autograd.grad(reward, model.backbone.embed.weight, retain_graph=True)
+                seen = set(grad.abs().sum(1).nonzero().flatten().tolist())
+                assert seen == set(text[: column + 1]) | ({0} if column >= len(text) else set()), (text, column)
+
+
+def test_single_texts_are_packed_for_scoring_alone():
+    model = lively("llama")
+    texts = [[5, 6, 7], [8], [0, 9, 0]]
+    with pytest.raises(ValueError, match="comparison 0: 1 sequences"):
+        data.pack([[text] for text in texts], 0)
+    rows = model.packed_rewards(data.pack([[text] for text in texts], 0, min_responses=1, tails=False))
+    for (row,), text in zip(rows, texts):
+        values = model.forward_value(torch.tensor([text]), torch.ones(1, len(text)), return_value_only=True)
+        assert row.shape == (1,) and row[0].item() == pytest.approx(values[0, -1].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("groups, words", [
+    ([], ["no comparison"]), ([[[1], [2]], [[1, 2]]], ["comparison 1", "2 or more"]), ([[[1], []]], ["comparison 0", "[1, 0]"])])
+def test_what_cannot_be_packed_is_refused(groups, words):
+    with pytest.raises(ValueError) as error:
+        data.pack(groups, pad_id=0)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_bad_packed_batches_are_refused():
+    model = RewardModel(GPT(small("gpt2")), pad_id=0)
+    with pytest.raises(ValueError, match="33 tokens, but the model has 32 positions"):
+        model(data.pack([[[1] * 33, [2]]], 0))
+    with pytest.raises(ValueError, match=r"comparison 1, response 0: id 50; the model has ids 0 to 49"):
+        model(data.pack([[[1], [2]], [[1, 50], [2]]], 0))
+
+
+def test_dropout_in_the_packed_layout_is_active_in_training_alone():
+    model, batch = RewardModel(GPT(small("gpt2", dropout=0.5)), pad_id=0), data.pack([[[1, 2, 3], [1, 4]]], 0)
+    assert not torch.equal(model(batch)["loss"], model(batch)["loss"])
+    model.eval()
+    assert torch.equal(model(batch)["loss"], model(batch)["loss"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
