@@ -344,20 +344,28 @@ class RewardModel(nn.Module):
 
 
 @torch.no_grad()
-def score(model: RewardModel, sequences: list[list[int]], batch_size: int) -> list[float]:
-    """The end score of each sequence of token ids, in their order. Batches are of similar lengths."""
-    from data import pad_rows  # this program needs it, the algorithm does not
+def score(model: RewardModel, groups: list[list[list[int]]], batch_size: int, layout: str = "packed") -> list[list[float]]:
+    """The end scores of comparisons of one or more sequences of token ids. At most `batch_size` sequences are computed at
+    once, of similar lengths, but all of one comparison."""
+    from data import pack, pad_rows  # this program needs them, the algorithm does not
 
-    scores = [0.0] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    device = model.v_head.weight.device
-    for start in range(0, len(order), batch_size):
-        chunk = order[start : start + batch_size]
-        input_ids, mask = pad_rows([sequences[i] for i in chunk], model.pad_id)
-        values = model.forward_value(input_ids.to(device), mask.to(device), return_value_only=True)
-        ends = values.gather(1, mask.sum(1, keepdim=True).to(device) - 1)  # the end is known; a pad id in a text is text
-        for i, end_score in zip(chunk, ends.flatten().tolist()):
-            scores[i] = end_score
+    scores, device = [[]] * len(groups), model.v_head.weight.device
+    order = sorted(range(len(groups)), key=lambda i: max(map(len, groups[i])))
+    while order:
+        taken = itertools.accumulate(len(groups[i]) for i in order)
+        n = max(1, sum(count <= batch_size for count in itertools.islice(taken, batch_size)))
+        chunk, order = order[:n], order[n:]
+        batch = [groups[i] for i in chunk]
+        if layout == "packed":
+            rewards = model.packed_rewards(pack(batch, model.pad_id, min_responses=1, tails=False).to(device))
+            ends = torch.stack([row[-1] for rows in rewards for row in rows])
+        else:
+            input_ids, mask = pad_rows([sequence for group in batch for sequence in group], model.pad_id)
+            values = model.forward_value(input_ids.to(device), mask.to(device), return_value_only=True)
+            ends = values.gather(1, mask.sum(1, keepdim=True).to(device) - 1).flatten()  # known, so a pad id in a text is text
+        ends = iter(ends.tolist())
+        for i in chunk:
+            scores[i] = list(itertools.islice(ends, len(groups[i])))
     return scores
 
 
@@ -379,6 +387,7 @@ def score_program(argv: list[str]):
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
+    parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="how: padded is the reference (packed)")
     parser.add_argument("--max_seq_len", type=int, help="longer sequences are truncated (default: what the model has positions for)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -398,10 +407,8 @@ def score_program(argv: list[str]):
     unfinished = args.out and args.out + ".part"  # so that an --out of before stays until there is a whole new one
     with open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
         while window := list(itertools.islice(comparisons, 64 * args.batch_size)):  # within it, batches by length
-            sequences = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
-            scores = iter(score(model, [s for group in sequences for s in group], args.batch_size))
-            for group in sequences:
-                row = list(itertools.islice(scores, len(group)))
+            groups = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
+            for row in score(model, groups, args.batch_size, args.layout):
                 margins += [a - b for a, b in itertools.combinations(row, 2)]
                 out.write(json.dumps({"scores": row} if len(row) > 1 else {"score": row[0]}) + "\n")
             bar.update(len(window))

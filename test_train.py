@@ -85,18 +85,41 @@ def test_sampler_is_a_function_of_seed_and_step_and_shows_everything_once_an_epo
     assert np.array_equal(epochs[1][1], train.batch_indices(10, 4, seed=5, step=4))
 
 
-def test_micro_batches_hold_every_comparison_once_with_equally_many_responses():
-    groups = [[[1] * length] * k for k, length in ((2, 5), (3, 1), (2, 9), (2, 1), (3, 8), (2, 4))]
-    batches = train.micro_batches(groups, 3)
-    assert sorted(i for batch in batches for i in batch) == list(range(6))
-    assert max(map(len, batches)) == 3
-    assert all(len({len(groups[i]) for i in batch}) == 1 for batch in batches)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("budget", [1, 20, 60, 10**6])
+def test_micro_batches_hold_every_comparison_once_within_the_budget(layout, budget):
+    """And are no more than they must be: the next comparison would not have fitted in."""
+    rng = np.random.default_rng(0)
+    groups = [[[7] * rng.integers(0, 6) + [k] * rng.integers(1, 9) for k in range(rng.integers(2, 5))] for _ in range(30)]
+    batches = train.micro_batches(groups, layout, budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(30))
+    tokens = [train.collate([groups[i] for i in batch], 0, layout, "cpu")[1] for batch in batches]
+    assert all(n <= budget or len(batch) == 1 for n, batch in zip(tokens, batches))
+    for batch, following in zip(batches, batches[1:]):
+        one_more = [groups[i] for i in [*batch, following[0]]]
+        assert train.collate(one_more, 0, layout, "cpu")[1] > budget or layout == "padded" and len({len(g) for g in one_more}) > 1
+    if layout == "padded":
+        assert all(len({len(groups[i]) for i in batch}) == 1 for batch in batches)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
+    rng = np.random.default_rng(0)
+    groups = [[[1] * 5 + [k] * rng.integers(1, 60) for k in range(2)] for _ in range(64)]
+    shares = [train.share_of(groups, layout, train.Process(rank, 4)) for rank in range(4)]
+    assert sorted(sum(shares, [])) == list(range(64))
+    tokens = [sum(math.prod(train.size_of(groups[i], layout)) for i in share) for share in shares]
+    assert max(tokens) - min(tokens) <= 130  # one comparison's, of some 2,000
+    assert [len(train.share_of(groups[:3], layout, train.Process(rank, 4))) for rank in range(4)] == [1, 1, 1, 0]
 
 
 def test_collate_puts_chosen_rows_before_rejected_rows():
-    ids, mask = train.collate([[[1, 2], [3]], [[4], [5, 6, 7], [8]]], pad_id=0, device="cpu")
+    groups = [[[1, 2], [3]], [[4], [5, 6, 7], [8]]]
+    (ids, mask), tokens = train.collate(groups, 0, "padded", "cpu")
     assert ids.tolist() == [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7], [3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0]]
-    assert mask.tolist() == (ids != 0).long().tolist()
+    assert mask.tolist() == (ids != 0).long().tolist() and tokens == 24
+    (batch,), tokens = train.collate(groups, 0, "packed", "cpu")
+    assert batch.num_tokens == tokens == 13
 
 
 def test_calibration_error_by_hand():
@@ -178,7 +201,7 @@ def test_metrics_of_a_run(built_in_run):
     assert set(events["step"][0]) == {"event", "step", "loss", "lr", "grad_norm", "pairs", "tokens", "seconds"}
     assert set(events["eval"][0]) == {"event", "step", "loss", "accuracy", "chosen_score", "rejected_score", "margin", "ece", "pairs",
                                       "dropped", "bayes_accuracy", "probability_error"}
-    assert all(event["pairs"] == 32 and event["tokens"] % 64 == 0 for event in events["step"])
+    assert all(event["pairs"] == 32 and 64 < event["tokens"] < 64 * 48 for event in events["step"])
     assert [event["lr"] for event in events["step"]] == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
 
 
@@ -228,6 +251,8 @@ def test_score_program(built_in_run, tmp_path):
     singles.write_text("\n".join(json.dumps({"prompt": row["prompt"], "response": row["chosen"]}) for row in rows if "chosen" in row))
     done = run("rm.py", output_dir, singles, "--out", tmp_path / "scores.jsonl")
     assert done.returncode == 0, done.stderr
+    reference = run("rm.py", output_dir, pairs, "--layout", "padded", "--batch_size", 1).stdout.splitlines()
+    assert [json.loads(line)["scores"] for line in reference] == [pytest.approx(s, abs=1e-5) for s in scores]
     for missing, words in ((singles, "which is the file to score"), (tmp_path / "missing.jsonl", "no such file")):
         before = (tmp_path / "scores.jsonl").read_text()
         out = singles if missing == singles else tmp_path / "scores.jsonl"
@@ -303,18 +328,48 @@ def same_run(one, other):
 
 
 def test_two_processes_give_the_curve_of_one(files, one_process, tmp_path):
-    """Global batch 12 as 2 ranks x 3 rows x 2 accumulation steps, with ragged batches and rankings among pairs."""
+    """Global batch 12 as 2 ranks x 3 comparisons x 2, in many micro-batches, with ragged batches and rankings among pairs."""
     _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6,
                          "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2,
-                         "--per_device_eval_batch_size", 4, processes=2)
+                         "--per_device_eval_batch_size", 4, "--micro_batch_tokens", 150, processes=2)
     same_run(one_process[1], events)
     assert (tmp_path / "tokenizer.model").read_bytes() == (one_process[0] / "tokenizer.model").read_bytes()
 
 
-def test_accumulation_gives_the_curve_of_one_batch(files, one_process, tmp_path):
-    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6,
-                         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3)
+@pytest.mark.parametrize("layout, tokens", [("packed", 100), ("padded", 10**6), ("padded", 200)])
+def test_micro_batches_and_layout_do_not_change_the_curve(files, one_process, tmp_path, layout, tokens):
+    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6, "--layout", layout,
+                         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3, "--micro_batch_tokens", tokens)
     same_run(one_process[1], events)
+    computed = [sum(event["tokens"] for event in run["step"]) for run in (events, one_process[1])]
+    assert computed[0] == computed[1] if layout == "packed" else computed[0] > computed[1]
+
+
+@pytest.mark.parametrize("model_type", train.FAMILIES)
+def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files):
+    """Pairs and a ranking; in the padded layout in micro-batches that add up."""
+    tokenizer = data.train_tokenizer(["a b c d e"], 300)
+    groups = data.tokenize_all(data.load_comparisons(files[0]), tokenizer, 64, "left").groups
+    curves = {}
+    for layout in ("packed", "padded"):
+        torch.manual_seed(0)
+        config = train.GPTConfig(model_type, n_layer=2, n_embd=16, n_head=2, vocab_size=tokenizer.vocab_size, n_positions=256)
+        model = rm.RewardModel(train.GPT(config), tokenizer.pad_id).double()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), fused=True)
+        curves[layout] = []
+        for step in range(20):
+            batch = [groups[i] for i in train.batch_indices(len(groups), 8, seed=0, step=step)]
+            curves[layout].append(0.0)
+            for chunk in train.micro_batches(batch, layout, 1000):
+                inputs, _ = train.collate([batch[i] for i in chunk], tokenizer.pad_id, layout, "cpu")
+                loss = model(*inputs)["loss"] * len(chunk) / len(batch)
+                loss.backward()
+                curves[layout][-1] += loss.item()
+            optimizer.step()
+            optimizer.zero_grad()
+    worst = max(abs(a - b) for a, b in zip(*curves.values()))
+    print(f"worst difference {worst:.1e}")
+    assert worst < 1e-5 and curves["packed"][-1] != curves["packed"][0]
 
 
 def test_a_batch_smaller_than_the_number_of_ranks(tmp_path):
@@ -355,7 +410,7 @@ def test_parameters_stay_equal_across_ranks(files, tmp_path):
     script = tmp_path / "watched.py"
     script.write_text(WATCHED.format(here=str(HERE)))
     done = run(script, *TINY, "--output_dir", tmp_path / "out", "--data_path", files[0], "--eval_path", files[1], "--max_steps", 7,
-               "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--dropout", 0.1, processes=2)
+               "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--micro_batch_tokens", 150, "--dropout", 0.1, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ranks agree: True") == 7
     assert len(set(re.findall(r"dropout seed \d+", done.stdout))) == 2

@@ -105,6 +105,10 @@ def parse_flags():
     flag("--per_device_train_batch_size", type=count, help=f"comparisons (16; built-in data: {BUILT_IN['train_batch_size']})")
     flag("--per_device_eval_batch_size", type=count, default=16, help="comparisons (16)")
     flag("--gradient_accumulation_steps", type=count, default=1, help="(1)")
+    flag("--layout", choices=("packed", "padded"), default="packed",
+         help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference (packed)")
+    flag("--micro_batch_tokens", type=count, help="tokens computed on at once, by each process; a step of more is cut into micro-batches, "
+         "to the same result (2 x per_device_train_batch_size x max_seq_len)")
     flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
     flag("--weight_decay", type=number(float, 0), default=0.0, help="on matrices only (0)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(1.0)")
@@ -135,6 +139,8 @@ def parse_flags():
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
     if args.per_device_train_batch_size is None:
         args.per_device_train_batch_size = 16 if args.data_path else BUILT_IN["train_batch_size"]
+    if args.micro_batch_tokens is None:
+        args.micro_batch_tokens = 2 * args.per_device_train_batch_size * args.max_seq_len
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.model_name_or_path else 2e-3
     return args
@@ -200,26 +206,54 @@ def batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray
     return epoch_order(n, seed, epoch)[step * global_batch : (step + 1) * global_batch]
 
 
-def micro_batches(groups: list, size: int) -> list[list[int]]:
-    """Cut comparisons into micro-batches of at most `size`, of similar lengths and with equally many responses each.
+def size_of(group: list, layout: str) -> tuple[int, int]:
+    """(rows, length) of a comparison as computed on; a batch is the sum of rows times the largest length. Packed: one long row."""
+    return (data.packed_size(group), 1) if layout == "packed" else (len(group) * (len(group) - 1), max(map(len, group)))
 
-    Returns indices into `groups`. With equally many responses the mean over the pairs of a micro-batch is the mean over
-    its comparisons of the mean over their pairs, so that micro-batches add up by their number of comparisons.
+
+def share_of(groups: list, layout: str, process: Process) -> list[int]:
+    """Indices of the comparisons that are this rank's: the largest one first, each goes to the rank with the fewest tokens."""
+    tokens, shares = [0] * process.world_size, [[] for _ in range(process.world_size)]
+    sizes = [math.prod(size_of(group, layout)) for group in groups]
+    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+        rank = tokens.index(min(tokens))
+        shares[rank].append(i)
+        tokens[rank] += sizes[i]
+    return sorted(shares[process.rank])
+
+
+def micro_batches(groups: list, layout: str, budget: int) -> list[list[int]]:
+    """Cut comparisons into micro-batches of at most `budget` tokens as computed on; a larger comparison is one by itself.
+
+    Returns indices into `groups`. Padded micro-batches have similar lengths and equally many responses each: then the mean
+    over their pairs is the mean over their comparisons of the mean over their pairs, and they add up by their number.
     """
-    order = sorted(range(len(groups)), key=lambda i: (len(groups[i]), max(map(len, groups[i]))))
-    result = []
-    for _, same in itertools.groupby(order, key=lambda i: len(groups[i])):
-        same = list(same)
-        result += [same[start : start + size] for start in range(0, len(same), size)]
+    order = list(range(len(groups)))
+    if layout == "padded":
+        order.sort(key=lambda i: (len(groups[i]), max(map(len, groups[i]))))
+    result, rows, longest = [], 0, 0
+    for i in order:
+        more, length = size_of(groups[i], layout)
+        rows, longest = rows + more, max(longest, length)
+        if not result or rows * longest > budget or layout == "padded" and len(groups[result[-1][0]]) != len(groups[i]):
+            result.append([])
+            rows, longest = more, length
+        result[-1].append(i)
     return result
 
 
-def collate(groups: list, pad_id: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Comparisons as token lists, best first -> (2B, L) ids and mask: the chosen rows of all pairs, then the rejected."""
+def collate(groups: list, pad_id: int, layout: str, device) -> tuple:
+    """Comparisons as token lists, best first -> what the model is called with, and the number of tokens that it computes on.
+
+    Padded: (2B, L) ids and mask, the chosen rows of all pairs, then the rejected. Packed: a PackedBatch.
+    """
+    if layout == "packed":
+        batch = data.pack(groups, pad_id)
+        return (batch.to(device),), batch.num_tokens
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
     input_ids, mask = data.pad_rows(rows, pad_id)
-    return input_ids.to(device), mask.to(device)
+    return (input_ids.to(device), mask.to(device)), input_ids.numel()
 
 
 def calibration_error(margin: torch.Tensor) -> float:
@@ -239,12 +273,14 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
     n = len(dataset.groups)
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
-    groups, rewards = (column[process.rank : n : process.world_size] for column in (dataset.groups, dataset.rewards))
+    share = share_of(dataset.groups[:n], args.layout, process)
+    groups, rewards = ([column[i] for i in share] for column in (dataset.groups, dataset.rewards))
     loss, chosen, rejected, true_margin = 0.0, [], [], []
     model.eval()
-    batches = micro_batches(groups, args.per_device_eval_batch_size)
+    batches = micro_batches(groups, args.layout, 2 * args.per_device_eval_batch_size * args.max_seq_len)
     for batch in tqdm(batches, desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
-        out = model(*collate([groups[i] for i in batch], model.pad_id, process.device))
+        inputs, _ = collate([groups[i] for i in batch], model.pad_id, args.layout, process.device)
+        out = model(*inputs)
         loss += out["loss"].item() * len(batch)
         chosen += out["chosen_mean_scores"].tolist()
         rejected += out["rejected_mean_scores"].tolist()
@@ -467,21 +503,21 @@ def main():
             group["lr"] = lr
         # This rank's comparisons. In a last batch of fewer comparisons than ranks some have none: they take part in the
         # averaging of gradients with a comparison that weighs nothing.
-        share = batch[process.rank :: process.world_size]
+        share = [batch[i] for i in share_of(batch, args.layout, process)]
         weight = 1 / len(batch) if share else 0.0
         share = share or batch[:1]
-        chunks = micro_batches(share, args.per_device_train_batch_size)
+        chunks = micro_batches(share, args.layout, args.micro_batch_tokens)
         total_loss, pairs, tokens = torch.zeros((), dtype=torch.float64, device=process.device), 0, 0
         for i, chunk in enumerate(chunks):
-            input_ids, mask = collate([share[j] for j in chunk], model.pad_id, process.device)
+            inputs, computed = collate([share[j] for j in chunk], model.pad_id, args.layout, process.device)
             last = i == len(chunks) - 1
             with nullcontext() if last or process.world_size == 1 else trained.no_sync():
-                out = trained(input_ids, mask)
+                out = trained(*inputs)
                 loss = out["loss"] * (len(chunk) * weight)  # summed over micro-batches and ranks: the mean over the batch
                 (loss * process.world_size).backward()  # DistributedDataParallel takes the mean over ranks, we want the sum
             total_loss += loss.detach()
-            pairs += len(input_ids) // 2 if weight else 0
-            tokens += input_ids.numel()
+            pairs += len(out["chosen_mean_scores"]) if weight else 0
+            tokens += computed
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if not torch.isfinite(grad_norm):  # the same on every rank, so all of them leave
             sys.exit(f"train.py: error: at step {step} the gradient norm is {grad_norm:g}; training cannot go on from there. "
