@@ -501,10 +501,11 @@ def packed_size(group: list[list[int]]) -> int:
     return trunk + len(group) * (max(map(len, group)) - trunk)
 
 
-def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 2, tails: bool = True) -> PackedBatch:
+def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 2, longest_tail: int | None = None) -> PackedBatch:
     """Pack comparisons: of each the token ids of its sequences, best first.
 
-    A sequence's length is where its text ends; it may contain `pad_id`. Without `tails` there are end scores and no loss.
+    A sequence's length is where its text ends; it may contain `pad_id`. longest_tail: 1 is enough where padding has one
+    position of its own, because then all of a tail's tokens are the same (OPT); 0 where scores are read and no loss.
     Raises ValueError that names the comparison.
     """
     layout = {"trunks": [], "branches": [], "tails": []}
@@ -513,10 +514,11 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
         if len(group) < min_responses or not all(group):
             raise ValueError(f"comparison {i}: {len(group)} sequences of {[len(sequence) for sequence in group]} tokens; expected "
                              f"{min_responses} or more, of one token or more")
-        trunk, longest = trunk_length(group), max(map(len, group)) if tails else 0
+        trunk, longest = trunk_length(group), max(map(len, group))
         parts = [("trunks", group[0][:trunk], 0)]
         for sequence in group:
-            parts += [("branches", sequence[trunk:], trunk), ("tails", [pad_id] * (longest - len(sequence)), len(sequence))]
+            tail = [pad_id] * (longest - len(sequence))
+            parts += [("branches", sequence[trunk:], trunk), ("tails", tail[:longest_tail], len(sequence))]
         for name, tokens, start in parts:
             layout[name].append(len(tokens))
             ids[name] += tokens

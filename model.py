@@ -270,8 +270,9 @@ class Block(nn.Module):
         return F.dropout(x, self.config.dropout, self.training)
 
     def attention(self, x, attend, rotary, keys, read):
-        q, k, v = (linear(x[rows]).unflatten(-1, (-1, self.config.head_dim))  # (..., H, D)
-                   for linear, rows in ((self.q, read), (self.k, keys), (self.v, keys)))
+        context = x[keys]
+        q, k, v = (linear(rows).unflatten(-1, (-1, self.config.head_dim))  # (..., H, D)
+                   for linear, rows in ((self.q, x[read]), (self.k, context), (self.v, context)))
         if rotary is not None:
             q, k = (rotate(x, *(table[rows] for table in rotary)) for x, rows in ((q, read), (k, keys)))
         return self.attn_out(attend(q, k, v, self.config.dropout if self.training else 0.0).flatten(-2))

@@ -223,8 +223,13 @@ class RewardModel(nn.Module):
                     raise ValueError(f"comparison {i}, response {j}: id {found}; the model has ids 0 to {vocab_size - 1}")
         rewards = self.v_head(self.backbone.forward_packed(batch)).squeeze(-1)
         rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).split(batch.branches + batch.tails)
-        rows = iter([torch.cat(parts) for parts in zip(rewards[: len(batch.tails)], rewards[len(batch.tails) :])])
-        return [list(itertools.islice(rows, len(group))) for group in batch.token_groups]
+        parts, result = zip(rewards, rewards[len(batch.tails) :]), []
+        for group in batch.token_groups:
+            longest = max(map(len, group))
+            # a tail of one token stands for a longer one
+            result.append([torch.cat((branch, tail.expand(longest - len(text)))) if len(tail) else branch
+                           for text, (branch, tail) in zip(group, parts)])
+        return result
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The reward for every token of N rows: (N, L), float32 or wider."""
@@ -357,7 +362,7 @@ def score(model: RewardModel, groups: list[list[list[int]]], batch_size: int, la
         chunk, order = order[:n], order[n:]
         batch = [groups[i] for i in chunk]
         if layout == "packed":
-            rewards = model.packed_rewards(pack(batch, model.pad_id, min_responses=1, tails=False).to(device))
+            rewards = model.packed_rewards(pack(batch, model.pad_id, min_responses=1, longest_tail=0).to(device))
             ends = torch.stack([row[-1] for rows in rewards for row in rows])
         else:
             input_ids, mask = pad_rows([sequence for group in batch for sequence in group], model.pad_id)

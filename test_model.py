@@ -414,12 +414,26 @@ def test_nothing_attends_to_another_comparison_or_branch_or_to_padding(model_typ
                 assert seen == set(text[: column + 1]) | ({0} if column >= len(text) else set()), (text, column)
 
 
+@pytest.mark.parametrize("overrides", [{}, {"pre_norm": False, "embed_dim": 8}], ids=["pre_norm", "post_norm"])
+def test_one_token_of_a_tail_is_enough_where_padding_has_one_position(overrides):
+    model = lively("opt", **overrides).double()
+    groups = random_groups(0)
+    whole, short = data.pack(groups, 0), data.pack(groups, 0, longest_tail=1)
+    assert short.num_tokens < whole.num_tokens and max(short.tails) == 1
+    results = []
+    for batch in (whole, short):
+        loss = model(batch)["loss"]
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for one, other in zip(*results):
+        torch.testing.assert_close(other, one, atol=1e-10, rtol=1e-10)
+
+
 def test_single_texts_are_packed_for_scoring_alone():
     model = lively("llama")
     texts = [[5, 6, 7], [8], [0, 9, 0]]
     with pytest.raises(ValueError, match="comparison 0: 1 sequences"):
         data.pack([[text] for text in texts], 0)
-    rows = model.packed_rewards(data.pack([[text] for text in texts], 0, min_responses=1, tails=False))
+    rows = model.packed_rewards(data.pack([[text] for text in texts], 0, min_responses=1, longest_tail=0))
     for (row,), text in zip(rows, texts):
         values = model.forward_value(torch.tensor([text]), torch.ones(1, len(text)), return_value_only=True)
         assert row.shape == (1,) and row[0].item() == pytest.approx(values[0, -1].item(), abs=1e-5)

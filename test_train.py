@@ -93,11 +93,12 @@ def test_micro_batches_hold_every_comparison_once_within_the_budget(layout, budg
     groups = [[[7] * rng.integers(0, 6) + [k] * rng.integers(1, 9) for k in range(rng.integers(2, 5))] for _ in range(30)]
     batches = train.micro_batches(groups, layout, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(30))
-    tokens = [train.collate([groups[i] for i in batch], 0, layout, "cpu")[1] for batch in batches]
+    model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
+    tokens = [train.collate([groups[i] for i in batch], model, layout, "cpu")[1] for batch in batches]
     assert all(n <= budget or len(batch) == 1 for n, batch in zip(tokens, batches))
     for batch, following in zip(batches, batches[1:]):
         one_more = [groups[i] for i in [*batch, following[0]]]
-        assert train.collate(one_more, 0, layout, "cpu")[1] > budget or layout == "padded" and len({len(g) for g in one_more}) > 1
+        assert train.collate(one_more, model, layout, "cpu")[1] > budget or layout == "padded" and len({len(g) for g in one_more}) > 1
     if layout == "padded":
         assert all(len({len(groups[i]) for i in batch}) == 1 for batch in batches)
 
@@ -115,11 +116,14 @@ def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
 
 def test_collate_puts_chosen_rows_before_rejected_rows():
     groups = [[[1, 2], [3]], [[4], [5, 6, 7], [8]]]
-    (ids, mask), tokens = train.collate(groups, 0, "padded", "cpu")
+    model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
+    (ids, mask), tokens = train.collate(groups, model, "padded", "cpu")
     assert ids.tolist() == [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7], [3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0]]
     assert mask.tolist() == (ids != 0).long().tolist() and tokens == 24
-    (batch,), tokens = train.collate(groups, 0, "packed", "cpu")
+    (batch,), tokens = train.collate(groups, model, "packed", "cpu")
     assert batch.num_tokens == tokens == 13
+    model.backbone.config.position_offset = 2  # as in OPT, where a tail is computed once
+    assert train.collate(groups, model, "packed", "cpu")[1] == 11
 
 
 def test_calibration_error_by_hand():
@@ -361,7 +365,7 @@ def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files
             batch = [groups[i] for i in train.batch_indices(len(groups), 8, seed=0, step=step)]
             curves[layout].append(0.0)
             for chunk in train.micro_batches(batch, layout, 1000):
-                inputs, _ = train.collate([batch[i] for i in chunk], tokenizer.pad_id, layout, "cpu")
+                inputs, _ = train.collate([batch[i] for i in chunk], model, layout, "cpu")
                 loss = model(*inputs)["loss"] * len(chunk) / len(batch)
                 loss.backward()
                 curves[layout][-1] += loss.item()

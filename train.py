@@ -242,17 +242,17 @@ def micro_batches(groups: list, layout: str, budget: int) -> list[list[int]]:
     return result
 
 
-def collate(groups: list, pad_id: int, layout: str, device) -> tuple:
+def collate(groups: list, model: RewardModel, layout: str, device) -> tuple:
     """Comparisons as token lists, best first -> what the model is called with, and the number of tokens that it computes on.
 
     Padded: (2B, L) ids and mask, the chosen rows of all pairs, then the rejected. Packed: a PackedBatch.
     """
     if layout == "packed":
-        batch = data.pack(groups, pad_id)
+        batch = data.pack(groups, model.pad_id, longest_tail=1 if model.backbone.config.position_offset else None)
         return (batch.to(device),), batch.num_tokens
     pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
     rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    input_ids, mask = data.pad_rows(rows, pad_id)
+    input_ids, mask = data.pad_rows(rows, model.pad_id)
     return (input_ids.to(device), mask.to(device)), input_ids.numel()
 
 
@@ -279,7 +279,7 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
     model.eval()
     batches = micro_batches(groups, args.layout, 2 * args.per_device_eval_batch_size * args.max_seq_len)
     for batch in tqdm(batches, desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
-        inputs, _ = collate([groups[i] for i in batch], model.pad_id, args.layout, process.device)
+        inputs, _ = collate([groups[i] for i in batch], model, args.layout, process.device)
         out = model(*inputs)
         loss += out["loss"].item() * len(batch)
         chosen += out["chosen_mean_scores"].tolist()
@@ -509,7 +509,7 @@ def main():
         chunks = micro_batches(share, args.layout, args.micro_batch_tokens)
         total_loss, pairs, tokens = torch.zeros((), dtype=torch.float64, device=process.device), 0, 0
         for i, chunk in enumerate(chunks):
-            inputs, computed = collate([share[j] for j in chunk], model.pad_id, args.layout, process.device)
+            inputs, computed = collate([share[j] for j in chunk], model, args.layout, process.device)
             last = i == len(chunks) - 1
             with nullcontext() if last or process.world_size == 1 else trained.no_sync():
                 out = trained(*inputs)

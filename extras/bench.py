@@ -1,12 +1,16 @@
 """Speed and memory beside other implementations: everything that is compared is measured in turns, in one run.
 
+    python -m extras.bench             a training step in the packed layout, beside the padded ones, transformers and TRL
     python -m extras.bench load        checkpoints of real shapes with random weights: our loading beside transformers'
 
-Needs requirements-dev.txt. The figures in README.md are from here.
+Needs requirements-dev.txt; TRL where `pip install trl==1.16.0` has put it. The figures in README.md are from here.
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
+import random
 import re
 import statistics
 import subprocess
@@ -14,6 +18,17 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import torch
+
+import data
+import train
+from model import GPT, GPTConfig
+from rm import RewardModel, pairwise_loss
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loading
+
 
 SHAPES = {  # the config.json of facebook/opt-350m and openai-community/gpt2; a llama in the shape of Llama 3.2 1B
     "OPT-350m": dict(model_type="opt", vocab_size=50272, hidden_size=1024, ffn_dim=4096, num_hidden_layers=24, num_attention_heads=16,
@@ -35,19 +50,21 @@ LOADERS = {  # the backbone alone, and with a fresh head; ours then also has a r
 }
 
 
-def anonymous_memory(pid="self") -> int:
-    """Bytes of a process's memory that no file stands behind."""
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+# The programs below run in processes of their own, and begin with this.
+MEMORY = """
+import re, select, sys, json, time
+def anonymous_memory(pid="self"):  # bytes that no file stands behind
+    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open(f"/proc/{pid}/status").read())[1])
+"""
 
-
-# Runs in a process of its own. The first line that it prints says how much memory it has after `import torch`, the last one
-# how long loading took, and how long until a first forward pass was done: a loader may map the file and leave the reading
-# of it to that pass. Imports are not counted.
-LOAD = """
-import json, sys, time, torch
-from extras.bench import LOADERS, anonymous_memory
-loader, path = sys.argv[1:]
+# The first line that it prints says how much memory it has after `import torch`, the last one how long loading took, and how
+# long until a first forward pass was done: a loader may map the file and leave the reading of it to that pass. Imports are
+# not counted.
+LOAD = MEMORY + """
+import torch
 base = anonymous_memory()
+from extras.bench import LOADERS
+loader, path = sys.argv[1:]
 if "ours" in loader:
     import model, rm
 else:
@@ -69,9 +86,7 @@ print(json.dumps([loaded, loaded + time.perf_counter() - start]), flush=True)
 """
 
 # Samples the memory of another process every millisecond, from its first line on standard input to its second.
-SAMPLE = """
-import select, sys
-from extras.bench import anonymous_memory
+SAMPLE = MEMORY + """
 peak = anonymous_memory(sys.argv[1])
 print(flush=True)
 while not select.select([sys.stdin], [], [], 0.001)[0]:
@@ -80,18 +95,27 @@ print(max(peak, anonymous_memory(sys.argv[1])))
 """
 
 
-def measure_load(loader: str, path: Path) -> tuple[float, float, int]:
-    """Seconds until loaded, seconds until the first forward pass of 8 tokens is done, peak of anonymous memory until loaded."""
+def measure(program: str, *arguments) -> tuple[int, str]:
+    """Run a program that prints its memory, waits for a line, works, prints a line, waits for one, and prints its result.
+
+    Returns the peak of its anonymous memory, above what it printed, while it worked; and the result.
+    """
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", LOAD, loader, str(path)], **pipes) as child:
+    with subprocess.Popen([sys.executable, "-c", program, *arguments], **pipes) as child:
         base = int(child.stdout.readline())
         with subprocess.Popen([sys.executable, "-c", SAMPLE, str(child.pid)], **pipes) as sampler:
             sampler.stdout.readline()
             print(file=child.stdin, flush=True)
             child.stdout.readline()
             peak = int(sampler.communicate("\n")[0])
-        loaded, used = json.loads(child.communicate("\n")[0])
-    return loaded, used, peak - base
+        return peak - base, child.communicate("\n")[0]
+
+
+def measure_load(loader: str, path: Path) -> tuple[float, float, int]:
+    """Seconds until loaded, seconds until the first forward pass of 8 tokens is done, peak of anonymous memory until loaded."""
+    peak, result = measure(LOAD, loader, str(path))
+    loaded, used = json.loads(result)
+    return loaded, used, peak
 
 
 def make_checkpoint(config: dict, path: Path):
@@ -117,13 +141,182 @@ def bench_load(rounds: int):
                   f"| {statistics.median(used):.2f} s ({min(used):.2f} to {max(used):.2f}) | {max(peak) / size:.3f} |", flush=True)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Training steps: forward, backward, clipping and AdamW, on pairs with the lengths of hh-harmless
+
+
+VOCAB_SIZE, MAX_SEQ_LEN = 8000, 512
+LENGTHS = Path(__file__).parent / "hh_harmless_lengths.csv"  # prefix and tails of 1,500 pairs, in tokens of a BPE of 8,000
+
+
+def random_pairs(count: int, seed: int) -> list[list[list[int]]]:
+    """Pairs of random ids with the lengths of real ones, the left side truncated as train.py does."""
+    rng = random.Random(seed)
+    pairs = []
+    for row in rng.sample(LENGTHS.read_text().split()[1:], count):
+        prefix, chosen, rejected = map(int, row.split(","))
+        prefix = max(0, min(prefix, MAX_SEQ_LEN - max(chosen, rejected)))
+        trunk, *tails = ([rng.randrange(4, VOCAB_SIZE) for _ in range(n)] for n in (prefix, chosen, rejected))
+        tails[1][0] = tails[0][0] % (VOCAB_SIZE - 1) + 1  # they differ from there
+        pairs.append([(trunk + tail)[:MAX_SEQ_LEN] for tail in tails])
+    return pairs
+
+
+def random_ranking(responses: int, length: int, rng) -> list[list[int]]:
+    trunk, *tails = ([rng.randrange(4, VOCAB_SIZE) for _ in range(length)] for _ in range(1 + responses))
+    return [trunk + [i + 1] + tail[1:] for i, tail in enumerate(tails)]
+
+
+class Ours:
+    """A model of ours and one training step of it, as train.py does it."""
+
+    def __init__(self, layout: str, model_type="gpt2", pad_to=None, n_layer=8, n_embd=512):
+        torch.manual_seed(0)
+        config = GPTConfig(model_type, vocab_size=VOCAB_SIZE, n_positions=MAX_SEQ_LEN, n_layer=n_layer, n_embd=n_embd, n_head=n_embd // 64)
+        self.model, self.layout, self.pad_to = RewardModel(GPT(config), pad_id=0), layout, pad_to
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
+
+    def inputs(self, groups):
+        inputs, _ = train.collate(groups, self.model, self.layout, "cpu")
+        if self.pad_to:
+            inputs = [torch.nn.functional.pad(x, (0, self.pad_to - x.shape[1])) for x in inputs]
+        return inputs
+
+    def loss(self, groups):
+        return self.model(*self.inputs(groups))["loss"]
+
+    def step(self, groups):
+        self.loss(groups).backward()
+        torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class TransformersOPT(Ours):
+    """The backbone of transformers, with a value head and the reference loop of rm.py as its loss."""
+
+    def __init__(self):
+        import transformers
+
+        super().__init__("padded", "opt", pad_to=MAX_SEQ_LEN)
+        config = transformers.OPTConfig(vocab_size=VOCAB_SIZE, hidden_size=512, ffn_dim=2048, num_hidden_layers=8, num_attention_heads=8,
+                                        word_embed_proj_dim=512, max_position_embeddings=MAX_SEQ_LEN, dropout=0.0, pad_token_id=0)
+        self.model.backbone.blocks, self.theirs = torch.nn.ModuleList(), transformers.OPTModel(config)
+        self.optimizer = torch.optim.AdamW([*self.theirs.parameters(), *self.model.v_head.parameters()], lr=1e-5, betas=(0.9, 0.95), fused=True)
+
+    def loss(self, groups):
+        input_ids, mask = self.inputs(groups)
+        hidden = self.theirs(input_ids, attention_mask=mask).last_hidden_state
+        return pairwise_loss(input_ids, self.model.v_head(hidden).squeeze(-1), 0, attention_mask=mask)["loss"]
+
+
+class TRL:
+    """The RewardTrainer of TRL: its collator, its training_step, the optimizer it makes."""
+
+    def __init__(self):
+        import datasets
+        import tokenizers
+        import transformers
+        import trl
+
+        torch.manual_seed(0)
+        transformers.logging.set_verbosity_error()
+        config = transformers.GPT2Config(vocab_size=VOCAB_SIZE, n_positions=MAX_SEQ_LEN, n_embd=512, n_layer=8, n_head=8, num_labels=1,
+                                         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+        arguments = trl.RewardConfig(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+                                     max_length=MAX_SEQ_LEN, per_device_train_batch_size=8, learning_rate=1e-5, disable_tqdm=True)
+        self.trainer = trl.RewardTrainer(
+            transformers.GPT2ForSequenceClassification(config), arguments, processing_class=tokenizer,
+            train_dataset=datasets.Dataset.from_list([{"chosen_ids": [3, 4], "rejected_ids": [3, 5]}]))
+        self.trainer.current_gradient_accumulation_steps = 1  # its loop, which we do not run, sets this
+        self.model, self.optimizer = self.trainer.model.train(), self.trainer.create_optimizer()
+
+    def step(self, groups):
+        batch = self.trainer.data_collator([{"chosen_ids": chosen, "rejected_ids": rejected} for chosen, rejected in groups])
+        self.trainer.training_step(self.model, batch)
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def seconds(function, *arguments) -> float:
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def compare(name: str, goal: str, ours, theirs, batches: list, their_batches: list | None = None):
+    """Print how many times as long a step of theirs takes: both in turns on the same comparisons, the median of the ratios."""
+    their_batches = their_batches or batches
+    ours.step(batches[0]), theirs.step(their_batches[0])  # the first step allocates
+    times = [(seconds(ours.step, a), seconds(theirs.step, b)) for a, b in zip(batches, their_batches)]
+    ratios = [b / a for a, b in times]
+    a, b = (statistics.median(column) for column in zip(*times))
+    print(f"| {name} | {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f}) | {goal} | {b:.2f} s | {a:.2f} s |", flush=True)
+
+
+def bench_steps(rounds: int):
+    torch.set_num_threads(2)
+    batches = [random_pairs(8, seed) for seed in range(rounds)]
+    tokens = [sum(map(data.packed_size, batch)) for batch in batches]
+    print(f"{rounds} batches of 8 pairs, {statistics.mean(tokens):.0f} packed tokens each on average\n")
+    print("| a training step of ours, packed, is faster than | median (range) | goal | their step | our step |\n" + "| --- " * 5 + "|")
+    packed = Ours("packed")
+    compare("our own padded path at max_seq_len (DeepSpeed-Chat's layout)", "5.5 x", packed, Ours("padded", pad_to=MAX_SEQ_LEN), batches)
+    compare("our own padded path at the batch's longest (TRL's layout)", "4.5 x", packed, Ours("padded"), batches)
+    compare("an OPT of transformers, padded to max_seq_len, with the reference loop (ours: opt)", "6 x", Ours("packed", "opt"), TransformersOPT(),
+            batches)
+    if importlib.util.find_spec("trl"):
+        compare("TRL's RewardTrainer", "4.5 x", packed, TRL(), batches)
+    else:
+        print("| TRL's RewardTrainer | not installed | 4.5 x | | |")
+    rng = random.Random(0)
+    rankings = [[random_ranking(4, 64, rng) for _ in range(4)] for _ in batches]
+    pairs = [[list(pair) for ranking in batch for pair in itertools.combinations(ranking, 2)] for batch in rankings]
+    compare("rankings of 4: the same six pairs packed one by one", "3.3 x", packed, packed, rankings, pairs)
+
+    large = Ours("packed", n_layer=12, n_embd=768)
+    weights = sum(p.numel() for name, p in large.model.named_parameters() if "embed" not in name)
+    a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
+    large.step(batches[0]), torch.mm(a, b)
+    shares = []
+    for batch, count in zip(batches, tokens):
+        peak = 2 * 4096**3 / min(seconds(torch.mm, a, b) for _ in range(3))
+        shares.append(6 * weights * count / seconds(large.step, batch) / peak)
+    print(f"\nshare of the matmul peak ({peak / 1e9:.0f} GFLOP/s by torch.mm 4096^3), 12 layers x 768: median {statistics.median(shares):.2f} "
+          f"({min(shares):.2f} to {max(shares):.2f}); goal 0.8", flush=True)
+    if importlib.util.find_spec("trl"):
+        (ours, _), (trl, _) = (measure(STEP, contestant) for contestant in ("Ours('packed')", "TRL()"))
+        print(f"peak memory, above that before the model is made: ours {ours / 1e6:.0f} MB, TRL {trl / 1e6:.0f} MB, ratio {ours / trl:.2f}; goal 0.5")
+
+
+# Imports come before the first line that it prints, the model after it.
+STEP = MEMORY + """
+from extras.bench import *
+torch.set_num_threads(2)
+if "TRL" in sys.argv[1]:
+    import trl, transformers, datasets, tokenizers
+    trl.RewardTrainer, transformers.GPT2ForSequenceClassification
+print(anonymous_memory(), flush=True)
+sys.stdin.readline()
+contestant = eval(sys.argv[1])
+for seed in range(6):
+    contestant.step(random_pairs(8, seed))
+print("done", flush=True)
+sys.stdin.readline()
+print("ended")
+"""
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", choices=["load"])
+    parser.add_argument("what", nargs="?", choices=("steps", "load"), default="steps")
     parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, in turns (5)")
     args = parser.parse_args()
     start = time.perf_counter()
-    bench_load(args.rounds)
+    {"steps": bench_steps, "load": bench_load}[args.what](args.rounds)
     print(f"{time.perf_counter() - start:.0f} s")
 
 
