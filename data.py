@@ -12,6 +12,7 @@ Chat messages become text by this template: a system message's content as it is,
 """
 
 import gzip
+import importlib.util
 import io
 import json
 import math
@@ -197,11 +198,15 @@ class Tokenizer:
     text_size: number of ids that the tokenizer came with. vocab_size: the same, with a new pad id if there is one.
     """
 
-    def __init__(self, model_proto: bytes, pad_id: int | None = None):
-        self.model_proto = model_proto
+    def __init__(self, model_proto: bytes, pad_id: int | None = None, config: dict | None = None):
+        self.model_proto, config = model_proto, config or {}
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        names = {self.pieces.id_to_piece(i): i for i in range(self.pieces.get_piece_size())} | added_ids(config)
         pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
-        self.set_ids(self.pieces.get_piece_size(), pad, bos, eos, pad_id)
+        bos, eos = names.get(config.get("bos_token"), bos), names.get(config.get("eos_token"), eos)
+        if names.get(config.get("pad_token")) not in (None, bos, eos):
+            pad = names[config["pad_token"]]
+        self.set_ids(max(names.values()) + 1, pad, None if config.get("add_bos_token") is False else bos, eos, pad_id)
 
     def set_ids(self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None):
         if pad_id is None:  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
@@ -216,25 +221,36 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ids have none."""
         special = (self.pad_id, self.bos_id, self.eos_id, self.pieces.unk_id())
-        return self.pieces.decode([int(i) for i in ids if i < self.text_size and i not in special])
+        return self.pieces.decode([int(i) for i in ids if i < self.pieces.get_piece_size() and i not in special])
 
     def save(self, directory):
         """Write the files from which `load_tokenizer(directory)` and transformers' `AutoTokenizer` make this tokenizer."""
+        spec = sentencepiece_spec(self.pieces)
+        self.refuse_others(directory, "tokenizer.model", *(["tokenizer.json"] if spec else []))
         (Path(directory) / "tokenizer.model").write_bytes(self.model_proto)
-        if spec := sentencepiece_spec(self.pieces):
+        if spec:
             # transformers takes the name of a special token for the token, sentencepiece for text: told to, both do that.
             self.save_spec(directory, spec, self.pieces.id_to_piece, {"split_special_tokens": True})
         else:
             (Path(directory) / "tokenizer_config.json").write_text(json.dumps({"pad_token_id": self.pad_id}) + "\n")
 
+    def refuse_others(self, directory, *written: str):
+        for name in TOKENIZER_FILES:
+            if name not in written and (Path(directory) / name).exists():
+                raise ValueError(f"{directory}/{name}: another tokenizer lies there, which could be read in place of the one to be saved; "
+                                 "give another directory, or move that file")
+
     def save_spec(self, directory, spec: dict, id_to_token, config: dict):
         """Write `spec` as tokenizer.json, and tokenizer_config.json. By default they make bos, text, eos of a text, as `tokenize`."""
-        ids = {name: i for name, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)) if i is not None}
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         # A new pad id gets a name, and so do ids that it leaves out: the length of a tokenizer is its number of names.
-        token = {i: id_to_token(i) if i < self.text_size else f"<|reward model {'pad' if i == self.pad_id else i}|>"
-                 for i in (*ids.values(), *range(self.text_size, self.vocab_size))}
+        new = range(self.text_size, self.vocab_size)
+        token = {i: f"<|reward model pad {i}|>" if i in new else id_to_token(i) for i in (*ids.values(), *new) if i is not None}
         known = {added["id"] for added in spec["added_tokens"]}
-        spec["added_tokens"] += [added_token(i, token[i]) for i in sorted(token) if i not in known]
+        if self.pad_id < self.text_size and self.pad_id not in known and self.pad_id not in (self.bos_id, self.eos_id):
+            ids["pad_token"] = None  # a token of text: named as special, it would be one in texts, too
+        special = {*ids.values(), *new} - {*known, None}
+        spec["added_tokens"] += [added_token(i, token[i]) for i in sorted(special)]
         in_front = [] if self.bos_id is None else [self.bos_id]
         behind = [] if self.eos_id in (None, self.pad_id) else [self.eos_id]
 
@@ -245,7 +261,7 @@ class Tokenizer:
         spec |= {"truncation": None, "padding": None, "post_processor": {
             "type": "TemplateProcessing", "single": surrounded("A", 0), "pair": surrounded("A", 0) + surrounded("B", 1),
             "special_tokens": {token[i]: {"id": token[i], "ids": [i], "tokens": [token[i]]} for i in in_front + behind}}}
-        config = config | {name: token[i] for name, i in ids.items()} | {
+        config = config | {name: token.get(i) for name, i in ids.items()} | {
             "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(in_front), "add_eos_token": bool(behind),
             "pad_token_id": self.pad_id, "chat_template": CHAT_TEMPLATE}
         for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
@@ -293,13 +309,24 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, backend, config: dict, pad_id: int | None = None):
         backend.no_truncation()
         backend.no_padding()
+        if not config.get("tokenizer_class", "GPT2").startswith("GPT2"):
+            config = {"bos_token": None, "eos_token": None} | config
+        config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | config  # GPT-2's files leave them out
+        for name, i in sorted(added_ids(config).items(), key=lambda item: item[1]):
+            if backend.token_to_id(name) is None:
+                backend.add_special_tokens([name])
+            if backend.token_to_id(name) != i:
+                raise ValueError(f"the added token {name!r} has id {i} by the files beside it, {backend.token_to_id(name)} by its own")
+        named = [config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")] + config.get("additional_special_tokens", [])
+        backend.add_special_tokens([name for name in named if name and (name != "<|endoftext|>" or backend.token_to_id(name) is not None)])
+        if hasattr(backend.pre_tokenizer, "add_prefix_space") and isinstance(config.get("add_prefix_space"), bool):
+            backend.pre_tokenizer.add_prefix_space = config["add_prefix_space"]
         self.backend, self.config = backend, config
         pad, bos, eos = (self.token_id(config.get(name)) for name in ("pad_token", "bos_token", "eos_token"))
-        self.set_ids(backend.get_vocab_size(), pad, bos, eos, pad_id)
         in_front = config.get("add_bos_token")
         if in_front is None:
-            in_front = bos is not None and backend.encode("").ids[:1] == [bos]
-        self.bos_id = bos if in_front else None
+            in_front = bos is not None and backend.encode("a").ids[:1] == [bos]
+        self.set_ids(max(backend.get_vocab().values()) + 1, pad, bos if in_front else None, eos, pad_id)
 
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
@@ -311,12 +338,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.backend.decode([int(i) for i in ids if i != self.pad_id], skip_special_tokens=True)
 
     def save(self, directory):
+        self.refuse_others(directory, "tokenizer.json", "vocab.json")
         unk = self.config.get("unk_token")
         config = {} if self.token_id(unk) is None else {"unk_token": unk}
         self.save_spec(directory, json.loads(self.backend.to_str()), self.backend.id_to_token, config)
 
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json")  # in the order in which they are looked for
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # in the order in which they are looked for
 
 
 def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
@@ -330,33 +358,54 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     if not file.is_file():
         raise ValueError(f"{path}: no {'tokenizer in this directory' if path.is_dir() else 'such file'}; expected tokenizer.model, "
                          "tokenizer.json, or vocab.json and merges.txt")
-    config = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if file.with_name(name).is_file():
-            try:
-                found = json.loads(file.with_name(name).read_text(encoding="utf-8"))
-                if not isinstance(found, dict):
-                    raise ValueError(f"holds {json_type(found)}")
-                config |= found
-                own = config.get("pad_token_id")  # ours says which pad id was chosen; Hugging Face's has no such key
-                if not (own is None or type(own) is int and own >= 0):
-                    raise ValueError(f"pad_token_id is {own!r}")
-            except ValueError as error:
-                raise ValueError(f"{file.with_name(name)}: {error}; expected an object, and an id if it has a pad_token_id") from None
+    config = tokenizer_config(file.parent)
     pad_id = config.get("pad_token_id") if pad_id is None else pad_id
-    # A token may be an object with its text as "content". GPT-2's files leave out that its bos and eos are this one.
-    config = {key: value["content"] if isinstance(value, dict) and "content" in value else value for key, value in config.items()}
-    config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", **config}
+    beside = file.with_name("tokenizer.model")
     try:
+        # tokenizer.model needs no other library; but only of one that we saved do we know that tokenizer.json adds nothing to it.
+        if path.is_dir() and beside.is_file() and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers")):
+            file = beside
         if file.suffix == ".json":
             return HuggingFaceTokenizer(load_backend(file, config), config, pad_id)
         if model_proto := file.read_bytes():  # sentencepiece takes an empty one
-            return Tokenizer(model_proto, pad_id)
+            return Tokenizer(model_proto, pad_id, config)
     except ImportError:
         raise ValueError(f"{file}: reading it needs `pip install -r requirements-hf.txt`") from None
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     raise ValueError(f"{file}: not a sentencepiece model, or damaged")
+
+
+def tokenizer_config(directory: Path) -> dict:
+    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say. Special tokens become their text."""
+    config = {}
+    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
+        if (file := directory / name).is_file():
+            try:
+                found = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(found, dict):
+                    raise ValueError(f"expected an object, found {json_type(found)}")
+                found = {"added_tokens": found} if name == "added_tokens.json" else found
+                for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+                    if isinstance(found.get(key), dict):
+                        found[key] = found[key].get("content")  # an AddedToken
+                    if not isinstance(found.get(key, ""), str | None):
+                        raise ValueError(f"{key} is {found[key]!r}; expected the text of a token")
+                own = found.get("pad_token_id")  # ours says which pad id was chosen; Hugging Face's has no such key
+                if not (own is None or type(own) is int and 0 <= own < 2**24):
+                    raise ValueError(f"pad_token_id is {own!r}; expected a token id")
+                more = [token.get("content") if isinstance(token, dict) else token for token in found.get("additional_special_tokens") or []]
+                config |= found | {"additional_special_tokens": [token for token in more if isinstance(token, str)]}
+                added_ids(config)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{file}: {error}") from None
+    return config
+
+
+def added_ids(config: dict) -> dict[str, int]:
+    """The tokens that files beside a tokenizer add to it, and their ids."""
+    decoder = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
+    return {name: int(i) for name, i in config.get("added_tokens", {}).items()} | decoder
 
 
 def load_backend(file: Path, config: dict):
@@ -366,10 +415,8 @@ def load_backend(file: Path, config: dict):
     if file.name != "vocab.json":
         return tokenizers.Tokenizer.from_file(str(file))
     backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(file.with_name("merges.txt"))))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=config.get("add_prefix_space", False))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    special = [config["bos_token"], config["eos_token"], config.get("unk_token", "<|endoftext|>"), config.get("pad_token")]
-    backend.add_special_tokens([token for token in special if token is not None and backend.token_to_id(token) is not None])
     return backend
 
 

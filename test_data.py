@@ -394,6 +394,132 @@ def test_saved_sentencepiece_of_llama_2_is_the_same_for_transformers(tmp_path, o
     assert_transformers_agrees(data.Tokenizer(model), tmp_path)
 
 
+def hub_files(directory, *, backend=None, sentencepiece_proto=None, config, added=None, model_type="llama"):
+    """A tokenizer directory as the hub has them; `backend` is saved as tokenizer.json, or as vocab.json and merges.txt."""
+    directory.mkdir()
+    if backend is not None and config.get("tokenizer_class") == "GPT2Tokenizer" and "add_prefix_space" not in config:
+        backend.model.save(str(directory))
+    elif backend is not None:
+        backend.save(str(directory / "tokenizer.json"))
+    if sentencepiece_proto is not None:
+        (directory / "tokenizer.model").write_bytes(sentencepiece_proto)
+    if added is not None:
+        (directory / "added_tokens.json").write_text(json.dumps(added))
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return directory
+
+
+def byte_level(special=("<|endoftext|>",), **options):
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
+        vocab_size=300, special_tokens=list(special), show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+CHATML = {"<|im_end|>": 295, "<|im_start|>": 296}  # right behind the vocabulary that the texts support
+FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+@pytest.mark.parametrize("files", [
+    dict(backend=byte_level, config={"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}, added=CHATML, model_type="gpt2"),
+    dict(backend=byte_level, config={"eos_token": "<|im_end|>", "added_tokens_decoder": {
+        str(i): {"content": name, "special": True} for name, i in CHATML.items()}, **FAST}),
+    dict(backend=lambda: byte_level(["<s>", "</s>"]), config={"eos_token": "</s>", "bos_token": None, **FAST}),
+    dict(backend=byte_level, config={"eos_token": None, "bos_token": None, **FAST}),
+    dict(backend=byte_level, config={"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, model_type="gpt2"),
+    dict(backend=byte_level, config={"eos_token": "<|endoftext|>", "additional_special_tokens": ["cat", "<|new|>"], **FAST}),
+], ids=["added_tokens.json", "added_tokens_decoder", "no bos", "no eos", "prefix space", "additional special tokens"])
+def test_what_files_beside_a_tokenizer_say_is_heard(files, tmp_path):
+    """Ids and special ids are those of AutoTokenizer; and saved, they stay."""
+    import transformers
+
+    directory = hub_files(tmp_path / "hub", **{**files, "backend": files["backend"]()})
+    ours, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    (tmp_path / "saved").mkdir()
+    ours.save(tmp_path / "saved")
+    again = data.load_tokenizer(tmp_path / "saved")
+    assert ours.eos_id == again.eos_id == theirs.eos_token_id and ours.text_size == len(theirs) <= ours.pad_id == again.pad_id
+    assert ours.bos_id is None is again.bos_id
+    for text in [*HARD_TEXTS, *TEXTS, "the cat<|im_end|>\n<|im_start|>x", "<|new|>"]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids == again.encode(text), text
+
+
+def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path):
+    """A chat model made from Llama 2: the tokens that were added are in tokenizer.json alone."""
+    import tokenizers
+    import transformers
+
+    proto = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    spec, n = data.sentencepiece_spec(pieces), pieces.get_piece_size()
+    spec["added_tokens"] += [data.added_token(n, "<|im_end|>"), data.added_token(n + 1, "<|im_start|>")]
+    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "add_bos_token": True, **FAST}
+    added = {"<|im_end|>": n, "<|im_start|>": n + 1}
+    directory = hub_files(tmp_path / "hub", backend=tokenizers.Tokenizer.from_str(json.dumps(spec)), sentencepiece_proto=proto, config=config, added=added)
+    ours, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2) == (
+        theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    assert ours.encode("a cat<|im_end|>") == theirs("a cat<|im_end|>", add_special_tokens=False)["input_ids"]
+    (directory / "tokenizer.json").unlink()  # then sentencepiece alone; the special ids are the same, and none is taken for padding
+    ours = data.load_tokenizer(directory)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2)
+
+
+def test_padding_with_a_token_of_text_does_not_change_how_text_is_read(tmp_path):
+    """As `--pad_id 0` does for Llama 3, whose id 0 is an exclamation mark."""
+    directory = hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2")
+    letter = data.load_tokenizer(directory).encode("a")[0]
+    tokenizer = data.load_tokenizer(directory, letter)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    again = data.load_tokenizer(tmp_path / "saved")
+    assert again.pad_id == letter and again.vocab_size == tokenizer.vocab_size
+    assert all(again.encode(text) == tokenizer.encode(text) for text in TEXTS + HARD_TEXTS)
+
+
+def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
+    import tokenizers
+
+    backend = byte_level()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
+    assert data.load_tokenizer(hub_files(tmp_path / "hub", backend=backend, config={}, model_type="gpt2")).bos_id is None
+
+
+def test_two_new_pad_ids_one_after_the_other_are_two_tokens(tmp_path):
+    first = data.load_tokenizer(hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2"))
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first.save(tmp_path / "one")
+    assert_transformers_agrees(data.load_tokenizer(tmp_path / "one", first.pad_id + 6), tmp_path / "two")
+
+
+@pytest.mark.parametrize("kinds", [("ours", "hub"), ("hub", "unigram")], ids=" then ".join)
+def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(kinds, tokenizer, tmp_path):
+    of_kind = {"ours": tokenizer, "unigram": data.Tokenizer(sentencepiece_model(model_type="unigram"))}
+    of_kind["hub"] = data.load_tokenizer(hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2"))
+    (tmp_path / "out").mkdir()
+    of_kind[kinds[0]].save(tmp_path / "out")
+    with pytest.raises(ValueError, match="out/tokenizer.*: another tokenizer"):
+        of_kind[kinds[1]].save(tmp_path / "out")
+
+
+@pytest.mark.parametrize("file, content", [
+    ("tokenizer_config.json", {"eos_token": 5}), ("tokenizer_config.json", {"unk_token": ["a"]}), ("special_tokens_map.json", {"pad_token": 1}),
+    ("tokenizer_config.json", {"pad_token_id": 2**63}), ("added_tokens.json", {"a": "b"}), ("added_tokens.json", []),
+    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}), ("tokenizer_config.json", {"added_tokens_decoder": [1]})], ids=str)
+def test_what_files_beside_a_tokenizer_say_wrongly_is_said_with_their_name(file, content, tmp_path):
+    directory = hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2")
+    (directory / file).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"^{directory}/{file}: "):
+        data.load_tokenizer(directory)
+
+
 @pytest.mark.parametrize("options", [{}, dict(model_type="unigram"), dict(normalization_rule_name="identity"), dict(user_defined_symbols=["ab"])],
                          ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"])
 def test_no_tokenizer_json_is_written_that_would_not_be_the_same(options, tmp_path):
