@@ -34,16 +34,17 @@ ACTIVATIONS = {
 }
 
 # Per family: `variant` are the fields of GPTConfig that make it one. `config` maps fields to keys of Hugging Face's
-# config.json. `fixed` are keys that would change the computation and must have this value. `names` maps our modules to
-# Hugging Face's; where one of theirs stands for several of ours, our rows follow each other in it. `prefixes` stand before
-# a name or don't, depending on which of Hugging Face's classes wrote it; the first one is that of the classes with a
-# head. `ignored` are the endings of buffers that old checkpoints carry.
+# config.json; those of the `required` ones must be there. `fixed` are keys that would change the computation and must have
+# this value. `names` maps our modules to Hugging Face's; where one of theirs stands for several of ours, our rows follow
+# each other in it. `prefixes` stand before a name or don't, depending on which of Hugging Face's classes wrote it; the
+# first one is that of the classes with a head. `ignored` are the endings of buffers that old checkpoints carry.
 FAMILIES = {
     "gpt2": dict(
         variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None, pre_norm=True,
                      position_offset=0),
         config=dict(vocab_size="vocab_size", n_positions="n_positions", n_layer="n_layer", n_head="n_head",
                     n_embd="n_embd", n_inner="n_inner", activation="activation_function", norm_eps="layer_norm_epsilon"),
+        required=("vocab_size", "n_layer", "n_head", "n_embd"),
         fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
         architecture="GPT2Model",
         classifier="GPT2ForSequenceClassification",
@@ -71,6 +72,7 @@ FAMILIES = {
         config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
                     n_head="num_attention_heads", n_embd="hidden_size", n_inner="ffn_dim", activation="activation_function",
                     embed_dim="word_embed_proj_dim", pre_norm="do_layer_norm_before"),
+        required=("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"),
         fixed=dict(_remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True),
         architecture="OPTModel",
         classifier="OPTForSequenceClassification",
@@ -101,6 +103,7 @@ FAMILIES = {
                     n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
                     head_dim="head_dim", n_inner="intermediate_size", activation="hidden_act", norm_eps="rms_norm_eps",
                     rope_theta="rope_theta", rope_scaling="rope_scaling"),
+        required=("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"),
         fixed=dict(attention_bias=False, mlp_bias=False),
         architecture="LlamaModel",
         classifier="LlamaForSequenceClassification",
@@ -210,14 +213,17 @@ class GPTConfig:
             if hf.get(key, value) != value:
                 raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
         given = {ours: hf[theirs] for ours, theirs in family["config"].items() if hf.get(theirs) is not None}
-        missing = [family["config"][ours] for ours in ("vocab_size", "n_layer", "n_head", "n_embd") if ours not in given]
+        missing = [family["config"][ours] for ours in family["required"] if ours not in given]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
-        if type(hf.get("pad_token_id")) not in (int, type(None)):
-            raise ValueError(f"pad_token_id is {hf['pad_token_id']!r}; expected a token id or null")
+        for key in ("bos_token_id", "pad_token_id", "num_padding_at_beginning"):
+            if key in hf and not (type(hf[key]) is int and hf[key] < 2**24 or hf[key] is None and key.endswith("id")):
+                raise ValueError(f"{key} is {hf[key]!r}; expected a {'token id or null' if key.endswith('id') else 'whole number'}")
+        if hf.get("quantization_config"):
+            raise ValueError("quantization_config: the weights are quantized; give a directory with those of before, or dequantize them")
         for ours, value in given.items():
             kind = {"activation": str, "norm_eps": float, "rope_theta": float, "pre_norm": bool, "rope_scaling": dict}.get(ours, int)
-            if type(value) not in ((int, float) if kind is float else (kind,)) or kind in (int, float) and value <= 0:
+            if type(value) not in ((int, float) if kind is float else (kind,)) or kind in (int, float) and not 0 < value < 2**31:
                 expected = {str: "a name", float: "a number above 0", int: "a whole number above 0", bool: "true or false",
                             dict: "an object"}[kind]
                 raise ValueError(f"{family['config'][ours]} is {value!r}; expected {expected}")
@@ -390,6 +396,8 @@ class GPT(nn.Module):
                 expected.reverse()
             if list(weight.shape) != expected:
                 raise ValueError(f"{source}: weight {theirs} has shape {list(weight.shape)}; config.json asks for {expected}")
+            if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+                raise ValueError(f"{source}: weight {theirs} is {weight.dtype}; expected float32, float16, bfloat16 or float64")
             # float() and t() copy no float32 weight: it stays in the file, mapped, until something writes to it.
             parts = (weight.t() if is_transposed else weight).float().split(rows)
             if len(parts) > 1:
@@ -541,7 +549,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no config.json there; a model directory has one beside its weights") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
         raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
@@ -553,7 +561,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         try:
             shards = json.loads(index_of(whole).read_text(encoding="utf-8"))["weight_map"].values()
             files = [path / name for name in sorted(set(shards))]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index_of(whole)}: expected an object with a weight_map ({type(error).__name__}: {error})") from None
     if whole.suffix == ".safetensors":
         try:
@@ -570,6 +578,6 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         except Exception as error:  # each library has its own kinds of exception for a cut, missing or foreign file
             reason = f"{type(error).__name__}: {error}".splitlines()
             raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
-    if not all(isinstance(name, str) and torch.is_tensor(weight) for name, weight in weights.items()):
+    if not all(isinstance(name, str) and torch.is_tensor(weight) and weight.layout == torch.strided and not weight.is_meta for name, weight in weights.items()):
         raise ValueError(f"{files[0]}: expected a dictionary of names and tensors, found something else")
     return hf, weights

@@ -280,14 +280,14 @@ class RewardModel(nn.Module):
         """
         hf, weights = read_checkpoint(path)
         backbone = GPT.from_hf(hf, weights, source=path)
-        if pad_id is None:
+        if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
             pad_id = hf.get("pad_token_id")
         if pad_id is None:
             from data import TOKENIZER_FILES, load_tokenizer
 
             if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
                 pad_id = load_tokenizer(path).pad_id
-        if pad_id is None or pad_id < 0:  # Llama 1 says "none" by -1
+        if pad_id is None:
             pad_id = backbone.config.vocab_size
         if num_padding_at_beginning is None:
             bos = hf.get("bos_token_id") if FAMILIES[hf["model_type"]]["bos_in_front"] else None
@@ -325,7 +325,7 @@ class RewardModel(nn.Module):
             raise ValueError(f"{others[0]}: another model lies there, which would be read in place of the one to be saved; "
                              "give another directory, or move that file")
         path.mkdir(parents=True, exist_ok=True)
-        rows = 8 * math.ceil((tokenizer.vocab_size if tokenizer else config.vocab_size) / 8)
+        rows = 8 * math.ceil(max(tokenizer.vocab_size if tokenizer else config.vocab_size, self.pad_id + 1) / 8)
         weights = self.backbone.to_hf()
         embed = family["names"]["embed"] + ".weight"
         weights[embed] = resize_rows(weights[embed], rows)
@@ -403,6 +403,9 @@ def score_program(argv: list[str]):
         parser.error(f"argument --out: found {args.out}, which is the file to score; give another")
     model = trained_model(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
+    rows = model.backbone.config.vocab_size
+    if tokenizer.text_size > rows:
+        raise ValueError(f"{args.checkpoint}: the model has {rows} token ids, its tokenizer {tokenizer.text_size}; they don't belong together")
     longest = model.backbone.config.n_positions
     max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
     if not 2 <= max_seq_len <= longest:

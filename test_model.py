@@ -594,6 +594,15 @@ def test_padding_is_the_tokenizers_where_config_says_nothing(tmp_path):
     assert RewardModel.from_pretrained(tmp_path).pad_id == data.load_tokenizer(tmp_path).pad_id == 0
 
 
+def test_no_pad_said_by_minus_one_is_no_pad(tmp_path):
+    """Llama 1's way: the tokenizer's own is taken."""
+    data.train_tokenizer(["a few words", "and some more"], 290).save(tmp_path)
+    backbone = GPT(small("llama", vocab_size=300, token_ids={"pad_token_id": -1}))
+    (tmp_path / "config.json").write_text(json.dumps(backbone.config.to_hf()))
+    torch.save(backbone.to_hf(), tmp_path / "pytorch_model.bin")
+    assert RewardModel.from_pretrained(tmp_path).pad_id == 0
+
+
 def test_rewards_of_a_half_precision_model_are_float32():
     model = RewardModel(GPT(small("llama")), pad_id=0).bfloat16()
     out = model(torch.tensor([[1, 2, 3], [1, 4, 0]]))
@@ -652,11 +661,18 @@ def broken(directory, change):
     (lambda config, weights: config.update(pad_token_id="0"), ["config.json", "pad_token_id", "'0'"]),
     (lambda config, weights: config.update(model_type=[]), ["config.json", "[]", "gpt2"]),
     (lambda config, weights: weights.update({"ln_f.bias": [1.0] * 32}), ["pytorch_model.bin", "tensors"]),
+    (lambda config, weights: weights.update({"ln_f.bias": torch.ones(32).to_sparse()}), ["pytorch_model.bin", "tensors"]),
+    (lambda config, weights: weights.update({"ln_f.bias": torch.ones(32).to(torch.int8)}), ["ln_f.bias", "int8", "float32"]),
+    (lambda config, weights: config.update(pad_token_id=10**12), ["config.json", "pad_token_id", "10000"]),
+    (lambda config, weights: config.update(n_positions=10**20), ["config.json", "n_positions", "10000"]),
+    (lambda config, weights: config.update(bos_token_id=[1]), ["config.json", "bos_token_id", "[1]"]),
+    (lambda config, weights: config.update(num_padding_at_beginning=None), ["config.json", "num_padding_at_beginning", "None"]),
+    (lambda config, weights: config.update(quantization_config={"bits": 4}), ["config.json", "quantization_config"]),
     (lambda config, weights: config.update(rope_parameters=[1]), ["config.json", "rope_parameters", "[1]"]),
     (lambda config, weights: config.update(rope_scaling={"type": "yarn"}), ["config.json", "'yarn'", "llama3"]),
     (lambda config, weights: config.update(rope_scaling={"rope_type": "llama3", "factor": 8}), ["config.json", "low_freq_factor"]),
 ], ids=["missing", "left over", "left over that ends like a buffer", "shape", "transposed", "width", "family", "key", "unsupported", "activation", "heads", "no heads", "text for a number", "text for eps", "text for an id", "list for a family",
-        "list for a weight", "list for rope", "unknown rope", "incomplete rope"])
+        "list for a weight", "sparse", "int8", "huge pad", "huge n_positions", "list for bos", "null for a count", "quantized", "list for rope", "unknown rope", "incomplete rope"])
 def test_bad_checkpoints_are_refused(change, words, tmp_path):
     directory = broken(tmp_path / "model", change)
     with pytest.raises(ValueError) as error:
