@@ -33,7 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import FAMILIES, GPT, GPTConfig
+from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of
 from rm import RewardModel
 
 BUILT_IN = dict(train_batch_size=32, max_steps=1400, eval_pairs=4000, tokenizer_pairs=2000)
@@ -422,8 +422,9 @@ def open_output(output_dir: str, process: Process):
     path = Path(output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        ours = ("metrics.jsonl", "config.json", "model.safetensors", "pytorch_model.bin", *data.TOKENIZER_FILES, "tokenizer_config.json")
-        if earlier := [path / name for name in ours if (path / name).exists()]:
+        tokenizer_files = (*data.TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+        files = ("metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES), *tokenizer_files)
+        if earlier := [path / name for name in files if (path / name).exists()]:
             number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
             (path / f"earlier-{number}").mkdir()
             for file in earlier:
