@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import json
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -149,11 +148,12 @@ VOCAB_SIZE, MAX_SEQ_LEN = 8000, 512
 LENGTHS = Path(__file__).parent / "hh_harmless_lengths.csv"  # prefix and tails of 1,500 pairs, in tokens of a BPE of 8,000
 
 
-def random_pairs(count: int, seed: int) -> list[list[list[int]]]:
-    """Pairs of random ids with the lengths of real ones, the left side truncated as train.py does."""
-    rng = random.Random(seed)
+def random_pairs(count: int, number: int) -> list[list[list[int]]]:
+    """Pairs of random ids with the lengths of real ones, the left side truncated as train.py does: batch `number` of a shuffle."""
+    rng, rows = random.Random(number), LENGTHS.read_text().split()[1:]
+    random.Random(0).shuffle(rows)
     pairs = []
-    for row in rng.sample(LENGTHS.read_text().split()[1:], count):
+    for row in rows[number * count : (number + 1) * count]:
         prefix, chosen, rejected = map(int, row.split(","))
         prefix = max(0, min(prefix, MAX_SEQ_LEN - max(chosen, rejected)))
         trunk, *tails = ([rng.randrange(4, VOCAB_SIZE) for _ in range(n)] for n in (prefix, chosen, rejected))
@@ -259,7 +259,7 @@ def compare(name: str, goal: str, ours, theirs, batches: list, their_batches: li
 
 def bench_steps(rounds: int):
     torch.set_num_threads(2)
-    batches = [random_pairs(8, seed) for seed in range(rounds)]
+    batches = [random_pairs(8, number) for number in range(rounds)]
     tokens = [sum(map(data.packed_size, batch)) for batch in batches]
     print(f"{rounds} batches of 8 pairs, {statistics.mean(tokens):.0f} packed tokens each on average\n")
     print("| a training step of ours, packed, is faster than | median (range) | goal | their step | our step |\n" + "| --- " * 5 + "|")
@@ -302,8 +302,8 @@ if "TRL" in sys.argv[1]:
 print(anonymous_memory(), flush=True)
 sys.stdin.readline()
 contestant = eval(sys.argv[1])
-for seed in range(6):
-    contestant.step(random_pairs(8, seed))
+for number in range(6):
+    contestant.step(random_pairs(8, number))
 print("done", flush=True)
 sys.stdin.readline()
 print("ended")
@@ -313,7 +313,7 @@ print("ended")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", nargs="?", choices=("steps", "load"), default="steps")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each is measured, in turns (5)")
+    parser.add_argument("--rounds", type=int, default=9, help="how often each is measured, in turns (9)")
     args = parser.parse_args()
     start = time.perf_counter()
     {"steps": bench_steps, "load": bench_load}[args.what](args.rounds)
