@@ -12,6 +12,7 @@ Notable features:
 Shapes in comments: B rows, L positions, H heads, D width of a head, C width of the hidden state.
 """
 
+import itertools
 import json
 import math
 import operator
@@ -338,7 +339,7 @@ class GPT(nn.Module):
         positions, n_text = batch.positions, batch.num_tokens - sum(batch.tails)
         if self.config.position_offset:
             positions = torch.cat((positions[:n_text], torch.full_like(positions[n_text:], -1)))
-        attend = partial(packed_attention, batch=batch)
+        attend = PackedAttention(batch)
         return self.transform(batch.input_ids, positions, batch.length, attend, slice(n_text), slice(sum(batch.trunks), None))
 
     def transform(self, input_ids, positions, length: int, attend, keys=ALL, read=ALL):
@@ -461,29 +462,67 @@ def padded_attention(q, k, v, dropout_p: float, mask) -> torch.Tensor:
     return scaled_dot_product(q, k, v, dropout_p, attn_mask=mask, is_causal=mask is None)
 
 
-def packed_attention(q, k, v, dropout_p: float, batch) -> torch.Tensor:
-    """q (T, H, D), or without the rows of the trunks; k and v without those of the tails -> as q.
+class PackedAttention:
+    """Attention of a `data.PackedBatch`: q (T, H, D), or without the rows of the trunks; k and v without those of the tails.
 
     A trunk attends to itself; a branch to its trunk and itself; a tail, which is padding, to the whole text and no padding.
     """
-    trunks, branches, tails = batch.trunks, batch.branches, batch.tails
-    keys, values = k.split(trunks + branches), v.split(trunks + branches)
-    # split, because its gradient is one concatenation; that of a slice would be as large as q itself
-    queries = list(q.split((trunks if len(q) == batch.num_tokens else []) + branches + tails))
-    trunk_queries, branch_queries, tail_queries = (queries[: -2 * len(tails)], queries[-2 * len(tails) : -len(tails)],
-                                                   queries[-len(tails) :])
-    for i, query in enumerate(trunk_queries):
-        if len(query):
-            trunk_queries[i] = scaled_dot_product(query[None], keys[i][None], values[i][None], dropout_p, is_causal=True)[0]
-    longest = max(trunks)
-    hidden = q.new_full((max(map(operator.add, branches, tails)), longest + max(branches)), -math.inf).triu(longest + 1)
-    for i, trunk in enumerate(batch.trunk_of_branch):
-        branch, query = len(trunks) + i, torch.cat((branch_queries[i], tail_queries[i]))
-        key, value = (torch.cat((x[trunk], x[branch]))[None] for x in (keys, values))
-        mask = hidden[: len(query), longest - trunks[trunk] : longest + branches[i]]  # a branch's token t sees its tokens up to t
-        y = scaled_dot_product(query[None], key, value, dropout_p, attn_mask=mask)[0]
-        branch_queries[i], tail_queries[i] = y.split((branches[i], tails[i]))
-    return torch.cat(trunk_queries + branch_queries + tail_queries)
+
+    def __init__(self, batch):
+        self.batch, self.plans = batch, {}
+
+    def __call__(self, q, k, v, dropout_p: float):
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout_p:
+            return self.in_two_calls(q, k, v)
+        return self.text_by_text(q, k, v, dropout_p)
+
+    def text_by_text(self, q, k, v, dropout_p: float):
+        trunks, branches, tails = self.batch.trunks, self.batch.branches, self.batch.tails
+        keys, values = k.split(trunks + branches), v.split(trunks + branches)
+        # split, because its gradient is one concatenation; that of a slice would be as large as q itself
+        queries = list(q.split((trunks if len(q) == self.batch.num_tokens else []) + branches + tails))
+        n = len(branches)
+        trunk_queries, branch_queries, tail_queries = queries[: -2 * n], queries[-2 * n : -n], queries[-n:]
+        for i, query in enumerate(trunk_queries):
+            if len(query):
+                trunk_queries[i] = scaled_dot_product(query[None], keys[i][None], values[i][None], dropout_p, is_causal=True)[0]
+        # One mask to cut all others from: its row t, a branch's token t, sees all up to its column `longest` + t.
+        longest = max(trunks)
+        hidden = q.new_full((max(map(operator.add, branches, tails)), longest + max(branches)), -math.inf).triu(longest + 1)
+        for i, trunk in enumerate(self.batch.trunk_of_branch):
+            query = torch.cat((branch_queries[i], tail_queries[i]))[None]
+            key, value = (torch.cat((x[trunk], x[len(trunks) + i]))[None] for x in (keys, values))
+            mask = hidden[: query.shape[1], longest - trunks[trunk] : longest + branches[i]]
+            y = scaled_dot_product(query, key, value, dropout_p, attn_mask=mask)[0]
+            branch_queries[i], tail_queries[i] = y.split((branches[i], tails[i]))
+        return torch.cat(trunk_queries + branch_queries + tail_queries)
+
+    def in_two_calls(self, q, k, v):
+        """By flash kernels that take many sequences at once and no mask: trunks and branches causally, then the tails."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        if len(q) not in self.plans:  # with the trunks' queries, and in the last block without
+            self.plans[len(q)] = self.plan(len(q) == self.batch.num_tokens, q.device)
+        groups = self.plans[len(q)]
+        y = [varlen_attn(queries, k.index_select(0, rows), v.index_select(0, rows), *lengths, enable_gqa=q.shape[1] != k.shape[1],
+                         window_size=(-1, 0) if is_causal else (-1, -1))  # causal, aligned to the ends of queries and keys
+             for queries, (_, rows, lengths, is_causal) in zip(q.split([group[0] for group in groups]), groups)]
+        return torch.cat(y)
+
+    def plan(self, with_trunks: bool, device) -> list[tuple]:
+        """For each call: the number of its queries, the rows of k and v, the lengths as varlen_attn takes them, is it causal."""
+        trunks, branches = self.batch.trunks, self.batch.branches
+        rows = torch.arange(sum(trunks) + sum(branches)).split(trunks + branches)
+        texts = [torch.cat((rows[trunk], rows[len(trunks) + i])) for i, trunk in enumerate(self.batch.trunk_of_branch)]
+        causal = list(zip(trunks, rows)) if with_trunks else []
+        groups = []
+        for sequences, is_causal in ((causal + list(zip(branches, texts)), True), (list(zip(self.batch.tails, texts)), False)):
+            counts, keys = [n for n, _ in sequences if n], [key for n, key in sequences if n]
+            if counts:
+                lengths = counts, [len(key) for key in keys]
+                starts = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in lengths]
+                groups.append((sum(counts), torch.cat(keys).to(device), (*starts, *map(max, lengths)), is_causal))
+        return groups
 
 
 def causal_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -515,7 +554,7 @@ def rotary_tables(positions: torch.Tensor, config: GPTConfig, dtype: torch.dtype
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate the pairs (x[d], x[d + D/2]) of x (B, L, H, D): Hugging Face's order, where the paper pairs neighbours."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:

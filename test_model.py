@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import data
-from model import FAMILIES, GPT, GPTConfig
+from model import FAMILIES, GPT, GPTConfig, PackedAttention
 from rm import LAYOUTS, RewardModel
 
 TESTDATA = Path(__file__).parent / "testdata"
@@ -426,6 +426,40 @@ def test_one_token_of_a_tail_is_enough_where_padding_has_one_position(overrides)
         results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
     for one, other in zip(*results):
         torch.testing.assert_close(other, one, atol=1e-10, rtol=1e-10)
+
+
+def varlen_by_the_book(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """What torch.nn.attention.varlen.varlen_attn, which runs on GPUs alone, is documented to compute."""
+    result = []
+    for n in range(len(cu_seq_q) - 1):
+        (a, b), (c, d) = cu_seq_q[n : n + 2].tolist(), cu_seq_k[n : n + 2].tolist()
+        assert 0 < b - a <= max_q and 0 < d - c <= max_k
+        keys, values = (x[c:d].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[a:b], keys) / q.shape[-1] ** 0.5
+        if window_size == (-1, 0):
+            seen = torch.arange(d - c) <= torch.arange(b - a)[:, None] + (d - c) - (b - a)
+            scores = scores.masked_fill(~seen, -math.inf)
+        result.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), values))
+    return torch.cat(result)
+
+
+@pytest.mark.parametrize("longest_tail", [None, 1, 0])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_the_two_calls_of_the_gpu_path_are_what_is_computed_text_by_text(kv_heads, longest_tail, monkeypatch):
+    """As far as a CPU can tell: which rows go where. With the trunks' queries, and without, as in the last block."""
+    import torch.nn.attention.varlen
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_the_book)
+    torch.manual_seed(0)
+    for seed in range(5):
+        batch = data.pack(random_groups(seed), 0, longest_tail=longest_tail)
+        n_text = batch.num_tokens - sum(batch.tails)
+        q, k, v = (torch.randn(n, heads, 6, dtype=torch.float64) for n, heads in ((batch.num_tokens, 4), (n_text, kv_heads), (n_text, kv_heads)))
+        for queries in (q, q[sum(batch.trunks) :]):
+            attend = PackedAttention(batch)
+            expected = attend.text_by_text(queries, k, v, 0.0)
+            for _ in range(2):  # the second time by the plan of the first
+                torch.testing.assert_close(attend.in_two_calls(queries, k, v), expected, atol=1e-12, rtol=0)
 
 
 def test_single_texts_are_packed_for_scoring_alone():
