@@ -529,10 +529,6 @@ class PackedBatch:
         """Tokens computed on."""
         return sum(self.trunks) + sum(self.branches) + sum(self.tails)
 
-    @property
-    def trunk_of_branch(self) -> list[int]:
-        return [i for i, group in enumerate(self.token_groups) for _ in group]
-
     def to(self, device) -> "PackedBatch":
         return replace(self, input_ids=self.input_ids.to(device), positions=self.positions.to(device))
 

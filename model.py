@@ -462,40 +462,69 @@ def padded_attention(q, k, v, dropout_p: float, mask) -> torch.Tensor:
     return scaled_dot_product(q, k, v, dropout_p, attn_mask=mask, is_causal=mask is None)
 
 
+SHORT = 200  # tokens: comparisons up to so many share a call of attention; a small call costs more than what it computes
+
+
 class PackedAttention:
     """Attention of a `data.PackedBatch`: q (T, H, D), or without the rows of the trunks; k and v without those of the tails.
 
     A trunk attends to itself; a branch to its trunk and itself; a tail, which is padding, to the whole text and no padding.
+    Pieces are numbered as they lie: trunks, branches, tails.
     """
 
     def __init__(self, batch):
         self.batch, self.plans = batch, {}
+        self.lengths = batch.trunks + batch.branches + batch.tails
+        self.trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]  # of a branch or tail
 
     def __call__(self, q, k, v, dropout_p: float):
         if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout_p:
             return self.in_two_calls(q, k, v)
-        return self.text_by_text(q, k, v, dropout_p)
+        return self.in_many_calls(q, k, v, dropout_p)
 
-    def text_by_text(self, q, k, v, dropout_p: float):
-        trunks, branches, tails = self.batch.trunks, self.batch.branches, self.batch.tails
-        keys, values = k.split(trunks + branches), v.split(trunks + branches)
+    def in_many_calls(self, q, k, v, dropout_p: float):
+        n, with_trunks = len(self.batch.trunks), len(q) == self.batch.num_tokens
+        if len(q) not in self.plans:  # in the last block there are no queries of trunks
+            self.plans[len(q)] = self.calls(with_trunks, q)
         # split, because its gradient is one concatenation; that of a slice would be as large as q itself
-        queries = list(q.split((trunks if len(q) == self.batch.num_tokens else []) + branches + tails))
-        n = len(branches)
-        trunk_queries, branch_queries, tail_queries = queries[: -2 * n], queries[-2 * n : -n], queries[-n:]
-        for i, query in enumerate(trunk_queries):
-            if len(query):
-                trunk_queries[i] = scaled_dot_product(query[None], keys[i][None], values[i][None], dropout_p, is_causal=True)[0]
-        # One mask to cut all others from: its row t, a branch's token t, sees all up to its column `longest` + t.
-        longest = max(trunks)
-        hidden = q.new_full((max(map(operator.add, branches, tails)), longest + max(branches)), -math.inf).triu(longest + 1)
-        for i, trunk in enumerate(self.batch.trunk_of_branch):
-            query = torch.cat((branch_queries[i], tail_queries[i]))[None]
-            key, value = (torch.cat((x[trunk], x[len(trunks) + i]))[None] for x in (keys, values))
-            mask = hidden[: query.shape[1], longest - trunks[trunk] : longest + branches[i]]
-            y = scaled_dot_product(query, key, value, dropout_p, attn_mask=mask)[0]
-            branch_queries[i], tail_queries[i] = y.split((branches[i], tails[i]))
-        return torch.cat(trunk_queries + branch_queries + tail_queries)
+        queries = list(q.split(self.lengths if with_trunks else [0] * n + self.lengths[n:]))
+        keys, values = (x.split(self.lengths[: n + len(self.trunk_of)]) for x in (k, v))
+        for asking, asked, mask in self.plans[len(q)]:
+            query, key, value = (torch.cat([pieces[i] for i in which])[None]
+                                 for pieces, which in ((queries, asking), (keys, asked), (values, asked)))
+            y = scaled_dot_product(query, key, value, dropout_p, attn_mask=mask, is_causal=mask is None)[0]
+            for i, piece in zip(asking, y.split([len(queries[i]) for i in asking])):
+                queries[i] = piece
+        return torch.cat(queries)
+
+    def calls(self, with_trunks: bool, like: torch.Tensor) -> list[tuple]:
+        """For every call the pieces that ask, those that are asked, and the mask: None is causal, for a trunk by itself."""
+        n, m, calls, room = len(self.batch.trunks), len(self.trunk_of), [], 0
+        for trunk, texts in itertools.groupby(range(m), key=self.trunk_of.__getitem__):
+            own = [trunk] if with_trunks and self.lengths[trunk] else []
+            branches = [n + i for i in texts]
+            tails = [m + i for i in branches]
+            size = sum(self.lengths[i] for i in [trunk, *branches, *tails])
+            if size > SHORT:
+                calls += [(own, own)] * len(own) + [([branch, tail], [trunk, branch]) for branch, tail in zip(branches, tails)]
+                room = 0
+            elif size > room:
+                calls.append((own + branches + tails, [trunk, *branches]))
+                room = SHORT - size
+            else:
+                calls[-1][0].extend(own + branches + tails)
+                calls[-1][1].extend([trunk, *branches])
+                room -= size
+        # Of every token its trunk, its branch (-1: all of the trunk's), and its column.
+        trunks, branches = [*range(n), *self.trunk_of * 2], [-1] * n + [*range(m)] * 2
+        place = torch.tensor([trunks, branches], device=like.device).repeat_interleave(torch.tensor(self.lengths, device=like.device), dim=1)
+        place = torch.cat((place, self.batch.positions[None])).split(self.lengths, dim=1)
+        plan = []
+        for asking, asked in calls:
+            q, k = (torch.cat([place[i] for i in which], dim=1)[:, :, None] for which in (asking, asked))
+            seen = (q[0] == k[0].T) & ((k[1].T == -1) | (q[1] == k[1].T)) & (k[2].T <= q[2])
+            plan.append((asking, asked, None if asking == asked else like.new_zeros(()).where(seen, -math.inf)))
+        return plan
 
     def in_two_calls(self, q, k, v):
         """By flash kernels that take many sequences at once and no mask: trunks and branches causally, then the tails."""
@@ -513,7 +542,7 @@ class PackedAttention:
         """For each call: the number of its queries, the rows of k and v, the lengths as varlen_attn takes them, is it causal."""
         trunks, branches = self.batch.trunks, self.batch.branches
         rows = torch.arange(sum(trunks) + sum(branches)).split(trunks + branches)
-        texts = [torch.cat((rows[trunk], rows[len(trunks) + i])) for i, trunk in enumerate(self.batch.trunk_of_branch)]
+        texts = [torch.cat((rows[trunk], rows[len(trunks) + i])) for i, trunk in enumerate(self.trunk_of)]
         causal = list(zip(trunks, rows)) if with_trunks else []
         groups = []
         for sequences, is_causal in ((causal + list(zip(branches, texts)), True), (list(zip(self.batch.tails, texts)), False)):
