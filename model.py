@@ -9,13 +9,14 @@ Notable features:
 - norms before the sublayers, or after them with a narrower embedding (OPT-350m, DeepSpeed-Chat's own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding key, as in `transformers`
 
-Shapes in comments: B rows, L positions, H heads, D width of a head, C width of the hidden state.
+- rows with padding, or comparisons packed behind each other without (`data.PackedBatch`): only attention knows which
+
+Shapes in comments: B rows, L positions, T tokens of a packed batch, H heads, D width of a head, C width of the hidden state.
 """
 
 import itertools
 import json
 import math
-import operator
 import re
 import zipfile
 from dataclasses import dataclass, field
@@ -281,7 +282,7 @@ class Block(nn.Module):
         q, k, v = (linear(rows).unflatten(-1, (-1, self.config.head_dim))  # (..., H, D)
                    for linear, rows in ((self.q, x[read]), (self.k, context), (self.v, context)))
         if rotary is not None:
-            q, k = (rotate(x, *(table[rows] for table in rotary)) for x, rows in ((q, read), (k, keys)))
+            q, k = (rotate(heads, *(table[rows] for table in rotary)) for heads, rows in ((q, read), (k, keys)))
         return self.attn_out(attend(q, k, v, self.config.dropout if self.training else 0.0).flatten(-2))
 
     def mlp(self, x):

@@ -148,18 +148,25 @@ VOCAB_SIZE, MAX_SEQ_LEN = 8000, 512
 LENGTHS = Path(__file__).parent / "hh_harmless_lengths.csv"  # prefix and tails of 1,500 pairs, in tokens of a BPE of 8,000
 
 
-def random_pairs(count: int, number: int) -> list[list[list[int]]]:
-    """Pairs of random ids with the lengths of real ones, the left side truncated as train.py does: batch `number` of a shuffle."""
-    rng, rows = random.Random(number), LENGTHS.read_text().split()[1:]
-    random.Random(0).shuffle(rows)
-    pairs = []
-    for row in rows[number * count : (number + 1) * count]:
+def random_batches(batches: int, size: int) -> list[list[list[list[int]]]]:
+    """Batches of pairs of random ids with the lengths of real ones, the left side truncated as train.py does.
+
+    The lengths are a systematic sample: of all pairs in the order of their tokens every so many-th, shuffled.
+    """
+    rng, lengths = random.Random(0), []
+    for row in LENGTHS.read_text().split()[1:]:
         prefix, chosen, rejected = map(int, row.split(","))
         prefix = max(0, min(prefix, MAX_SEQ_LEN - max(chosen, rejected)))
-        trunk, *tails = ([rng.randrange(4, VOCAB_SIZE) for _ in range(n)] for n in (prefix, chosen, rejected))
+        lengths.append((prefix, min(chosen, MAX_SEQ_LEN - prefix), min(rejected, MAX_SEQ_LEN - prefix)))
+    lengths.sort(key=lambda row: row[0] + 2 * max(row[1:]))
+    sample = [lengths[int((i + 0.5) * len(lengths) / (batches * size))] for i in range(batches * size)]
+    rng.shuffle(sample)
+    pairs = []
+    for row in sample:
+        trunk, *tails = ([rng.randrange(4, VOCAB_SIZE) for _ in range(n)] for n in row)
         tails[1][0] = tails[0][0] % (VOCAB_SIZE - 1) + 1  # they differ from there
-        pairs.append([(trunk + tail)[:MAX_SEQ_LEN] for tail in tails])
-    return pairs
+        pairs.append([trunk + tail for tail in tails])
+    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
 
 
 def random_ranking(responses: int, length: int, rng) -> list[list[int]]:
@@ -259,7 +266,7 @@ def compare(name: str, goal: str, ours, theirs, batches: list, their_batches: li
 
 def bench_steps(rounds: int):
     torch.set_num_threads(2)
-    batches = [random_pairs(8, number) for number in range(rounds)]
+    batches = random_batches(rounds, 8)
     tokens = [sum(map(data.packed_size, batch)) for batch in batches]
     print(f"{rounds} batches of 8 pairs, {statistics.mean(tokens):.0f} packed tokens each on average\n")
     print("| a training step of ours, packed, is faster than | median (range) | goal | their step | our step |\n" + "| --- " * 5 + "|")
@@ -302,8 +309,8 @@ if "TRL" in sys.argv[1]:
 print(anonymous_memory(), flush=True)
 sys.stdin.readline()
 contestant = eval(sys.argv[1])
-for number in range(6):
-    contestant.step(random_pairs(8, number))
+for batch in random_batches(6, 8):
+    contestant.step(batch)
 print("done", flush=True)
 sys.stdin.readline()
 print("ended")
