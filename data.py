@@ -200,13 +200,14 @@ class Tokenizer:
 
     def __init__(self, model_proto: bytes, pad_id: int | None = None, config: dict | None = None):
         self.model_proto, config = model_proto, config or {}
-        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-        names = {self.pieces.id_to_piece(i): i for i in range(self.pieces.get_piece_size())} | added_ids(config)
+        self.pieces, self.added = sentencepiece.SentencePieceProcessor(model_proto=model_proto), added_ids(config)
+        self.names = [self.pieces.id_to_piece(i) for i in range(self.pieces.get_piece_size())]  # by id
+        ids = {name: i for i, name in enumerate(self.names)} | self.added
         pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
-        bos, eos = names.get(config.get("bos_token"), bos), names.get(config.get("eos_token"), eos)
-        if names.get(config.get("pad_token")) not in (None, bos, eos):
-            pad = names[config["pad_token"]]
-        self.set_ids(max(names.values()) + 1, pad, None if config.get("add_bos_token") is False else bos, eos, pad_id)
+        bos, eos = ids.get(config.get("bos_token"), bos), ids.get(config.get("eos_token"), eos)
+        if ids.get(config.get("pad_token")) not in (None, bos, eos):
+            pad = ids[config["pad_token"]]
+        self.set_ids(max(ids.values()) + 1, pad, None if config.get("add_bos_token") is False else bos, eos, pad_id)
 
     def set_ids(self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None):
         if pad_id is None:  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
@@ -221,18 +222,22 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ids have none."""
         special = (self.pad_id, self.bos_id, self.eos_id, self.pieces.unk_id())
-        return self.pieces.decode([int(i) for i in ids if i < self.pieces.get_piece_size() and i not in special])
+        return self.pieces.decode([int(i) for i in ids if i < len(self.names) and i not in special])
 
     def save(self, directory):
         """Write the files from which `load_tokenizer(directory)` and transformers' `AutoTokenizer` make this tokenizer."""
         spec = sentencepiece_spec(self.pieces)
         self.refuse_others(directory, "tokenizer.model", *(["tokenizer.json"] if spec else []))
         (Path(directory) / "tokenizer.model").write_bytes(self.model_proto)
+        names = dict(enumerate(self.names)) | {i: name for name, i in self.added.items()}
+        config = {"added_tokens_decoder": {i: added_token(i, name) for name, i in self.added.items()}}
         if spec:
             # transformers takes the name of a special token for the token, sentencepiece for text: told to, both do that.
-            self.save_spec(directory, spec, self.pieces.id_to_piece, {"split_special_tokens": True})
+            spec["added_tokens"] += [added_token(i, names[i]) for i in sorted(names) if i >= len(self.names)]
+            self.save_spec(directory, spec, names.get, config | {"split_special_tokens": True})
         else:
-            (Path(directory) / "tokenizer_config.json").write_text(json.dumps({"pad_token_id": self.pad_id}) + "\n")
+            config |= {"bos_token": names.get(self.bos_id), "eos_token": names.get(self.eos_id), "add_bos_token": self.bos_id is not None}
+            (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token_id": self.pad_id}, indent=2) + "\n")
 
     def refuse_others(self, directory, *written: str):
         for name in TOKENIZER_FILES:

@@ -469,6 +469,13 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path):
     (directory / "tokenizer.json").unlink()  # then sentencepiece alone; the special ids are the same, and none is taken for padding
     ours = data.load_tokenizer(directory)
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2)
+    (tmp_path / "saved").mkdir()
+    assert_transformers_agrees(ours, tmp_path / "saved")
+    unigram = data.Tokenizer(sentencepiece_model(model_type="unigram"), config={**config, "added_tokens": {"<|im_end|>": 400}})
+    (tmp_path / "unigram").mkdir()
+    unigram.save(tmp_path / "unigram")
+    again = data.load_tokenizer(tmp_path / "unigram")
+    assert (again.bos_id, again.eos_id, again.pad_id) == (unigram.bos_id, unigram.eos_id, unigram.pad_id) == (1, 400, 0)
 
 
 def test_padding_with_a_token_of_text_does_not_change_how_text_is_read(tmp_path):
