@@ -36,7 +36,7 @@ import data
 from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of
 from rm import RewardModel
 
-BUILT_IN = dict(train_batch_size=32, max_steps=1400, eval_pairs=4000, tokenizer_pairs=2000)
+BUILT_IN = dict(train_batch_size=32, max_steps=2000, eval_pairs=4000, tokenizer_pairs=2000)
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
 TOKENIZER_TEXTS = 200_000  # a tokenizer is trained on at most so many texts; more changes little and takes its time
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
