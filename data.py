@@ -528,6 +528,8 @@ class PackedBatch:
     branches: list[int]  # lengths, one a response, comparison after comparison
     tails: list[int]
     length: int  # of the longest sequence
+    pad_id: int
+    longest_tail: int | None  # tails are cut to so many tokens
 
     @property
     def num_tokens(self) -> int:
@@ -574,7 +576,7 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
     if not token_groups:
         raise ValueError("no comparison to pack")
     return PackedBatch(token_groups, *(torch.tensor(sum(column.values(), [])) for column in (ids, positions)), **layout,
-                       length=max(len(sequence) for group in token_groups for sequence in group))
+                       length=max(len(sequence) for group in token_groups for sequence in group), pad_id=pad_id, longest_tail=longest_tail)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -479,7 +479,9 @@ class PackedAttention:
         self.trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]  # of a branch or tail
 
     def __call__(self, q, k, v, dropout_p: float):
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout_p:
+        # what the flash kernel takes: half precision, no dropout, heads of 8, 16, ... 256, Ampere or newer
+        if (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout_p and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+                and torch.cuda.get_device_capability(q.device) >= (8, 0)):
             return self.in_two_calls(q, k, v)
         return self.in_many_calls(q, k, v, dropout_p)
 
@@ -518,7 +520,8 @@ class PackedAttention:
                 room -= size
         # Of every token its trunk, its branch (-1: all of the trunk's), and its column.
         trunks, branches = [*range(n), *self.trunk_of * 2], [-1] * n + [*range(m)] * 2
-        place = torch.tensor([trunks, branches], device=like.device).repeat_interleave(torch.tensor(self.lengths, device=like.device), dim=1)
+        place = torch.tensor([trunks, branches], device=like.device).repeat_interleave(
+            torch.tensor(self.lengths, device=like.device), dim=1, output_size=sum(self.lengths))
         place = torch.cat((place, self.batch.positions[None])).split(self.lengths, dim=1)
         plan = []
         for asking, asked in calls:

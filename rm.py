@@ -197,6 +197,10 @@ class RewardModel(nn.Module):
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs (i, j), i < j; the loss of the
         batch is the mean over its comparisons (Ouyang et al. 2022, eq. 1 and section 3.5). The scores are those of the pairs.
         """
+        one_is_enough = self.backbone.config.position_offset and batch.longest_tail == 1
+        if batch.longest_tail is not None and not one_is_enough or min(map(len, batch.token_groups)) < 2:
+            raise ValueError("the batch was packed for scores alone (longest_tail, min_responses): a loss needs whole tails and pairs; "
+                             "pack it without these two")
         losses, chosen_scores, rejected_scores = [], [], []
         for texts, trunk, rewards in zip(batch.token_groups, batch.trunks, self.packed_rewards(batch)):
             pair_losses = []
@@ -216,6 +220,8 @@ class RewardModel(nn.Module):
     def packed_rewards(self, batch) -> list[list[torch.Tensor]]:
         """Of every comparison of a `data.PackedBatch`, the rewards behind its trunk: one tensor for each response."""
         vocab_size = self.backbone.config.vocab_size
+        if any(batch.tails) and not 0 <= batch.pad_id < vocab_size:
+            raise ValueError(f"pad_id {batch.pad_id}; the model has ids 0 to {vocab_size - 1}")
         for i, group in enumerate(batch.token_groups):
             for j, text in enumerate(group):
                 if min(text) < 0 or max(text) >= vocab_size:

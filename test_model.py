@@ -430,8 +430,9 @@ def test_one_token_of_a_tail_is_enough_where_padding_has_one_position(overrides)
 
 
 def varlen_by_the_book(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
-    """What torch.nn.attention.varlen.varlen_attn, which runs on GPUs alone, is documented to compute."""
+    """What torch.nn.attention.varlen.varlen_attn, which runs on GPUs alone, computes; causal is aligned to the ends."""
     result = []
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and q.shape[-1] % 8 == 0
     for n in range(len(cu_seq_q) - 1):
         (a, b), (c, d) = cu_seq_q[n : n + 2].tolist(), cu_seq_k[n : n + 2].tolist()
         assert 0 < b - a <= max_q and 0 < d - c <= max_k
@@ -455,13 +456,13 @@ def test_the_two_calls_of_the_gpu_path_are_what_many_calls_compute(kv_heads, lon
     for seed in range(5):
         batch = data.pack(random_groups(seed), 0, longest_tail=longest_tail)
         n_text = batch.num_tokens - sum(batch.tails)
-        q, k, v = (torch.randn(n, heads, 6, dtype=torch.float64) for n, heads in ((batch.num_tokens, 4), (n_text, kv_heads), (n_text, kv_heads)))
+        q, k, v = (torch.randn(n, heads, 8, dtype=torch.float64) for n, heads in ((batch.num_tokens, 4), (n_text, kv_heads), (n_text, kv_heads)))
         for queries in (q, q[sum(batch.trunks) :]):
-            attend = PackedAttention(batch)
-            expected = attend.in_many_calls(queries, k, v, 0.0)
+            many, two = PackedAttention(batch), PackedAttention(batch)
+            expected = many.in_many_calls(queries, k, v, 0.0)
             for _ in range(2):  # the second time by the plan of the first
-                attend.plans.clear()
-                torch.testing.assert_close(attend.in_two_calls(queries, k, v), expected, atol=1e-12, rtol=0)
+                torch.testing.assert_close(two.in_two_calls(queries, k, v), expected, atol=1e-12, rtol=0)
+                torch.testing.assert_close(many.in_many_calls(queries, k, v, 0.0), expected, atol=0, rtol=0)
 
 
 def test_single_texts_are_packed_for_scoring_alone():
@@ -489,6 +490,18 @@ def test_bad_packed_batches_are_refused():
         model(data.pack([[[1] * 33, [2]]], 0))
     with pytest.raises(ValueError, match=r"comparison 1, response 0: id 50; the model has ids 0 to 49"):
         model(data.pack([[[1], [2]], [[1, 50], [2]]], 0))
+
+
+@pytest.mark.parametrize("options", [dict(longest_tail=0), dict(longest_tail=1), dict(longest_tail=2), dict(min_responses=1)], ids=str)
+def test_a_batch_packed_for_scores_alone_has_no_loss(options):
+    groups = [[[1, 2, 3], [1, 4, 5, 6, 7, 8]]] + ([[[1]]] if "min_responses" in options else [])
+    with pytest.raises(ValueError, match="packed for scores alone"):
+        lively("gpt2")(data.pack(groups, 0, **options))
+
+
+def test_a_pad_id_beyond_the_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="pad_id 50; the model has ids 0 to 49"):
+        lively("gpt2")(data.pack([[[1, 2, 3], [1, 4]]], 50))
 
 
 def test_dropout_in_the_packed_layout_is_active_in_training_alone():

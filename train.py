@@ -103,10 +103,11 @@ def parse_flags():
 
     flag = parser.add_argument_group("training").add_argument
     flag("--per_device_train_batch_size", type=count, help=f"comparisons (16; built-in data: {BUILT_IN['train_batch_size']})")
-    flag("--per_device_eval_batch_size", type=count, default=16, help="comparisons (16)")
+    flag("--per_device_eval_batch_size", type=count, default=16,
+         help="comparisons of full length: as many tokens are computed on at once (16)")
     flag("--gradient_accumulation_steps", type=count, default=1, help="(1)")
     flag("--layout", choices=("packed", "padded"), default="packed",
-         help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference (packed)")
+         help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference; without dropout the same numbers (packed)")
     flag("--micro_batch_tokens", type=count, help="tokens computed on at once, by each process; a step of more is cut into micro-batches, "
          "to the same result (2 x per_device_train_batch_size x max_seq_len)")
     flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
@@ -213,6 +214,8 @@ def size_of(group: list, layout: str) -> tuple[int, int]:
 
 def share_of(groups: list, layout: str, process: Process) -> list[int]:
     """Indices of the comparisons that are this rank's: the largest one first, each goes to the rank with the fewest tokens."""
+    if process.world_size == 1:
+        return list(range(len(groups)))
     tokens, shares = [0] * process.world_size, [[] for _ in range(process.world_size)]
     sizes = [math.prod(size_of(group, layout)) for group in groups]
     for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
