@@ -352,6 +352,10 @@ class HuggingFaceTokenizer(Tokenizer):
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # in the order in which they are looked for
 
 
+def has_tokenizer(directory) -> bool:
+    return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     """The tokenizer in a directory, or in one of these files; `pad_id` overrides its own.
 
@@ -371,7 +375,7 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
         if path.is_dir() and beside.is_file() and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers")):
             file = beside
         if file.suffix == ".json":
-            return HuggingFaceTokenizer(load_backend(file, config), config, pad_id)
+            return HuggingFaceTokenizer(load_backend(file), config, pad_id)
         if model_proto := file.read_bytes():  # sentencepiece takes an empty one
             return Tokenizer(model_proto, pad_id, config)
     except ImportError:
@@ -413,7 +417,7 @@ def added_ids(config: dict) -> dict[str, int]:
     return {name: int(i) for name, i in config.get("added_tokens", {}).items()} | decoder
 
 
-def load_backend(file: Path, config: dict):
+def load_backend(file: Path):
     """The tokenizers.Tokenizer of tokenizer.json, or of vocab.json and the merges.txt beside it."""
     import tokenizers
 

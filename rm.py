@@ -289,9 +289,9 @@ class RewardModel(nn.Module):
         if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
             pad_id = hf.get("pad_token_id")
         if pad_id is None:
-            from data import TOKENIZER_FILES, load_tokenizer
+            from data import has_tokenizer, load_tokenizer
 
-            if any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+            if has_tokenizer(path):
                 pad_id = load_tokenizer(path).pad_id
         if pad_id is None:
             pad_id = backbone.config.vocab_size
@@ -434,7 +434,7 @@ def score_program(argv: list[str]):
 
 
 def convert_program(argv: list[str]):
-    from data import TOKENIZER_FILES, load_tokenizer
+    from data import has_tokenizer, load_tokenizer
 
     parser = argparse.ArgumentParser("rm.py convert", allow_abbrev=False, description="Write a trained reward model in another layout.")
     parser.add_argument("checkpoint", help="a directory with a trained reward model, in either layout")
@@ -446,9 +446,9 @@ def convert_program(argv: list[str]):
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
         parser.error(f"argument directory: found {args.directory}, which is not empty; give a new one")
     model = trained_model(args.checkpoint)
-    has_tokenizer = any((Path(args.checkpoint) / name).is_file() for name in TOKENIZER_FILES)
-    model.save_pretrained(directory, args.layout, load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer else None)
-    print(f"{directory}: {args.layout} layout, {'with its tokenizer' if has_tokenizer else 'without a tokenizer, as there was none'}")
+    tokenizer = load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer(args.checkpoint) else None
+    model.save_pretrained(directory, args.layout, tokenizer)
+    print(f"{directory}: {args.layout} layout, {'with its tokenizer' if tokenizer else 'without a tokenizer, as there was none'}")
 
 
 def main():

@@ -208,7 +208,7 @@ def batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray
 
 
 def size_of(group: list, layout: str) -> tuple[int, int]:
-    """(rows, length) of a comparison as computed on; a batch is the sum of rows times the largest length. Packed: one long row."""
+    """(rows, length) of a comparison as computed on; a batch is the sum of rows times the largest length. Packed: rows of a token."""
     return (data.packed_size(group), 1) if layout == "packed" else (len(group) * (len(group) - 1), max(map(len, group)))
 
 
