@@ -8,7 +8,6 @@ Notable features:
 - grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama); learned positions, LayerNorm, GELU (gpt2)
 - norms before the sublayers, or after them with a narrower embedding (OPT-350m, DeepSpeed-Chat's own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding key, as in `transformers`
-
 - rows with padding, or comparisons packed behind each other without (`data.PackedBatch`): only attention knows which
 
 Shapes in comments: B rows, L positions, T tokens of a packed batch, H heads, D width of a head, C width of the hidden state.
@@ -26,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -298,6 +298,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # keep only the blocks' inputs, and compute the blocks again in the backward pass
         self.embed = make_embedding(config.vocab_size, config.embed_dim)
         if config.rope_theta is None:
             self.pos_embed = make_embedding(config.n_positions + config.position_offset, config.n_embd)
@@ -356,7 +357,8 @@ class GPT(nn.Module):
             rotary = rotary_tables(positions, self.config, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            x = block(x, attend, rotary, keys, read if block is self.blocks[-1] else ALL)
+            run = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and self.training else block
+            x = run(x, attend, rotary, keys, read if block is self.blocks[-1] else ALL)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)

@@ -227,8 +227,7 @@ class RewardModel(nn.Module):
                 if min(text) < 0 or max(text) >= vocab_size:
                     found = next(token for token in text if not 0 <= token < vocab_size)
                     raise ValueError(f"comparison {i}, response {j}: id {found}; the model has ids 0 to {vocab_size - 1}")
-        rewards = self.v_head(self.backbone.forward_packed(batch)).squeeze(-1)
-        rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).split(batch.branches + batch.tails)
+        rewards = self.value(self.backbone.forward_packed(batch)).split(batch.branches + batch.tails)
         parts, result = zip(rewards, rewards[len(batch.tails) :]), []
         for group in batch.token_groups:
             longest = max(map(len, group))
@@ -239,8 +238,16 @@ class RewardModel(nn.Module):
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The reward for every token of N rows: (N, L), float32 or wider."""
-        rewards = self.v_head(self.backbone(input_ids, attention_mask)).squeeze(-1)
-        return rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+        return self.value(self.backbone(input_ids, attention_mask))
+
+    def value(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The value head: hidden states (..., C) -> rewards (...), float32 or wider, under autocast too.
+
+        In half precision rewards near 8 would be multiples of 1/128 (fp16) or 1/16 (bf16); the loss reads their differences.
+        """
+        wide = torch.promote_types(self.v_head.weight.dtype, torch.float32)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return F.linear(hidden.to(wide), self.v_head.weight.to(wide)).squeeze(-1)
 
     def forward_value(
         self,

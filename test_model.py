@@ -659,6 +659,42 @@ def test_rewards_of_a_half_precision_model_are_float32():
     assert {value.dtype for value in out.values()} == {torch.float32}
 
 
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_under_autocast_blocks_compute_in_half_precision_and_rewards_and_loss_do_not(layout):
+    torch.manual_seed(0)
+    model = RewardModel(GPT(small("llama")), pad_id=0)
+    ids = torch.randint(1, 48, (8, 9))
+    inputs = ids if layout == "padded" else data.pack([[ids[i].tolist(), ids[i + 4].tolist()] for i in range(4)], 0)
+    exact = model(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(inputs)
+    assert {value.dtype for value in out.values()} == {torch.float32}
+    scores = torch.cat([out["chosen_mean_scores"], out["rejected_mean_scores"]])
+    assert (scores.bfloat16().float() != scores).any()  # not rounded to half precision
+    assert out["loss"] != exact["loss"] and torch.allclose(out["loss"], exact["loss"], atol=0.02)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_gradient_checkpointing_keeps_less_and_changes_no_bit(layout):
+    """With dropout: the blocks draw the same numbers when they are computed again."""
+    torch.manual_seed(0)
+    model = RewardModel(GPT(small("gpt2", n_layer=4, dropout=0.3)), pad_id=0)
+    ids = torch.randint(1, 48, (8, 9))
+    inputs = ids if layout == "padded" else data.pack([[ids[i].tolist(), ids[i + 4].tolist()] for i in range(4)], 0)
+    kept, gradients = [], []
+    for model.backbone.gradient_checkpointing in (False, True):
+        saved = []
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+            loss = model(inputs)["loss"]
+        kept.append(sum(x.numel() for x in saved))
+        loss.backward()
+        gradients.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert kept[1] < kept[0] / 3
+
+
 def test_fresh_weights_have_gpt2s_standard_deviations():
     """0.02 at width 768; what writes to the residual stream is divided by the square root of the number of writes."""
     torch.manual_seed(0)
