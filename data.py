@@ -38,56 +38,80 @@ class Comparison:
     rewards: list[float] | None = None  # their true rewards, where these are known
 
 
-def load_comparisons(path, min_responses: int = 2) -> Iterator[Comparison]:
+def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None) -> Iterator[Comparison]:
     """The comparisons of one file, in its order, read row by row.
 
     With `min_responses=1` also rows {"prompt": ..., "response": ...}, as comparisons of one response.
-    Raises ValueError that names the file and the line.
+    Raises ValueError that names the file and the line. With `bad_rows`, rows that are no comparison are left out instead,
+    and what is wrong with each is appended to that list; a file that cannot be read to its end is still an error.
     """
-    for line, row in read_rows(path):
+    for row in read_rows(path):
         try:
-            yield parse_row(row, min_responses)
+            yield parse_line(path, *row, min_responses)
         except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
+            if bad_rows is None:
+                raise
+            bad_rows.append(str(error))
 
 
-def read_rows(path) -> Iterator[tuple[int, object]]:
-    """(line number, parsed JSON) for every row of a file. Raises ValueError that names the file and the line."""
+def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
+    """(line number, JSON) for every row of a file. Raises ValueError that names the file and the line."""
     path, line, empty = Path(path), 0, True
     if not path.is_file():
         raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; expected .jsonl, .jsonl.gz or .json")
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             is_array = path.suffix == ".json" and file.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-            for line, text in [(0, file.read())] if is_array else enumerate(file, start=1):
-                text = text.decode("utf-8-sig" if line <= 1 else "utf-8")
-                rows = array_items(text) if is_array else [(line, json.loads(text.rstrip()))] if text.strip() else []
-                for row in rows:
+            for line, text in array_items(file.read()) if is_array else enumerate(file, start=1):
+                text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 and not is_array else text  # a byte order mark
+                if text.strip():
                     empty = False
-                    yield row
+                    yield line, text
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{line or error.lineno}: not JSON ({error.msg}, column {error.colno}); "
-                         "expected one object a line, or in .json one array of objects") from None
+        raise ValueError(f"{path}:{error.lineno}: {not_json(error)}") from None
     except UnicodeDecodeError as error:
-        where = line or 1 + error.object.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
-        raise ValueError(f"{path}:{line or 1}: not JSON that a row could be ({error})") from None
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: {not_utf8(error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
     if empty:
         raise ValueError(f"{path}: no row in it; expected one JSON object a line")
 
 
-def array_items(text: str) -> Iterator[tuple[int, object]]:
-    """(line number, item) for every item of a JSON array."""
+def array_items(text: bytes) -> Iterator[tuple[int, str]]:
+    """(line number, JSON) for every item of a JSON array."""
+    text = text.decode("utf-8-sig")
     json.loads(text)  # says what is wrong with the syntax, if anything; but not on which line an item stands
     decoder, gap = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
     position, line, counted = text.index("[") + 1, 1, 0
     while text[start := gap.match(text, position).end()] != "]":
         line, counted = line + text.count("\n", counted, start), start
-        item, position = decoder.raw_decode(text, start)
-        yield line, item
+        _, position = decoder.raw_decode(text, start)
+        yield line, text[start:position]
+
+
+def parse_line(path, line: int, text: bytes | str, min_responses: int = 2) -> Comparison:
+    """The comparison that stands as JSON on a line. Raises ValueError that names the file and the line."""
+    try:
+        try:
+            row = json.loads((text if isinstance(text, str) else text.decode()).rstrip())
+        except json.JSONDecodeError as error:
+            raise ValueError(not_json(error)) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(not_utf8(error)) from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
+            raise ValueError(f"not JSON that a row could be ({error})") from None
+        return parse_row(row, min_responses)
+    except ValueError as error:
+        raise ValueError(f"{path}:{line}: {error}") from None
+
+
+def not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON ({error.msg}, column {error.colno}); expected one object a line, or in .json one array of objects"
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 ({error.reason}); save the file as UTF-8"
 
 
 def parse_row(row, min_responses: int = 2) -> Comparison:
