@@ -11,21 +11,31 @@ Chat messages become text by this template: a system message's content as it is,
 "\\n\\nHuman: " or "\\n\\nAssistant: " and its content.
 """
 
+import collections
+import fcntl
 import gzip
+import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import shutil
+import signal
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -45,13 +55,18 @@ def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None)
     Raises ValueError that names the file and the line. With `bad_rows`, rows that are no comparison are left out instead,
     and what is wrong with each is appended to that list; a file that cannot be read to its end is still an error.
     """
-    for row in read_rows(path):
+    for line, text in read_rows(path):
         try:
-            yield parse_line(path, *row, min_responses)
+            yield parse_line(text, min_responses)
         except ValueError as error:
-            if bad_rows is None:
-                raise
-            bad_rows.append(str(error))
+            bad_row(path, line, error, bad_rows)
+
+
+def bad_row(path, line: int, error: ValueError, bad_rows: list | None):
+    """Raise ValueError that says where and what is wrong, or put that into the list."""
+    if bad_rows is None:
+        raise ValueError(f"{path}:{line}: {error}") from None
+    bad_rows.append(f"{path}:{line}: {error}")
 
 
 def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
@@ -90,20 +105,17 @@ def array_items(text: bytes) -> Iterator[tuple[int, str]]:
         yield line, text[start:position]
 
 
-def parse_line(path, line: int, text: bytes | str, min_responses: int = 2) -> Comparison:
-    """The comparison that stands as JSON on a line. Raises ValueError that names the file and the line."""
+def parse_line(text: bytes | str, min_responses: int = 2) -> Comparison:
+    """JSON text -> Comparison. Raises ValueError that says what is wrong."""
     try:
-        try:
-            row = json.loads((text if isinstance(text, str) else text.decode()).rstrip())
-        except json.JSONDecodeError as error:
-            raise ValueError(not_json(error)) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(not_utf8(error)) from None
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
-            raise ValueError(f"not JSON that a row could be ({error})") from None
-        return parse_row(row, min_responses)
-    except ValueError as error:
-        raise ValueError(f"{path}:{line}: {error}") from None
+        row = json.loads((text if isinstance(text, str) else text.decode()).rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(not_json(error)) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(error)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
+        raise ValueError(f"not JSON that a row could be ({error})") from None
+    return parse_row(row, min_responses)
 
 
 def not_json(error: json.JSONDecodeError) -> str:
@@ -239,6 +251,10 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
         self.text_size, self.vocab_size = size, max(size, pad_id + 1)
 
+    def fingerprint(self) -> str:
+        """What its token ids follow from."""
+        return hash_of(self.model_proto, self.pad_id, self.bos_id, self.eos_id)
+
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens."""
         return self.pieces.encode(text)
@@ -359,6 +375,9 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def token_id(self, token: str | None) -> int | None:
         return None if token is None else self.backend.token_to_id(token)
+
+    def fingerprint(self) -> str:
+        return hash_of(self.backend.to_str(), self.pad_id, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -500,24 +519,191 @@ def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, tru
     return [bos + text + eos for text in texts]
 
 
-@dataclass
+class TokenizedFile:
+    """The comparisons of one file as token ids, in arrays that may be mapped from a file on the disk.
+
+    tokens: (number of tokens,), those of all sequences, one behind the other.
+    sequences: (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]].
+    rows: (R + 1,) int64. Row r of the file has the sequences rows[r] to rows[r + 1] - 1, best first; none, where all of
+    them were (or became by truncation) identical: such a row teaches nothing.
+    lines: (R,) int64, the line of every row.
+    """
+
+    def __init__(self, path, tokens, sequences, rows, lines, bad_rows: int = 0):
+        self.path, self.tokens, self.sequences, self.rows, self.lines, self.bad_rows = path, tokens, sequences, rows, lines, bad_rows
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, row: int) -> list[list[int]]:
+        bounds = self.sequences[self.rows[row] : self.rows[row + 1] + 1].tolist()
+        return [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
+
+
 class TokenizedData:
-    groups: list[list[list[int]]]  # of every comparison the token ids of its sequences, best first
-    rewards: list[list[float] | None]  # of every comparison the true rewards, where these are known
-    dropped: int = 0  # comparisons that were left out because all their sequences are the same
+    """A selection of rows of tokenized files. Item i: the token ids of comparison i's sequences, best first.
+
+    rewards: of every comparison the true rewards, where these are known. dropped: how many of the selected rows are left
+    out, because all of their sequences are the same.
+    """
+
+    def __init__(self, files: list[TokenizedFile], selected: np.ndarray, rewards: list | None = None):
+        """selected: (n, 2) int64, numbers of files and of rows in them."""
+        kept = np.zeros(len(selected), dtype=bool)
+        for i, file in enumerate(files):
+            of_file = selected[:, 0] == i
+            kept[of_file] = np.diff(file.rows)[selected[of_file, 1]] > 0
+        self.files, self.selected, self.dropped = files, selected[kept], int((~kept).sum())
+        self.rewards = rewards and [reward for reward, is_kept in zip(rewards, kept) if is_kept]
+
+    def __len__(self) -> int:
+        return len(self.selected)
+
+    def __getitem__(self, i: int) -> list[list[int]]:
+        file, row = self.selected[i]
+        return self.files[file][row]
+
+    def where(self, i: int) -> str:
+        """The file and the line of comparison i."""
+        file, row = self.selected[i]
+        return f"{self.files[file].path}:{self.files[file].lines[row]}"
 
 
-def tokenize_all(comparisons: Iterable[Comparison], tokenizer: Tokenizer, max_seq_len: int, truncation_side: str) -> TokenizedData:
-    """`tokenize` for many. Comparisons whose sequences are (or become by truncation) identical teach nothing: dropped."""
-    result = TokenizedData([], [])
-    for comparison in comparisons:
-        sequences = tokenize(comparison, tokenizer, max_seq_len, truncation_side)
-        if all(sequence == sequences[0] for sequence in sequences):
-            result.dropped += 1
-        else:
-            result.groups.append(sequences)
-            result.rewards.append(comparison.rewards)
-    return result
+def tokenize_all(comparisons: Iterable[Comparison], tokenizer, max_seq_len: int, truncation_side: str = "left") -> TokenizedData:
+    """`tokenize` for comparisons that are in memory."""
+    comparisons = list(comparisons)
+    groups = [tokenize(comparison, tokenizer, max_seq_len, truncation_side) for comparison in comparisons]
+    parts = [tokenized_part(range(1, len(groups) + 1), groups)]
+    rows = np.arange(len(groups))
+    return TokenizedData([TokenizedFile("comparison", *join_parts(parts))], np.stack((0 * rows, rows), axis=1),
+                         [comparison.rewards for comparison in comparisons])
+
+
+def tokenized_part(lines: Iterable[int], groups: list[list[list[int]]]) -> tuple[np.ndarray, ...]:
+    """Some rows of a TokenizedFile: their tokens, the lengths of their sequences, their numbers of sequences, their lines."""
+    groups = [[] if all(sequence == group[0] for sequence in group) else group for group in groups]
+    tokens = np.fromiter((token for group in groups for sequence in group for token in sequence), np.int32)
+    lengths = np.fromiter((len(sequence) for group in groups for sequence in group), np.int64)
+    return tokens, lengths, np.fromiter(map(len, groups), np.int64), np.fromiter(lines, np.int64)
+
+
+def join_parts(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """The arrays of a TokenizedFile. Lengths and numbers become positions."""
+    tokens, lengths, counts, lines = map(np.concatenate, zip(*parts))
+    return tokens, *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines
+
+
+def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
+    """The comparisons of a file as token ids, mapped from the disk: files may be larger than memory.
+
+    They are written into `cache_dir` once, by one process of a machine, while others that want them wait. They are found
+    there again by a hash of what they follow from: the content of the file, the tokenizer, and the other arguments.
+    Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
+    """
+    key = hash_of("tokens 1", file_hash(path), tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
+
+    def build(directory: Path):
+        tokens, index, bad_rows = open(directory / "tokens.bin", "wb"), [], []
+        with tokens:
+            for part, bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+                tokens.write(part[0].data)
+                index.append((part[0][:0], *part[1:]))
+                bad_rows += bad
+        for name, array in zip(("sequences", "rows", "lines"), join_parts(index)[1:]):
+            np.save(directory / f"{name}.npy", array)
+        (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
+
+    directory = cached(Path(cache_dir) / key, build)
+    bad_rows = json.loads((directory / "bad_rows.json").read_text())
+    sequences, rows, lines = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines"))
+    if len(lines) == 0:
+        raise ValueError(f"{path}: none of its {len(bad_rows)} rows is a comparison; the first: {bad_rows[0]}")
+    if rows[-1] == 0:
+        raise ValueError(f"{path}: in all {len(lines)} rows the responses are identical (as far as --max_seq_len {max_seq_len} reaches); "
+                         "a comparison needs some that differ")
+    tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
+    if len(tokens) != sequences[-1]:
+        raise ValueError(f"{directory}: damaged; delete it, and it will be made again")
+    return TokenizedFile(path, tokens, sequences, rows, lines, len(bad_rows))
+
+
+ROWS_AT_ONCE = 2000  # that a process tokenizes; smaller files are not worth other processes
+
+
+def tokenize_rows(path, *how) -> Iterator[tuple[tuple, list[str]]]:
+    """The parts of a file in its order, made by as many processes as there are cores; and what is wrong with bad rows."""
+    rows = read_rows(path)
+    chunks = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
+    first = next(chunks)
+    if len(first) < ROWS_AT_ONCE:
+        yield tokenize_chunk(first, path, *how)
+        return
+    # Not forked: a process that computes has threads, which a fork would lose while they hold locks.
+    context, cores, waiting = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0)), collections.deque()
+    bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows")
+    with bar, ProcessPoolExecutor(cores, context, start_worker, (path, *how)) as pool:
+        try:
+            for chunk in itertools.chain([first], chunks):
+                waiting.append((len(chunk), pool.submit(tokenize_in_worker, chunk)))
+                if len(waiting) > 2 * cores:  # no further ahead, for the sake of memory
+                    count, part = waiting.popleft()
+                    yield part.result()
+                    bar.update(count)
+            for count, part in waiting:
+                yield part.result()
+                bar.update(count)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_worker(*how):
+    """Of a process that tokenizes: how, which is sent once. An interrupt from the keyboard is the main process's to handle."""
+    global how_a_worker_tokenizes
+    how_a_worker_tokenizes = how
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def tokenize_in_worker(chunk):
+    return tokenize_chunk(chunk, *how_a_worker_tokenizes)
+
+
+def tokenize_chunk(chunk, path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+    lines, groups, bad_rows = [], [], [] if skip_bad_rows else None
+    for line, text in chunk:
+        try:
+            groups.append(tokenize(parse_line(text), tokenizer, max_seq_len, truncation_side))
+            lines.append(line)
+        except ValueError as error:
+            bad_row(path, line, error, bad_rows)
+    return tokenized_part(lines, groups), bad_rows or []
+
+
+def file_hash(path) -> str:
+    if not Path(path).is_file():
+        next(read_rows(path))  # says what is wrong with it
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def cached(directory: Path, build) -> Path:
+    """`directory`, which `build` fills where it is not there yet: once, by one process; it is there whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_name(directory.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process that holds it, however that ends
+        if not directory.exists():
+            part = directory.with_name(directory.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            build(part)
+            for file in part.iterdir():
+                with open(file, "rb+") as written:
+                    os.fsync(written)
+            part.rename(directory)
+    return directory
 
 
 def shared_prefix(sequences: list[list[int]]) -> int:

@@ -550,14 +550,21 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
 
 
 class Letters:
-    """A tokenizer with one token a letter, its ids the letters, so that a test shows what is cut. < is bos, > eos, _ pad."""
+    """A tokenizer with one token a letter, so that a test shows what is cut. < is bos, > eos, _ pad."""
 
     def __init__(self, bos_id="<", eos_id=">", pad_id="_"):
-        self.bos_id, self.eos_id, self.pad_id, self.encode = bos_id, eos_id, pad_id, list
+        self.bos_id, self.eos_id, self.pad_id = (letter and ord(letter) for letter in (bos_id, eos_id, pad_id))
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+
+def letters(groups):
+    return [["".join(map(chr, ids)) for ids in group] for group in groups]
 
 
 def sequences(prompt, *responses, max_seq_len=99, side="left", **special):
-    return ["".join(ids) for ids in data.tokenize(Comparison(prompt, list(responses)), Letters(**special), max_seq_len, side)]
+    return letters([data.tokenize(Comparison(prompt, list(responses)), Letters(**special), max_seq_len, side)])[0]
 
 
 def test_a_sequence_is_bos_text_eos():
@@ -632,8 +639,8 @@ def test_tokenize_all_drops_and_counts_identical_sequences():
         Comparison("p", ["a", "a", "b"]),  # two of a ranking are the same, and not all
     ]
     kept = data.tokenize_all(comparisons, Letters(), 6, "right")
-    assert [["".join(ids) for ids in group] for group in kept.groups] == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
-    assert (kept.rewards, kept.dropped) == ([[2.0, 1.0], None], 2)
+    assert letters(kept) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
+    assert (kept.rewards, kept.dropped, [kept.where(i) for i in range(2)]) == ([[2.0, 1.0], None], 2, ["comparison:2", "comparison:4"])
     assert data.tokenize_all(comparisons, Letters(), 6, "left").dropped == 1
 
 
