@@ -554,8 +554,8 @@ def open_output(model: RewardModel, args, step: int, process: Process):
 
 
 def move_earlier_run(path: Path, process: Process):
-    tokenizer_files = (*data.TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-    files = ("metrics.jsonl", "checkpoints", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES), *tokenizer_files)
+    files = ("metrics.jsonl", "checkpoints", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
+             *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
     if earlier := [path / name for name in files if (path / name).exists()]:
         number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
         (path / f"earlier-{number}").mkdir()
