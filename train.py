@@ -357,8 +357,9 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
                 loss += out["loss"].item() * len(chunk)
                 chosen += out["chosen_mean_scores"].tolist()
                 rejected += out["rejected_mean_scores"].tolist()
-            for i in chunk if dataset.rewards else ():
-                true_margin += [a - b for a, b in itertools.combinations(dataset.rewards[start + i], 2)]
+            for i in chunk:
+                rewards = dataset.rewards and dataset.rewards[start + i]
+                true_margin += [a - b for a, b in itertools.combinations(rewards or (), 2)]
     model.train()
     loss, chosen, rejected, true_margin = process.join(loss, chosen, rejected, true_margin)
     chosen, rejected = torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
@@ -806,53 +807,53 @@ def run(args, process: Process):
     if evaluation_is_due(done) and done not in evaluations:
         run_evaluation(done)
     batches = itertools.islice(global_batches(train, args, tokenizer, global_batch, done), total_steps - done)
-    bar = tqdm(batches, total=total_steps, initial=done, unit=" steps", disable=process.rank != 0)
-    step_ended = time.perf_counter()
-    for step, (batch, where) in enumerate(bar, start=done + 1):
-        lr, *rates = (learning_rate(args.lr_scheduler_type, peak, step - 1, args.num_warmup_steps, total_steps)
-                      for peak in (args.learning_rate, *peaks))
-        for group, group["lr"] in zip(optimizer.param_groups, rates):
-            pass
-        chunks, outs, tokens = divide(batch, args.micro_batch_tokens, args, process), [], 0
-        for i, chunk in enumerate(chunks):
-            # An empty one takes part in the averaging of gradients with a comparison that weighs nothing.
-            inputs, computed = collate([batch[j] for j in chunk] or batch[:1], model, args.layout, process.device)
-            with nullcontext() if i == len(chunks) - 1 or trained is model else trained.no_sync():
-                with half_precision(args, process):
-                    out = trained(*inputs)
-                loss = out["loss"] * (len(chunk) / len(batch))  # summed over micro-batches and ranks: the mean over the batch
-                scaler.scale(loss * process.world_size).backward()  # DistributedDataParallel and FSDP take the mean over ranks
-            outs.append((loss.detach(), out["chosen_mean_scores"].detach(), out["rejected_mean_scores"].detach()))
-            tokens += computed
-        scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
-        pairs = sum(len(scores) for chunk, (_, scores, _) in zip(chunks, outs) if chunk)
-        sums = [torch.stack([loss for loss, _, _ in outs]).double().sum().item(), pairs, tokens, len(stopped_by)]
-        loss, pairs, tokens, stopping = process.sum(sums)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
-            skipped, streak = skipped + 1, streak + 1
-            if not scaler.is_enabled() or streak == LONGEST_STREAK:
-                stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkpoints, args, process)
-        else:
-            streak = 0
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        now = time.perf_counter()
-        log(event="step", step=step, loss=finite(loss), lr=lr, grad_norm=finite(grad_norm), pairs=int(pairs), tokens=int(tokens),
-            seconds=now - step_ended)
-        step_ended = now
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
-        if evaluation_is_due(step) and (not stopping or step == total_steps):
-            run_evaluation(step)
-        if stopping or args.save_interval and (step % args.save_interval == 0 or step == total_steps):
-            save(step)
-        if stopping and step < total_steps:
-            bar.close()
-            process.print(f"stopped after step {step} of {total_steps}, as asked to; the same command with --resume goes on from "
-                          f"{checkpoints}/step-{step}")
-            break
+    step_ended, stopping = time.perf_counter(), False
+    with tqdm(total=total_steps, initial=done, unit=" steps", disable=process.rank != 0) as bar:
+        for step, (batch, where) in enumerate(batches, start=done + 1):
+            lr = functools.partial(learning_rate, args.lr_scheduler_type, step=step - 1, warmup=args.num_warmup_steps, total=total_steps)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = lr(peak=peak)
+            chunks, outs, tokens = divide(batch, args.micro_batch_tokens, args, process), [], 0
+            for i, chunk in enumerate(chunks):
+                # An empty one takes part in the averaging of gradients with a comparison that weighs nothing.
+                inputs, computed = collate([batch[j] for j in chunk] or batch[:1], model, args.layout, process.device)
+                with nullcontext() if i == len(chunks) - 1 or trained is model else trained.no_sync():
+                    with half_precision(args, process):
+                        out = trained(*inputs)
+                    loss = out["loss"] * (len(chunk) / len(batch))  # summed over micro-batches and ranks: the mean over the batch
+                    scaler.scale(loss * process.world_size).backward()  # DistributedDataParallel and FSDP take the mean over ranks
+                outs.append((loss.detach(), out["chosen_mean_scores"].detach(), out["rejected_mean_scores"].detach()))
+                tokens += computed
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
+            pairs = sum(len(scores) for chunk, (_, scores, _) in zip(chunks, outs) if chunk)
+            sums = [torch.stack([loss for loss, _, _ in outs]).double().sum().item(), pairs, tokens, len(stopped_by)]
+            loss, pairs, tokens, stopping = process.sum(sums)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
+                skipped, streak = skipped + 1, streak + 1
+                if not scaler.is_enabled() or streak == LONGEST_STREAK:
+                    stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkpoints, args, process)
+            else:
+                streak = 0
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            now = time.perf_counter()
+            log(event="step", step=step, loss=finite(loss), lr=lr(peak=args.learning_rate), grad_norm=finite(grad_norm), pairs=int(pairs),
+                tokens=int(tokens), seconds=now - step_ended)
+            step_ended = now
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            if evaluation_is_due(step) and (not stopping or step == total_steps):
+                run_evaluation(step)
+            if stopping or args.save_interval and (step % args.save_interval == 0 or step == total_steps):
+                save(step)
+            if stopping:
+                break
+    if stopping and step < total_steps:
+        process.print(f"stopped after step {step} of {total_steps}, as asked to; the same command with --resume goes on from "
+                      f"{checkpoints}/step-{step}")
     else:
         finish(model, tokenizer, evaluations, skipped, args, process)
     process.wait()  # nobody leaves before the model is saved
@@ -893,12 +894,9 @@ def stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkp
     first = f"{where(0)} and {len(batch) - 1} more" if len(batch) > 1 else where(0)
     what = f"the loss is {loss:g} ({'; '.join(ranks)})" if ranks else f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {first})"
     last = checkpoint_steps(checkpoints)
-    if process.rank == 0:
-        print(f"train.py: error: at step {step} {what}; training cannot go on from there, and the optimizer did not step. "
-              f"{f'The last checkpoint is {checkpoints}/step-{last[0]}. ' if last else ''}A smaller --learning_rate than {args.learning_rate:g}, "
-              "or more --num_warmup_steps, may help", file=sys.stderr, flush=True)
-    process.wait()
-    sys.exit(1)
+    raise ValueError(f"at step {step} {what}; training cannot go on from there, and the optimizer did not step. "
+                     f"{f'The last checkpoint is {checkpoints}/step-{last[0]}. ' if last else ''}A smaller --learning_rate than "
+                     f"{args.learning_rate:g}, or more --num_warmup_steps, may help")
 
 
 def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
