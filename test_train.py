@@ -1,13 +1,20 @@
 """The loop: its parts, runs of the program on one process and on two, and what it says about bad input."""
 
+import functools
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
+import resource
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -654,3 +661,264 @@ def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
     assert done.stderr.strip() == f"train.py: error: {tmp_path}/no.jsonl: no such file; expected .jsonl, .jsonl.gz or .json"
     done = run("rm.py", HERE / "testdata", tmp_path / "no.jsonl")
     assert done.returncode == 1 and done.stderr.strip().startswith(f"rm.py: error: {HERE}/testdata: no config.json")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing lost: processes that get killed, files that get cut. A run is a process forked from one that has torch imported
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports it, in two seconds
+SMALL = [*TINY, "--vocab_size", "400", "--max_steps", "12", "--eval_interval", "6", "--eval_iters", "1", "--dropout", "0.1"]
+
+
+def one_rank(arguments, said, environment, before):
+    for stream in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+    os.environ |= environment
+    sys.argv = ["train.py", *arguments]
+    before()
+    train.main()
+
+
+def start(output_dir, *arguments, processes=1, before=int):
+    """Start train.py with these flags -> its processes. `before` is called in each of them first."""
+    arguments = [*map(str, arguments), "--output_dir", str(output_dir)]
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(processes):
+        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port) if processes > 1 else {}
+        environment = {name: str(value) for name, value in environment.items()}
+        ranks.append(FORKS.Process(target=one_rank, args=(arguments, f"{output_dir}.{rank}", environment, before)))
+        ranks[-1].start()
+    return ranks
+
+
+def end(output_dir, ranks):
+    """Wait for them -> the exit status of each, and what it said."""
+    for process in ranks:
+        process.join(120)
+    said = [Path(f"{output_dir}.{rank}").read_text() for rank in range(len(ranks))]
+    for rank in range(len(ranks)):
+        Path(f"{output_dir}.{rank}").unlink()
+    return [process.exitcode for process in ranks], said
+
+
+def forked(output_dir, *arguments, **how):
+    return end(output_dir, start(output_dir, *arguments, **how))
+
+
+def forked_ok(output_dir, *arguments, **how):
+    codes, said = forked(output_dir, *arguments, **how)
+    assert set(codes) == {0}, said
+    return said[0]
+
+
+def metrics_of(output_dir):
+    """What was logged, but for the time that it took."""
+    events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in event.items() if name != "seconds"} for event in events]
+
+
+def same_bits(output_dir, expected):
+    assert metrics_of(output_dir) == metrics_of(expected)
+    assert (output_dir / "pytorch_model.bin").read_bytes() == (expected / "pytorch_model.bin").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def small(files):
+    return [*SMALL, "--data_path", files[0], "--eval_path", files[1], "--per_device_train_batch_size", 12]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small, tmp_path_factory):
+    output_dir = tmp_path_factory.mktemp("undisturbed") / "out"
+    forked_ok(output_dir, *small, "--save_interval", 4, "--keep_checkpoints", 9)
+    return output_dir
+
+
+def kill_in_save(n):
+    """kill -9 at the n-th operation on files and directories of the first save."""
+    save, count = train.save_checkpoint, itertools.count(1)
+
+    def hook(event, arguments):
+        operation = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or event == "open" and "checkpoints" in str(arguments[0])
+        if watching and operation and next(count) == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(*arguments):
+        train.save_checkpoint = save
+        watching.append(True)
+        save(*arguments)
+        watching.clear()
+
+    watching, train.save_checkpoint = [], watched
+    sys.addaudithook(hook)
+
+
+def test_killed_at_every_operation_of_a_save(small, undisturbed, tmp_path):
+    """Each process goes on from the last checkpoint, and is killed one operation later in its first save than the one before it."""
+    output_dir, newest = tmp_path / "out", 0
+    arguments = [*small, "--save_interval", 1, "--keep_checkpoints", 1, "--resume"]
+    for killed in itertools.count():
+        status, _ = forked(output_dir, *arguments, before=functools.partial(kill_in_save, killed + 1))
+        if status != [-9]:
+            break
+        steps = train.checkpoint_steps(output_dir / "checkpoints")
+        whole, _ = train.newest_checkpoint(output_dir / "checkpoints", train.Process())
+        assert whole == max(steps, default=0) >= newest
+        newest = whole
+    assert status == [0] and killed > 10 and 0 < newest < 12
+    same_bits(output_dir, undisturbed)
+
+
+def test_killed_at_any_time(small, undisturbed, tmp_path):
+    """From outside, after times that are drawn at random and grow until the run gets through."""
+    output_dir, rng, kills = tmp_path / "out", np.random.default_rng(0), 0
+    for patience in np.arange(0.4, 9, 0.2):
+        ranks = start(output_dir, *small, "--save_interval", 1, "--resume")
+        ranks[0].join(patience + 0.3 * rng.random())
+        ranks[0].kill()
+        codes, said = end(output_dir, ranks)
+        if codes == [0]:
+            break
+        assert codes == [-9], said
+        kills += 1
+    assert codes == [0] and kills
+    same_bits(output_dir, undisturbed)
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda step: os.truncate(step / "__0_0.distcp", 1000), "__0_0.distcp is not what was written"),
+    (lambda step: flip(step / "__0_0.distcp", 300_000), "__0_0.distcp is not what was written"),
+    (lambda step: flip(step / ".metadata", 5000), ".metadata is not what was written"),
+    (lambda step: flip(step / "facts.json", 24), "facts.json is not what was written"),
+    (lambda step: os.truncate(step / "facts.json", 300), "facts.json is not what was written"),
+    (lambda step: (step / "facts.json").write_text("{}"), "facts.json is not what was written"),
+    (lambda step: (step / "facts.json").unlink(), "facts.json"),
+    (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing")])
+def test_damaged_checkpoint_is_skipped_for_the_one_before_it(damage, words, undisturbed, tmp_path, capsys):
+    checkpoints = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    damage(checkpoints / "step-12")
+    step, facts = train.newest_checkpoint(checkpoints, train.Process())
+    said = capsys.readouterr().out
+    assert step == facts["step"] == 8 and said.startswith(f"{checkpoints}/step-12: skipped, as it is damaged") and words in said, said
+
+
+def flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_every_byte_of_facts_counts(undisturbed, tmp_path, capsys):
+    step = shutil.copytree(undisturbed / "checkpoints" / "step-4", tmp_path / "step-4")
+    size = (step / "facts.json").stat().st_size
+    for position in range(0, size, 41):
+        flip(step / "facts.json", position)
+        assert train.newest_checkpoint(tmp_path, train.Process()) == (0, {}), position
+        flip(step / "facts.json", position)
+    assert train.newest_checkpoint(tmp_path, train.Process())[0] == 4
+
+
+def test_damaged_checkpoints_give_way_and_what_is_whole_stays(small, undisturbed, tmp_path):
+    """Newer ones that are damaged do not count among those to keep. Where none is whole the run starts anew, and keeps the files."""
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    for step in (8, 12):
+        flip(output_dir / "checkpoints" / f"step-{step}" / "__0_0.distcp", 70_000)
+    said = forked_ok(output_dir, *small, "--save_interval", 5, "--keep_checkpoints", 1, "--resume")
+    assert all(f"step-{step}: skipped, as it is damaged" in said for step in (8, 12)) and "going on after step 4" in said
+    assert train.checkpoint_steps(output_dir / "checkpoints") == [12]
+    same_bits(output_dir, undisturbed)
+    flip(output_dir / "checkpoints" / "step-12" / ".metadata", 70)
+    said = forked_ok(output_dir, *small, "--save_interval", 5, "--keep_checkpoints", 1, "--resume")
+    assert "step-12: skipped, as it is damaged" in said and f"{output_dir}/earlier-1" in said
+    assert (output_dir / "earlier-1" / "checkpoints" / "step-12").is_dir() and (output_dir / "earlier-1" / "pytorch_model.bin").exists()
+    same_bits(output_dir, undisturbed)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_nothing_else(small, tmp_path):
+    (tmp_path / "out" / "checkpoints" / ".step-2.part").mkdir(parents=True)
+    forked_ok(tmp_path / "out", *small, "--save_interval", 2, "--keep_checkpoints", 3, "--resume")
+    assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-8", "step-10", "step-12"}
+
+
+def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_path):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    (output_dir / "pytorch_model.bin").unlink()  # killed while it was saved
+    said = forked_ok(output_dir, *small, "--resume")
+    assert "going on after step 12" in said and "accuracy on" in said
+    same_bits(output_dir, undisturbed)
+
+
+def slowly():
+    divide = train.divide
+    train.divide = lambda *arguments: time.sleep(0.05) or divide(*arguments)
+
+
+def wait_for_steps(output_dir, n):
+    while not (output_dir / "metrics.jsonl").exists() or (output_dir / "metrics.jsonl").read_text().count('"step", "step"') < n:
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_run_after_the_step_with_a_checkpoint(number, small, undisturbed, tmp_path):
+    output_dir = tmp_path / "out"
+    ranks = start(output_dir, *small, "--save_interval", 0, before=slowly)
+    wait_for_steps(output_dir, 3)
+    os.kill(ranks[0].pid, number)
+    codes, (said,) = end(output_dir, ranks)
+    last = metrics_of(output_dir)[-1]["step"]
+    assert codes == [0] and 3 <= last < 12 and not (output_dir / "pytorch_model.bin").exists()
+    assert f"stopped after step {last} of 12, as asked to; the same command with --resume goes on from {output_dir}/checkpoints/step-{last}" in said
+    forked_ok(output_dir, *small, "--save_interval", 0, "--resume")
+    same_bits(output_dir, undisturbed)
+
+
+def test_longer_run_with_a_constant_schedule_goes_on_where_the_shorter_one_ended(small, tmp_path, monkeypatch, capsys):
+    constant = ["--lr_scheduler_type", "constant", "--save_interval", 6]
+    forked_ok(tmp_path / "one", *small, *constant, "--max_steps", 7)
+    forked_ok(tmp_path / "one", *small, *constant, "--resume", "--max_steps", 12)
+    forked_ok(tmp_path / "other", *small, *constant)
+    weights = [torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("one", "other")]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())
+    line = complaint(monkeypatch, capsys, *small, *constant, "--resume", "--max_steps", 11, "--output_dir", tmp_path / "one")
+    assert "--max_steps: found 11" in line and "at least 12" in line
+
+
+@pytest.mark.parametrize("other, words", [
+    (["--seed", "5"], "--seed was 1234 and is 5"),
+    (["--learning_rate", "1e-3"], "--learning_rate was 0.002 and is 0.001"),
+    (["--weight_decay", "0.1"], "--weight_decay"),
+    (["--max_grad_norm", "2"], "--max_grad_norm"),
+    (["--lr_scheduler_type", "linear"], "--lr_scheduler_type was 'cosine' and is 'linear'"),
+    (["--num_warmup_steps", "2"], "--num_warmup_steps"),
+    (["--max_steps", "13"], "--max_steps"),
+    (["--truncation_side", "right"], "--truncation_side"),
+    (["--max_seq_len", "63"], "--max_seq_len"),
+    (["--dropout", "0.2"], "--dropout"),
+    (["--dtype", "bf16"], "--dtype"),
+    (["--lora_dim", "2"], "--lora_dim"),
+    (["--n_layer", "1"], "--n_layer"),
+    (["--num_padding_at_beginning", "1"], "--num_padding_at_beginning"),
+    (["--vocab_size", "390"], "--vocab_size"),
+    (["--data_split", "1,1,0"], "--data_split"),
+    (["--per_device_train_batch_size", "6"], "--per_device_train_batch_size"),
+    (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps"),
+    (["--gradient_accumulation_steps", "2", "--seed", "5"], "--seed was")], ids=" ".join)
+def test_flags_that_change_the_result_are_refused_by_name(other, words, small, undisturbed, monkeypatch, capsys):
+    before = (undisturbed / "metrics.jsonl").read_bytes()
+    line = complaint(monkeypatch, capsys, *small, *other, "--resume", "--output_dir", undisturbed)
+    assert f"{undisturbed}/checkpoints/step-12" in line and all(word in line for word in (words, other[0])) and len(line) < 700, line
+    assert (undisturbed / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("model_type", train.FAMILIES)
+def test_same_flags_are_not_refused_and_neither_is_the_same_batch_made_up_otherwise(model_type, small, tmp_path):
+    small = [*small, "--model_type", model_type, "--max_steps", 4]
+    forked_ok(tmp_path / "whole", *small)
+    forked_ok(tmp_path / "out", *small, "--save_interval", 2)
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "step-4")
+    forked_ok(tmp_path / "out", *small, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3, "--resume",
+              "--micro_batch_tokens", 10**6)
+    same_bits(tmp_path / "out", tmp_path / "whole")

@@ -7,7 +7,7 @@
         --master_addr=10.0.0.1 --master_port=29500 train.py [flags]        the first of two nodes
     torchrun --nnodes=2 --node_rank=1 --nproc_per_node=8 \\
         --master_addr=10.0.0.1 --master_port=29500 train.py [flags]        the second one
-    torchrun --standalone --nproc_per_node=8 --max-restarts=3 train.py --zero_stage 3 --dtype bf16 --resume [flags]
+    torchrun --standalone --nproc_per_node=8 --max-restarts=3 train.py --zero_stage 3 --dtype bf16 [flags]
                                                                            sharded weights; goes on after a failure
 
 Processes talk through NCCL on GPUs and gloo on CPUs. N processes compute what one process does with a batch N times as
@@ -150,7 +150,7 @@ def parse_flags():
     flag("--zero_stage", type=int, choices=(0, 2, 3), default=0,
          help="0: each process has all weights; 2 and 3: FSDP2 shards them, 3 also between forward and backward (0)")
     flag("--offload", action="store_true", help="with --zero_stage 2 or 3: weights, gradients and optimizer states on the CPU")
-    flag("--process_timeout", type=positive, default=1800.0, help="seconds after which processes give up waiting for each other (1800)")
+    flag("--process_timeout", type=number(float, 0, 1e6, above=True), default=1800.0, help="seconds after which processes give up waiting for each other (1800)")
     flag("--dry_run", action="store_true", help="only say what memory and time these flags take, on as many processes as there are")
     flag("--flops", type=positive, help="FLOP/s of a process, for --dry_run (default: measured)")
 
@@ -160,6 +160,7 @@ def parse_flags():
     flag("--keep_checkpoints", type=count, default=2, help="so many, the newest (2)")
     flag("--resume", action="store_true", help="go on from the newest whole checkpoint in --output_dir, or start where there is none")
     args = parser.parse_args()
+    args.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun started the processes again, after a failure
 
     scratch = dict(model_type="llama", n_layer=4, n_head=4, n_embd=96, vocab_size=8000)
     for name, default in scratch.items():
@@ -555,7 +556,8 @@ def open_output(model: RewardModel, args, step: int, process: Process):
 
 
 def move_earlier_run(path: Path, process: Process):
-    files = ("metrics.jsonl", "checkpoints", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
+    """Checkpoints go first: what is left, should this be interrupted, is not taken for a run to go on with."""
+    files = ("checkpoints", "metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
              *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
     if earlier := [path / name for name in files if (path / name).exists()]:
         number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
@@ -570,6 +572,7 @@ def check_room(path: Path, model: RewardModel, args):
     size = sum(4 * parameter.numel() for parameter in model.parameters())  # bytes; a checkpoint also has the two moments of AdamW
     checkpoints = args.keep_checkpoints + 1 if args.save_interval else 1
     needed, free = size * (1 + 3 * checkpoints), shutil.disk_usage(path).free
+    free += sum(file.stat().st_size for file in (path / "checkpoints").rglob("*"))  # of this run, and counted in what is needed
     if free < needed:
         raise ValueError(f"--output_dir {path}: {free / 1e9:.1f} GB are free there; the model and {checkpoints} checkpoints of it "
                          f"(--keep_checkpoints, and the one being written) take {needed / 1e9:.1f} GB; give another directory")
@@ -637,7 +640,8 @@ def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: 
     process.wait()
     if process.rank == 0:
         with open(part / "facts.json", "w") as file:
-            json.dump(facts | {"sha256": {path.name: data.file_hash(path) for path in sorted(part.iterdir()) if path.name != "facts.json"}}, file)
+            sha256 = {path.name: data.file_hash(path) for path in sorted(part.iterdir()) if path.name != "facts.json"}
+            json.dump(facts | {"sha256": sha256 | {"facts.json": data.hash_of(json.dumps(facts))}}, file)
             file.flush()
             os.fsync(file.fileno())
         sync(part)
@@ -645,8 +649,9 @@ def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: 
             whole.rename(directory / f".step-{step}.old")
         part.rename(whole)
         sync(directory)
-        for old in checkpoint_steps(directory)[keep:]:
-            (directory / f"step-{old}").rename(directory / f".step-{old}.old")
+        steps = checkpoint_steps(directory)
+        for old in [*(later for later in steps if later > step), *[earlier for earlier in steps if earlier <= step][keep:]]:
+            (directory / f"step-{old}").rename(directory / f".step-{old}.old")  # later ones were damaged when this run began
         for old in directory.glob(".step-*.old"):
             shutil.rmtree(old)
     process.wait()
@@ -664,30 +669,42 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted((int(path.name[5:]) for path in directory.glob("step-*") if path.name[5:].isdecimal()), reverse=True)
 
 
+def facts_of(path: Path) -> dict:
+    """Those of a checkpoint. Raises ValueError or OSError that says which file of it is not what was written."""
+    try:
+        facts = json.loads((path / "facts.json").read_text())
+        sha256 = facts.pop("sha256")
+        if sha256.pop("facts.json") != data.hash_of(json.dumps(facts)):
+            raise ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError("facts.json is not what was written") from None
+    for name, expected in sha256.items():
+        if not (path / name).is_file():
+            raise ValueError(f"{name} is missing")
+        if data.file_hash(path / name) != expected:
+            raise ValueError(f"{name} is not what was written (sha256)")
+    return facts
+
+
 def newest_checkpoint(directory: Path, process: Process) -> tuple[int, dict]:
     """The step and the facts of the newest checkpoint that is whole, (0, {}) where there is none. Says which it skips, and why."""
     found = [0, {}]
     for step in checkpoint_steps(directory) if process.rank == 0 else ():
         path = directory / f"step-{step}"
         try:
-            facts = json.loads((path / "facts.json").read_text())
-            for name, expected in facts["sha256"].items():
-                if data.file_hash(path / name) != expected:
-                    raise ValueError(f"{name} is not what was written (sha256)")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = [step, facts_of(path)]
+            break
+        except (OSError, ValueError) as error:
             process.print(f"{path}: skipped, as it is damaged: {error}")
-            continue
-        found = [step, facts]
-        break
     if process.world_size > 1:
         dist.broadcast_object_list(found)
     return tuple(found)
 
 
 def load_checkpoint(path: Path, facts: dict, model: RewardModel, optimizer, args, process: Process):
-    """Model, optimizer and random states as they were. With another number of processes random states begin anew."""
+    """Model, optimizer and random states as they were. With another number or kind of processes random states begin anew."""
     state = training_state(model, optimizer, process)
-    if facts["world_size"] != process.world_size:
+    if facts["processes"] != f"{process.world_size} x {process.device.type}":
         del state["random"]
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -706,10 +723,10 @@ def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch
              "dropout", "dtype", "lora_dim", "lora_module_name", "only_optimize_lora", "lora_learning_rate")
     facts = {f"--{name}": getattr(args, name) for name in names}
     facts["the batch of all processes (--per_device_train_batch_size, --gradient_accumulation_steps)"] = global_batch
-    facts["the model's config (--model_name_or_path, --n_layer and so on)"] = {
-        name: value for name, value in asdict(model.backbone.config).items() if name != "dropout"}
+    facts |= {f"{name} of the model's config (--model_name_or_path, --model_type, --n_layer, --n_head, --n_embd)": value
+              for name, value in asdict(model.backbone.config).items() if name not in ("dropout", "vocab_size")}
     facts["the pad id (--pad_id, --num_padding_at_beginning)"] = [model.pad_id, model.num_padding_at_beginning]
-    facts["the tokenizer (--tokenizer_path)"] = tokenizer.fingerprint()
+    facts["the tokenizer (--tokenizer_path, --vocab_size)"] = tokenizer.fingerprint()
     facts["the training data (--data_path, --data_split, --eval_path, --eval_fraction)"] = train.fingerprint() if train else "built-in"
     if not args.lr_scheduler_type.startswith("constant"):
         facts["the number of steps (--max_steps, --num_train_epochs)"] = total_steps
@@ -717,11 +734,11 @@ def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch
 
 
 def check_same_run(path: Path, ours: dict, theirs: dict):
-    """Raise ValueError that names the first flag in which this run differs from that of a checkpoint."""
-    for name in ours.keys() & theirs.keys():
-        if ours[name] != theirs[name]:
-            raise ValueError(f"--resume: {path} was written with another value of {name}: {theirs[name]!r}, and now it is {ours[name]!r}; "
-                             "give the same flags, or another --output_dir to start anew")
+    """Raise ValueError that names what of this run differs from that of a checkpoint."""
+    others = [f"{name} was {theirs[name]!r} and is {ours[name]!r}" for name in ours if name in theirs and ours[name] != theirs[name]]
+    if others:
+        raise ValueError(f"--resume: {path} is of a run with other flags: {'; '.join(others)}; give the same ones, or another --output_dir "
+                         "to start anew")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -746,12 +763,18 @@ def main():
         sys.exit(f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
                  "--gradient_checkpointing, or a --zero_stage")
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in ("gloo", "Connection", "Timed out", "timeout")):
+        if not lost_process(error):
             raise
-        print(f"train.py: error: rank {process.rank} waited in vain for another process, which ended or did not answer within --process_timeout "
+        sys.stdout.flush()
+        print(f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within --process_timeout "
               f"{args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from the last checkpoint, "
               "with torchrun's --max-restarts by itself", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly end would wait for that process
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether another process did not answer: NCCL has exceptions of its own for that, gloo has not."""
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo", "Connection", "Timed out", "timeout"))
 
 
 def run(args, process: Process):
@@ -767,6 +790,9 @@ def run(args, process: Process):
     same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
     if done:
         check_same_run(checkpoints / f"step-{done}", same_run, facts["same_run"])
+        if done > total_steps:
+            raise ValueError(f"--max_steps: found {total_steps}, and {checkpoints}/step-{done} has gone further; give at least {done}, or "
+                             "another --output_dir to start anew")
     metrics_file, evaluations = open_output(model, args, done, process)
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
@@ -784,21 +810,25 @@ def run(args, process: Process):
 
     def log(**event):
         if process.rank == 0:
-            metrics_file.write(json.dumps(event) + "\n")
-            metrics_file.flush()
+            with said_if_unwritable(checkpoints):
+                metrics_file.write(json.dumps(event) + "\n")
+                metrics_file.flush()
 
     def evaluation_is_due(step):
         return step in (0, total_steps) or args.eval_interval and step % args.eval_interval == 0
 
     def run_evaluation(step):
         metrics = evaluate(model, evaluation, args, process, step)
-        log(event="eval", step=step, **metrics)
+        log(event="eval", step=step, **{name: finite(value) for name, value in metrics.items()})
         process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         evaluations[step] = metrics
 
     def save(step):
-        facts = {"step": step, "world_size": process.world_size, "scaler": scaler.state_dict(), "skipped": [skipped, streak], "same_run": same_run}
+        facts = {"step": step, "processes": f"{process.world_size} x {process.device.type}", "scaler": scaler.state_dict(),
+                 "skipped": [skipped, streak], "same_run": same_run}
         with said_if_unwritable(checkpoints):
+            if process.rank == 0:
+                os.fsync(metrics_file.fileno())  # its lines up to here are of the checkpoint
             save_checkpoint(checkpoints, step, training_state(model, optimizer, process), facts, args.keep_checkpoints, process)
 
     stopped_by = []
@@ -874,11 +904,11 @@ def said_if_unwritable(checkpoints: Path):
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, CheckpointException):  # of several ranks
             error, _ = next(iter(error.failures.values()))
-        if isinstance(error, dist.DistError):
-            raise
+        if isinstance(error, RuntimeError) and lost_process(error):
+            raise error
         last = checkpoint_steps(checkpoints)
         left = f"the last whole checkpoint is {checkpoints}/step-{last[0]}" if last else "there is no earlier checkpoint"
-        raise ValueError(f"--output_dir {checkpoints.parent}: cannot be written to ({str(error).splitlines()[0]}); {left}. Make room, and "
+        raise ValueError(f"--output_dir {checkpoints.parent}: cannot be written to ({str(error).partition(chr(10))[0]}); {left}. Make room, and "
                          "the same command with --resume goes on from there") from None
 
 
