@@ -27,7 +27,8 @@ import train
 
 HERE = Path(__file__).parent
 os.environ["OMP_NUM_THREADS"] = "1"  # of the runs; what they keep of their data goes with the session
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_train_cache_")
+if "test_train_cache_" not in os.environ.get("XDG_CACHE_HOME", ""):  # processes that are started here import this file, too
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_train_cache_")
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--max_seq_len", "64"]
 
 
@@ -668,12 +669,12 @@ def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports it, in two seconds
-SMALL = [*TINY, "--vocab_size", "400", "--max_steps", "12", "--eval_interval", "6", "--eval_iters", "1", "--dropout", "0.1"]
+SMALL = [*TINY, "--vocab_size", "400", "--max_steps", "12", "--eval_interval", "6", "--dropout", "0.1"]
 
 
 def one_rank(arguments, said, environment, before):
     for stream in (1, 2):
-        os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+        os.dup2(os.open(said, os.O_WRONLY), stream)
     os.environ |= environment
     sys.argv = ["train.py", *arguments]
     before()
@@ -689,23 +690,25 @@ def start(output_dir, *arguments, processes=1, before=int):
     for rank in range(processes):
         environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port) if processes > 1 else {}
         environment = {name: str(value) for name, value in environment.items()}
-        ranks.append(FORKS.Process(target=one_rank, args=(arguments, f"{output_dir}.{rank}", environment, before)))
+        os.mkfifo(said := tempfile.mktemp())  # a pipe, which is never full
+        ranks.append(FORKS.Process(target=one_rank, args=(arguments, said, environment, before)))
+        ranks[-1].said = os.open(said, os.O_RDONLY | os.O_NONBLOCK)
         ranks[-1].start()
     return ranks
 
 
-def end(output_dir, ranks):
+def end(ranks):
     """Wait for them -> the exit status of each, and what it said."""
     for process in ranks:
         process.join(120)
-    said = [Path(f"{output_dir}.{rank}").read_text() for rank in range(len(ranks))]
-    for rank in range(len(ranks)):
-        Path(f"{output_dir}.{rank}").unlink()
+    said = [os.read(process.said, 2**16).decode() for process in ranks]
+    for process in ranks:
+        os.close(process.said)
     return [process.exitcode for process in ranks], said
 
 
 def forked(output_dir, *arguments, **how):
-    return end(output_dir, start(output_dir, *arguments, **how))
+    return end(start(output_dir, *arguments, **how))
 
 
 def forked_ok(output_dir, *arguments, **how):
@@ -779,7 +782,7 @@ def test_killed_at_any_time(small, undisturbed, tmp_path):
         ranks = start(output_dir, *small, "--save_interval", 1, "--resume")
         ranks[0].join(patience + 0.3 * rng.random())
         ranks[0].kill()
-        codes, said = end(output_dir, ranks)
+        codes, said = end(ranks)
         if codes == [0]:
             break
         assert codes == [-9], said
@@ -856,8 +859,10 @@ def slowly():
     train.divide = lambda *arguments: time.sleep(0.05) or divide(*arguments)
 
 
-def wait_for_steps(output_dir, n):
+def wait_for_steps(output_dir, n, seconds=60):
+    deadline = time.monotonic() + seconds
     while not (output_dir / "metrics.jsonl").exists() or (output_dir / "metrics.jsonl").read_text().count('"step", "step"') < n:
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -867,7 +872,7 @@ def test_signal_ends_the_run_after_the_step_with_a_checkpoint(number, small, und
     ranks = start(output_dir, *small, "--save_interval", 0, before=slowly)
     wait_for_steps(output_dir, 3)
     os.kill(ranks[0].pid, number)
-    codes, (said,) = end(output_dir, ranks)
+    codes, (said,) = end(ranks)
     last = metrics_of(output_dir)[-1]["step"]
     assert codes == [0] and 3 <= last < 12 and not (output_dir / "pytorch_model.bin").exists()
     assert f"stopped after step {last} of 12, as asked to; the same command with --resume goes on from {output_dir}/checkpoints/step-{last}" in said
@@ -922,3 +927,330 @@ def test_same_flags_are_not_refused_and_neither_is_the_same_batch_made_up_otherw
     forked_ok(tmp_path / "out", *small, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3, "--resume",
               "--micro_batch_tokens", 10**6)
     same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Nothing lost, with two processes
+
+
+def die(rank, step, how):
+    """End process `rank` as it begins this step, in its first life."""
+    batches = train.global_batches
+
+    def watched(*arguments):
+        for number, batch in enumerate(batches(*arguments), start=arguments[-1] + 1):
+            if number == step and os.environ.get("RANK", "0") == str(rank) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), how)
+            yield batch
+
+    train.global_batches = watched
+
+
+@pytest.fixture(scope="module")
+def two(small, tmp_path_factory):
+    """A run on two processes -> its directory, and its flags."""
+    output_dir = tmp_path_factory.mktemp("two") / "out"
+    arguments = [*small, "--per_device_train_batch_size", 3, "--gradient_accumulation_steps", 2, "--micro_batch_tokens", 300,
+                 "--save_interval", 4, "--process_timeout", 20]
+    forked_ok(output_dir, *arguments, processes=2)
+    return output_dir, arguments
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_killed_rank_ends_the_others_with_a_line_and_nothing_is_lost(rank, two, tmp_path):
+    output_dir = tmp_path / "out"
+    codes, said = forked(output_dir, *two[1], processes=2, before=functools.partial(die, rank, 6, signal.SIGKILL))
+    assert codes[rank] == -9 and codes[1 - rank] == 1, said
+    last = said[1 - rank].strip().splitlines()[-1]
+    assert last.startswith(f"train.py: error: rank {1 - rank} waited in vain for another process") and "--resume" in last, said
+    assert "Traceback" not in said[1 - rank]
+    forked_ok(output_dir, *two[1], "--resume", processes=2)
+    same_bits(output_dir, two[0])
+
+
+def test_rank_that_does_not_answer_ends_the_others_after_the_time_out(two, tmp_path):
+    output_dir = tmp_path / "out"
+    ranks = start(output_dir, *two[1], "--process_timeout", 2, processes=2, before=functools.partial(die, 1, 4, signal.SIGSTOP))
+    ranks[0].join(60)
+    ranks[1].kill()
+    codes, said = end(ranks)
+    assert codes == [1, -9] and "waited in vain" in said[0].strip().splitlines()[-1], said
+
+
+def test_signal_to_one_rank_stops_both(two, tmp_path):
+    output_dir = tmp_path / "out"
+    codes, said = forked(output_dir, *two[1], processes=2, before=functools.partial(die, 1, 3, signal.SIGTERM))
+    assert codes == [0, 0] and "stopped after step 3 of 12" in said[0] and "stopped" not in said[1]
+    forked_ok(output_dir, *two[1], "--resume", processes=2)
+    same_bits(output_dir, two[0])
+
+
+def test_killed_in_a_save_with_two_processes(two, tmp_path):
+    """One of them dies after a shard is written and before the checkpoint has its name."""
+    output_dir = tmp_path / "out"
+    for rank, operation in ((1, 1), (0, 8)):
+        codes, said = forked(output_dir, *two[1], "--resume", processes=2, before=functools.partial(kill_rank_in_save, rank, operation))
+        assert codes[rank] == -9 and codes[1 - rank] == 1 and "waited in vain" in said[1 - rank].strip().splitlines()[-1], said
+    forked_ok(output_dir, *two[1], "--resume", processes=2)
+    same_bits(output_dir, two[0])
+
+
+def kill_rank_in_save(rank, n):
+    if os.environ["RANK"] == str(rank):
+        kill_in_save(n)
+
+
+def test_another_number_of_processes_goes_on_at_the_same_place(small, tmp_path):
+    """On two, then on one, then on two, without dropout: the curve of one process."""
+    arguments = [*small, "--dropout", 0, "--save_interval", 4]
+    forked_ok(tmp_path / "one", *arguments)
+    halves = [*arguments, "--per_device_train_batch_size", 6]
+    stop = lambda step: functools.partial(die, 0, step, signal.SIGTERM)
+    forked_ok(tmp_path / "out", *halves, processes=2, before=stop(5))
+    said = forked_ok(tmp_path / "out", *arguments, "--resume", before=stop(7))
+    assert "going on after step 5" in said
+    forked_ok(tmp_path / "out", *halves, "--resume", "--zero_stage", 3, processes=2)
+    same_run(by_kind(tmp_path / "one"), by_kind(tmp_path / "out"))
+    codes, said = forked(tmp_path / "out", *arguments, "--resume", processes=2)
+    assert 0 not in codes and "--per_device_train_batch_size" in said[0].strip().splitlines()[-1]
+
+
+def by_kind(output_dir):
+    return {kind: [event for event in metrics_of(output_dir) if event["event"] == kind] for kind in ("step", "eval")}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+@pytest.fixture(scope="module")
+def with_nan(built_in_run, tmp_path_factory):
+    """A model whose embedding of one token is NaN, and data in which one row, 17, has that token -> the flags for them."""
+    folder = tmp_path_factory.mktemp("with_nan")
+    path = shutil.copytree(built_in_run[0], folder / "model", ignore=shutil.ignore_patterns("checkpoints"))
+    rows = [json.loads(line) for line in write_rows(folder / "rows.jsonl", 40).read_text().splitlines()]
+    tokenizer = data.load_tokenizer(path)
+    rows[16]["rejected"] += " Quite."
+    used = [set(tokenizer.encode("".join(row.values()))) for row in rows]
+    token = min(used[16] - set().union(*used[:16], *used[17:]))
+    weights = torch.load(path / "pytorch_model.bin", weights_only=True)
+    weights["rwtransformer.embed_tokens.weight"][token] = math.nan
+    torch.save(weights, path / "pytorch_model.bin")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--model_name_or_path", path, "--max_seq_len", 64, "--data_path", folder / "rows.jsonl",
+            "--eval_path", write_rows(folder / "eval.jsonl", 4, seed=9), "--save_interval", 1]
+
+
+@pytest.mark.parametrize("processes, layout, stage", [(1, "packed", 0), (1, "padded", 0), (2, "packed", 0), (2, "padded", 3)])
+def test_loss_that_is_not_finite_is_said_with_step_rank_and_row(processes, layout, stage, with_nan, tmp_path, monkeypatch):
+    """Row 17 alone, though in a packed micro-batch it spoils others; weights and checkpoints are those of the step before."""
+    arguments = [*with_nan, "--layout", layout, "--per_device_train_batch_size", 8 // processes, "--zero_stage", stage]
+    codes, said = forked(tmp_path / "out", *arguments, processes=processes)
+    assert codes == [1] * processes, said
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
+    args = train.parse_flags()
+    _, tokenizer, dataset, _ = train.prepare(args, train.Process())
+    batches = enumerate(train.global_batches(dataset, args, tokenizer, 8, 0), start=1)
+    step, i, batch = next((step, i, batch) for step, (batch, where) in batches for i in range(8) if where(i).endswith(":17"))
+    rank = next(rank for rank in range(processes) if i in sum(train.divide(batch, 10**6, args, train.Process(rank, processes)), []))
+    for line in (text.strip().splitlines()[-1] for text in said):
+        assert f"train.py: error: at step {step} the loss is nan (rank {rank}: {with_nan[5]}:17); " in line
+        assert f"The last checkpoint is {tmp_path}/out/checkpoints/step-{step - 1}." in line
+    assert train.newest_checkpoint(tmp_path / "out" / "checkpoints", train.Process())[0] == step - 1 > 0
+    assert metrics_of(tmp_path / "out")[-1]["step"] == step - 1
+
+
+def test_gradient_norm_that_is_not_finite_stops_the_run(small, tmp_path):
+    codes, (said,) = forked(tmp_path / "out", *small, "--save_interval", 1, before=functools.partial(overflow, 3, 12))
+    last = said.strip().splitlines()[-1]
+    assert codes == [1] and "at step 3 the gradient norm is inf, that of a finite loss (rows: " in last and "/step-2." in last, said
+
+
+def overflow(first, last, rank=0):
+    """From step `first` to `last` one gradient is infinite before it is unscaled; with sharded weights that is on one rank alone."""
+    unscale, update, steps, before = torch.amp.GradScaler.unscale_, torch.amp.GradScaler.update, itertools.count(1), []
+    local = lambda tensor: tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+    def watched(self, optimizer):
+        if first <= next(steps) <= last:
+            parameters = optimizer.param_groups[0]["params"]
+            before[:] = [(local(parameter.detach()), local(parameter.detach()).clone()) for parameter in parameters]
+            if os.environ.get("RANK", "0") == str(rank):
+                local(parameters[0].grad)[-1, -1] = math.inf
+        unscale(self, optimizer)
+
+    def updated(self):
+        update(self)
+        if before:
+            print(f"kept: {all(torch.equal(now, then) for now, then in before)}", flush=True)
+        before.clear()
+
+    torch.amp.GradScaler.unscale_, torch.amp.GradScaler.update = watched, updated
+
+
+@pytest.mark.parametrize("processes, stage", [(1, 0), (2, 3)])
+def test_fp16_leaves_a_step_out_on_all_ranks_and_counts_it(processes, stage, small, tmp_path):
+    arguments = [*small, "--per_device_train_batch_size", 12 // processes, "--dtype", "fp16", "--zero_stage", stage]
+    codes, said = forked(tmp_path / "out", *arguments, processes=processes, before=functools.partial(overflow, 3, 4, rank=processes - 1))
+    assert codes == [0] * processes, said
+    assert all(text.count("kept: True") == 2 and "kept: False" not in text for text in said)
+    steps = by_kind(tmp_path / "out")["step"]
+    assert [event["step"] for event in steps if event["grad_norm"] is None] == [3, 4] and len(steps) == 12
+    assert "2 steps were left out" in said[0]
+    facts = train.newest_checkpoint(tmp_path / "out" / "checkpoints", train.Process())[1]
+    assert facts["scaler"]["scale"] == 65536 / 4 and facts["scaler"]["_growth_tracker"] == 8 and facts["skipped"] == [2, 0]
+    weights = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert all(weight.isfinite().all() for weight in weights.values())
+
+
+def test_fp16_goes_on_with_its_scale_where_no_step_was_taken_yet(small, tmp_path):
+    arguments = [*small, "--dtype", "fp16"]
+    forked_ok(tmp_path / "whole", *arguments, before=functools.partial(overflow, 1, 3))
+    forked_ok(tmp_path / "out", *arguments, before=overflow_and_stop)
+    said = forked_ok(tmp_path / "out", *arguments, "--resume", before=functools.partial(overflow, 1, 1))
+    assert "3 steps were left out" in said
+    same_bits(tmp_path / "out", tmp_path / "whole")
+    one, other = (train.newest_checkpoint(tmp_path / name / "checkpoints", train.Process())[1] for name in ("out", "whole"))
+    assert one["scaler"] == other["scaler"] and one["scaler"]["scale"] == 65536 / 8 and one["skipped"] == other["skipped"] == [3, 0]
+
+
+def overflow_and_stop():
+    overflow(1, 2)
+    die(0, 2, signal.SIGTERM)
+
+
+def test_fp16_stops_after_a_long_streak(small, tmp_path):
+    codes, (said,) = forked(tmp_path / "out", *small, "--dtype", "fp16", "--save_interval", 3, before=long_streak)
+    last = said.strip().splitlines()[-1]
+    assert codes == [1] and "at step 9 the gradient norm is inf" in last and "after 4 that were not finite either" in last, said
+    assert "/checkpoints/step-6." in last
+
+
+def long_streak():
+    train.LONGEST_STREAK = 5
+    overflow(5, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A disk that is full
+
+
+def limit_in_step(step, size):
+    """From this step on no file can be written beyond `size` bytes."""
+    batches = train.global_batches
+
+    def watched(*arguments):
+        for number, batch in enumerate(batches(*arguments), start=1):
+            if number == step:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            yield batch
+
+    train.global_batches = watched
+
+
+def limit_in_the_end():
+    finish = train.finish
+    train.finish = lambda *arguments: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)) or finish(*arguments)
+
+
+@pytest.mark.parametrize("before, last", [(functools.partial(limit_in_step, 6, 300_000), 4), (functools.partial(limit_in_step, 6, 10), 4),
+                                          (limit_in_the_end, 12)], ids=["a checkpoint", "metrics.jsonl", "the model"])
+def test_full_disk_is_said_and_the_last_checkpoint_stays(before, last, small, undisturbed, tmp_path):
+    output_dir = tmp_path / "out"
+    codes, (said,) = forked(output_dir, *small, "--save_interval", 4, before=before)
+    line = said.strip().splitlines()[-1]
+    assert codes == [1] and "Traceback" not in said, said
+    assert line.startswith(f"train.py: error: --output_dir {output_dir}: cannot be written to (") and f"{output_dir}/checkpoints/step-{last}" in line
+    forked_ok(output_dir, *small, "--save_interval", 4, "--resume")
+    same_bits(output_dir, undisturbed)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(small, undisturbed, tmp_path, monkeypatch, capsys):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    usage = lambda free: monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - free, free))
+    usage(500_000)
+    line = complaint(monkeypatch, capsys, *small, "--output_dir", tmp_path / "new")
+    assert f"--output_dir {tmp_path}/new" in line and "--keep_checkpoints" in line and not list((tmp_path / "new").iterdir())
+    small = ["train.py", *map(str, small), "--output_dir", str(output_dir), "--resume", "--keep_checkpoints", "2"]
+    monkeypatch.setattr(sys, "argv", small)
+    train.main()  # finished, with three checkpoints
+    assert "accuracy on" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# torchrun
+
+
+def test_torchrun_starts_again_after_a_killed_rank_and_passes_signals_on(two, tmp_path):
+    """Rank 1 is killed in step 6; all start again from step 4 by themselves. Then torchrun gets SIGTERM; a resume finishes the run."""
+    script, output_dir = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(HERE)!r})\nimport signal, test_train, train\n"
+                      "test_train.slowly()\ntest_train.die(1, 6, signal.SIGKILL)\ntrain.main()\n")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", script]
+    arguments = [sys.executable, *launcher, *two[1], "--output_dir", output_dir]
+    torchrun = subprocess.Popen(list(map(str, arguments)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_steps(output_dir, 8)
+    torchrun.terminate()
+    said, _ = torchrun.communicate(timeout=60)
+    step = metrics_of(output_dir)[-1]["step"]
+    assert "rank 0 waited in vain" in said and "going on after step 4" in said and f"stopped after step {step} of 12" in said, said
+    forked_ok(output_dir, *two[1], "--resume", processes=2)
+    same_bits(output_dir, two[0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scale
+
+
+@pytest.fixture(scope="module")
+def stage_0(small, tmp_path_factory):
+    """One process without dropout -> its directory, and its flags for two."""
+    output_dir, arguments = tmp_path_factory.mktemp("stage_0") / "out", [*small, "--dropout", 0]
+    forked_ok(output_dir, *arguments)
+    return output_dir, [*arguments, "--per_device_train_batch_size", 6, "--micro_batch_tokens", 300, "--save_interval", 4]
+
+
+def same_model(output_dir, expected, atol=1e-4):
+    weights = [torch.load(path / "pytorch_model.bin", weights_only=True) for path in (output_dir, expected)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        assert type(weight) is torch.Tensor and (weight - weights[1][name]).abs().mean() < atol, name
+    assert (output_dir / "config.json").read_bytes() == (expected / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize("arguments", [["--zero_stage", 2], ["--zero_stage", 3, "--gradient_checkpointing"],
+                                       ["--zero_stage", 3, "--offload", "--layout", "padded"]], ids=lambda x: " ".join(map(str, x)))
+def test_sharded_weights_give_the_curve_and_the_model_of_one_process(arguments, stage_0, tmp_path):
+    forked_ok(tmp_path / "out", *stage_0[1], *arguments, processes=2)
+    same_run(by_kind(stage_0[0]), by_kind(tmp_path / "out"))
+    same_model(tmp_path / "out", stage_0[0])
+
+
+def test_sharded_run_goes_on_to_the_bit_with_dropout(two, tmp_path):
+    arguments = [*two[1], "--zero_stage", 3, "--gradient_checkpointing"]
+    forked_ok(tmp_path / "whole", *arguments, processes=2)
+    codes, said = forked(tmp_path / "out", *arguments, processes=2, before=functools.partial(die, 0, 6, signal.SIGKILL))
+    assert codes == [-9, 1] and "waited in vain" in said[1]
+    forked_ok(tmp_path / "out", *arguments, "--resume", processes=2)
+    same_bits(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("only", [[], ["--only_optimize_lora"]])
+def test_lora_saves_a_plain_model_sharded_or_not(only, stage_0, tmp_path):
+    """And a run with it goes on: on one process, then on two at stage 3."""
+    lora = [*stage_0[1], "--lora_dim", 3, "--lora_learning_rate", 1e-2, *only]
+    forked_ok(tmp_path / "one", *lora, "--per_device_train_batch_size", 12)
+    forked_ok(tmp_path / "two", *lora, "--per_device_train_batch_size", 12, before=functools.partial(die, 0, 5, signal.SIGTERM))
+    forked_ok(tmp_path / "two", *lora, "--zero_stage", 3, "--resume", processes=2)
+    same_run(by_kind(tmp_path / "one"), by_kind(tmp_path / "two"))
+    same_model(tmp_path / "two", tmp_path / "one")
+    assert by_kind(tmp_path / "one")["eval"][-1]["loss"] != by_kind(stage_0[0])["eval"][-1]["loss"]
+    assert not any("lora" in name for name, _ in rm.RewardModel.from_pretrained(tmp_path / "two").named_parameters())
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_gives_nearly_the_curve(dtype, stage_0, tmp_path):
+    forked_ok(tmp_path / "out", *stage_0[1], "--dtype", dtype, "--zero_stage", 3, processes=2)
+    curves = [[event["loss"] for event in by_kind(path)["step"]] for path in (stage_0[0], tmp_path / "out")]
+    assert 1e-5 < max(abs(a - b) for a, b in zip(*curves)) < 5e-3

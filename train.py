@@ -725,7 +725,7 @@ def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch
     facts = {f"--{name}": getattr(args, name) for name in names}
     facts["the batch of all processes (--per_device_train_batch_size, --gradient_accumulation_steps)"] = global_batch
     facts |= {f"{name} of the model's config (--model_name_or_path, --model_type, --n_layer, --n_head, --n_embd)": value
-              for name, value in asdict(model.backbone.config).items() if name not in ("dropout", "vocab_size")}
+              for name, value in asdict(model.backbone.config).items() if name != "dropout"}
     facts["the pad id (--pad_id, --num_padding_at_beginning)"] = [model.pad_id, model.num_padding_at_beginning]
     facts["the tokenizer (--tokenizer_path, --vocab_size)"] = tokenizer.fingerprint()
     facts["the training data (--data_path, --data_split, --eval_path, --eval_fraction)"] = train.fingerprint() if train else "built-in"
@@ -864,7 +864,7 @@ def run(args, process: Process):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
                 skipped, streak = skipped + 1, streak + 1
                 if not scaler.is_enabled() or streak == LONGEST_STREAK:
-                    stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkpoints, args, process)
+                    stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, outs, where, checkpoints, args, process)
             else:
                 streak = 0
             scaler.step(optimizer)
@@ -913,19 +913,22 @@ def said_if_unwritable(checkpoints: Path):
                          "the same command with --resume goes on from there") from None
 
 
-def stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkpoints: Path, args, process: Process):
-    """End the run with a line that names the step, and of each rank the rows whose scores or loss are not finite."""
-    rows = []
-    for chunk, (chunk_loss, chosen, rejected) in zip(chunks, outs):
-        of_pair = [i for i in chunk for _ in itertools.combinations(batch[i], 2)]
-        found = {i for i, score in zip(of_pair, (chosen + rejected).tolist()) if not math.isfinite(score)}
-        rows += found or ([] if math.isfinite(chunk_loss) else chunk)
+@torch.no_grad()
+def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, outs, where, checkpoints: Path, args, process: Process):
+    """End the run with a line that names the step, and of each rank the rows whose loss is not finite."""
+    suspects, alone = [i for chunk, (chunk_loss, _, _) in zip(chunks, outs) if not math.isfinite(chunk_loss) for i in chunk], []
+    for i in sorted(process.join(suspects)[0]):  # by itself, on every rank; in a packed batch, NaN with an attention of 0 is NaN too
+        inputs, _ = collate([batch[i]], model, args.layout, process.device)
+        with half_precision(args, process):
+            alone += [] if math.isfinite(model(*inputs)["loss"]) else [i]
+    rows = [i for i in suspects if i in alone or not alone]
     said = ", ".join(where(i) for i in sorted(rows)[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
     (ranks,) = process.join([f"rank {process.rank}: {said}"] if rows else [])
     first = f"{where(0)} and {len(batch) - 1} more" if len(batch) > 1 else where(0)
+    streak = f", after {LONGEST_STREAK - 1} that were not finite either and were left out" if args.dtype == "fp16" else ""
     what = f"the loss is {loss:g} ({'; '.join(ranks)})" if ranks else f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {first})"
     last = checkpoint_steps(checkpoints)
-    raise ValueError(f"at step {step} {what}; training cannot go on from there, and the optimizer did not step. "
+    raise ValueError(f"at step {step} {what}{streak}; training cannot go on from there, and the optimizer did not step. "
                      f"{f'The last checkpoint is {checkpoints}/step-{last[0]}. ' if last else ''}A smaller --learning_rate than "
                      f"{args.learning_rate:g}, or more --num_warmup_steps, may help")
 
