@@ -11,21 +11,32 @@ Chat messages become text by this template: a system message's content as it is,
 "\\n\\nHuman: " or "\\n\\nAssistant: " and its content.
 """
 
+import collections
+import fcntl
 import gzip
+import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
+import multiprocessing
+import os
 import random
 import re
+import shutil
+import signal
+import threading
 import zlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 import torch
+from tqdm import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -38,56 +49,82 @@ class Comparison:
     rewards: list[float] | None = None  # their true rewards, where these are known
 
 
-def load_comparisons(path, min_responses: int = 2) -> Iterator[Comparison]:
+def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None) -> Iterator[Comparison]:
     """The comparisons of one file, in its order, read row by row.
 
     With `min_responses=1` also rows {"prompt": ..., "response": ...}, as comparisons of one response.
-    Raises ValueError that names the file and the line.
+    Raises ValueError that names the file and the line. With `bad_rows`, rows that are no comparison are left out instead,
+    and what is wrong with each is appended to that list; a file that cannot be read to its end is still an error.
     """
-    for line, row in read_rows(path):
+    for line, text in read_rows(path):
         try:
-            yield parse_row(row, min_responses)
+            yield parse_line(text, min_responses)
         except ValueError as error:
-            raise ValueError(f"{path}:{line}: {error}") from None
+            bad_row(path, line, error, bad_rows)
 
 
-def read_rows(path) -> Iterator[tuple[int, object]]:
-    """(line number, parsed JSON) for every row of a file. Raises ValueError that names the file and the line."""
+def bad_row(path, line: int, error: ValueError, bad_rows: list | None):
+    """Raise ValueError that says where and what is wrong, or put that into the list."""
+    if bad_rows is None:
+        raise ValueError(f"{path}:{line}: {error}") from None
+    bad_rows.append(f"{path}:{line}: {error}")
+
+
+def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
+    """(line number, JSON) for every row of a file. Raises ValueError that names the file and the line."""
     path, line, empty = Path(path), 0, True
     if not path.is_file():
         raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; expected .jsonl, .jsonl.gz or .json")
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             is_array = path.suffix == ".json" and file.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-            for line, text in [(0, file.read())] if is_array else enumerate(file, start=1):
-                text = text.decode("utf-8-sig" if line <= 1 else "utf-8")
-                rows = array_items(text) if is_array else [(line, json.loads(text.rstrip()))] if text.strip() else []
-                for row in rows:
+            for line, text in array_items(file.read()) if is_array else enumerate(file, start=1):
+                text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 and not is_array else text  # a byte order mark
+                if text.strip():
                     empty = False
-                    yield row
+                    yield line, text
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{line or error.lineno}: not JSON ({error.msg}, column {error.colno}); "
-                         "expected one object a line, or in .json one array of objects") from None
+        raise ValueError(f"{path}:{error.lineno}: {not_json(error)}") from None
     except UnicodeDecodeError as error:
-        where = line or 1 + error.object.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{where}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
-        raise ValueError(f"{path}:{line or 1}: not JSON that a row could be ({error})") from None
+        line = 1 + error.object.count(b"\n", 0, error.start)
+        raise ValueError(f"{path}:{line}: {not_utf8(error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
     if empty:
         raise ValueError(f"{path}: no row in it; expected one JSON object a line")
 
 
-def array_items(text: str) -> Iterator[tuple[int, object]]:
-    """(line number, item) for every item of a JSON array."""
+def array_items(text: bytes) -> Iterator[tuple[int, str]]:
+    """(line number, JSON) for every item of a JSON array."""
+    text = text.decode("utf-8-sig")
     json.loads(text)  # says what is wrong with the syntax, if anything; but not on which line an item stands
     decoder, gap = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
     position, line, counted = text.index("[") + 1, 1, 0
     while text[start := gap.match(text, position).end()] != "]":
         line, counted = line + text.count("\n", counted, start), start
-        item, position = decoder.raw_decode(text, start)
-        yield line, item
+        _, position = decoder.raw_decode(text, start)
+        yield line, text[start:position]
+
+
+def parse_line(text: bytes | str, min_responses: int = 2) -> Comparison:
+    """JSON text -> Comparison. Raises ValueError that says what is wrong."""
+    try:
+        row = json.loads((text if isinstance(text, str) else text.decode()).rstrip())
+    except json.JSONDecodeError as error:
+        raise ValueError(not_json(error)) from None
+    except UnicodeDecodeError as error:
+        raise ValueError(not_utf8(error)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
+        raise ValueError(f"not JSON that a row could be ({error})") from None
+    return parse_row(row, min_responses)
+
+
+def not_json(error: json.JSONDecodeError) -> str:
+    return f"not JSON ({error.msg}, column {error.colno}); expected one object a line, or in .json one array of objects"
+
+
+def not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8 ({error.reason}); save the file as UTF-8"
 
 
 def parse_row(row, min_responses: int = 2) -> Comparison:
@@ -140,13 +177,6 @@ def parse_messages(name: str, value, role: str) -> list[tuple[str, str]]:
     return messages
 
 
-# The same as a tokenizer_config.json has it.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'system': '', 'user': '\\n\\nHuman: ', 'assistant': '\\n\\nAssistant: '}[message['role']] + message['content'] }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}")
-
-
 def chat_text(messages: list[tuple[str, str]]) -> str:
     """The template for chat messages, that of Anthropic's hh-rlhf dialogues."""
     in_front = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
@@ -187,33 +217,39 @@ def split_indices(n: int, data_split: list[float], stage: int, seed: int) -> np.
 # Tokens
 
 
-SPACE = "\u2581"  # sentencepiece's sign for a space
-NOT_NORMAL = "A  \ufb01 \u2460\n"  # text that every way to normalize changes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # in the order in which they are looked for
+CONFIG_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")  # beside them; the last word counts
 
 
 class Tokenizer:
     """A sentencepiece model, with the special ids that a sequence needs.
 
+    config: what tokenizer_config.json says of these, by the names of tokens, and of tokens that were added.
     pad_id: int. bos_id: int, or None where texts begin with none. eos_id: int or None.
     text_size: number of ids that the tokenizer came with. vocab_size: the same, with a new pad id if there is one.
     """
 
     def __init__(self, model_proto: bytes, pad_id: int | None = None, config: dict | None = None):
-        self.model_proto, config = model_proto, config or {}
-        self.pieces, self.added = sentencepiece.SentencePieceProcessor(model_proto=model_proto), added_ids(config)
-        self.names = [self.pieces.id_to_piece(i) for i in range(self.pieces.get_piece_size())]  # by id
-        ids = {name: i for i, name in enumerate(self.names)} | self.added
+        self.model_proto, self.config = model_proto, (config := config or {})
+        self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        self.names = {i: self.pieces.id_to_piece(i) for i in range(self.pieces.get_piece_size())}
+        self.names |= {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
+        ids = {name: i for i, name in self.names.items()}
         pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
         bos, eos = ids.get(config.get("bos_token"), bos), ids.get(config.get("eos_token"), eos)
         if ids.get(config.get("pad_token")) not in (None, bos, eos):
             pad = ids[config["pad_token"]]
-        self.set_ids(max(ids.values()) + 1, pad, None if config.get("add_bos_token") is False else bos, eos, pad_id)
+        self.set_ids(max(self.names) + 1, pad, None if config.get("add_bos_token") is False else bos, eos, pad_id)
 
     def set_ids(self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None):
         if pad_id is None:  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
             pad_id = size if own_pad in (None, bos, eos) else own_pad
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
         self.text_size, self.vocab_size = size, max(size, pad_id + 1)
+
+    def fingerprint(self) -> str:
+        """What its token ids follow from."""
+        return hash_of(self.model_proto, self.pad_id, self.bos_id, self.eos_id)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without special tokens."""
@@ -222,134 +258,33 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ids have none."""
         special = (self.pad_id, self.bos_id, self.eos_id, self.pieces.unk_id())
-        return self.pieces.decode([int(i) for i in ids if i < len(self.names) and i not in special])
+        return self.pieces.decode([int(i) for i in ids if i < self.pieces.get_piece_size() and i not in special])
 
     def save(self, directory):
-        """Write the files from which `load_tokenizer(directory)` and transformers' `AutoTokenizer` make this tokenizer."""
-        spec = sentencepiece_spec(self.pieces)
-        self.refuse_others(directory, "tokenizer.model", *(["tokenizer.json"] if spec else []))
-        (Path(directory) / "tokenizer.model").write_bytes(self.model_proto)
-        names = dict(enumerate(self.names)) | {i: name for name, i in self.added.items()}
-        config = {"added_tokens_decoder": {i: added_token(i, name) for name, i in self.added.items()}}
-        if spec:
-            # transformers takes the name of a special token for the token, sentencepiece for text: told to, both do that.
-            spec["added_tokens"] += [added_token(i, names[i]) for i in sorted(names) if i >= len(self.names)]
-            self.save_spec(directory, spec, names.get, config | {"split_special_tokens": True})
-        else:
-            config |= {"bos_token": names.get(self.bos_id), "eos_token": names.get(self.eos_id), "add_bos_token": self.bos_id is not None}
-            (Path(directory) / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token_id": self.pad_id}, indent=2) + "\n")
+        """Write the files from which `load_tokenizer(directory)` and, with extras/, transformers' `AutoTokenizer` make this tokenizer."""
+        directory, files = Path(directory), {"tokenizer_config.json": self.config | {"pad_token_id": self.pad_id}}
+        try:
+            from extras.hf_tokenizer import sentencepiece_files
 
-    def refuse_others(self, directory, *written: str):
-        for name in TOKENIZER_FILES:
-            if name not in written and (Path(directory) / name).exists():
-                raise ValueError(f"{directory}/{name}: another tokenizer lies there, which could be read in place of the one to be saved; "
-                                 "give another directory, or move that file")
-
-    def save_spec(self, directory, spec: dict, id_to_token, config: dict):
-        """Write `spec` as tokenizer.json, and tokenizer_config.json. By default they make bos, text, eos of a text, as `tokenize`."""
-        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
-        # A new pad id gets a name, and so do ids that it leaves out: the length of a tokenizer is its number of names.
-        new = range(self.text_size, self.vocab_size)
-        token = {i: f"<|reward model pad {i}|>" if i in new else id_to_token(i) for i in (*ids.values(), *new) if i is not None}
-        known = {added["id"] for added in spec["added_tokens"]}
-        if self.pad_id < self.text_size and self.pad_id not in known and self.pad_id not in (self.bos_id, self.eos_id):
-            ids["pad_token"] = None  # a token of text: named as special, it would be one in texts, too
-        special = {*ids.values(), *new} - {*known, None}
-        spec["added_tokens"] += [added_token(i, token[i]) for i in sorted(special)]
-        in_front = [] if self.bos_id is None else [self.bos_id]
-        behind = [] if self.eos_id in (None, self.pad_id) else [self.eos_id]
-
-        def surrounded(name, type_id):
-            before, after = ([{"SpecialToken": {"id": token[i], "type_id": type_id}} for i in part] for part in (in_front, behind))
-            return [*before, {"Sequence": {"id": name, "type_id": type_id}}, *after]
-
-        spec |= {"truncation": None, "padding": None, "post_processor": {
-            "type": "TemplateProcessing", "single": surrounded("A", 0), "pair": surrounded("A", 0) + surrounded("B", 1),
-            "special_tokens": {token[i]: {"id": token[i], "ids": [i], "tokens": [token[i]]} for i in in_front + behind}}}
-        config = config | {name: token.get(i) for name, i in ids.items()} | {
-            "tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": bool(in_front), "add_eos_token": bool(behind),
-            "pad_token_id": self.pad_id, "chat_template": CHAT_TEMPLATE}
-        for name, content in (("tokenizer.json", spec), ("tokenizer_config.json", config)):
-            (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            files |= sentencepiece_files(self)
+        except ImportError:
+            pass
+        refuse_others("tokenizer", [directory / name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)])
+        (directory / "tokenizer.model").write_bytes(self.model_proto)
+        write_json(directory, files)
 
 
-def added_token(i: int, name: str) -> dict:
-    return dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+def refuse_others(kind: str, files: Iterable[Path]):
+    """Raise ValueError where one of `files` exists, which are not those that a `kind` is to be saved in."""
+    for file in files:
+        if file.exists():
+            raise ValueError(f"{file}: another {kind} lies there, which could be read in place of the one to be saved; "
+                             "give another directory, or move that file")
 
 
-def sentencepiece_spec(pieces: sentencepiece.SentencePieceProcessor) -> dict | None:
-    """The content of a tokenizer.json that does what a sentencepiece BPE model does.
-
-    None for models of which that cannot be said: other ones than BPE, and those that normalize or have pieces of their user.
-    """
-    names = [pieces.id_to_piece(i) for i in range(pieces.get_piece_size())]
-    special = [i for i in range(len(names)) if pieces.is_control(i) or pieces.is_unknown(i)]
-    ordinary = [i for i in range(len(names)) if i not in special and not pieces.is_byte(i)]
-    dummy_prefix = pieces.normalize("a")[:-1]
-    if dummy_prefix not in ("", SPACE) or pieces.normalize(NOT_NORMAL) != dummy_prefix + NOT_NORMAL.replace(" ", SPACE):
-        return None
-    if [pieces.get_score(i) for i in ordinary] != [-rank for rank in range(len(ordinary))]:  # BPE's scores are ranks of merges
-        return None
-    parts = {names[i] for i in ordinary}
-    merges = [[names[i][:cut], names[i][cut:]] for i in ordinary for cut in range(len(names[i]) - 1, 0, -1)
-              if names[i][:cut] in parts and names[i][cut:] in parts]
-    replace = [{"type": "Replace", "pattern": {"String": a}, "content": b} for a, b in ((" ", SPACE), (SPACE, " "))]
-    prepend = [{"type": "Prepend", "prepend": SPACE}] if dummy_prefix else []
-    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if dummy_prefix else []
-    return {
-        "version": "1.0",
-        "added_tokens": [added_token(i, names[i]) for i in special],
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace[0]]},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": [replace[1], {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
-        "model": {"type": "BPE", "unk_token": names[pieces.unk_id()], "fuse_unk": True,
-                  "byte_fallback": any(map(pieces.is_byte, range(len(names)))),
-                  "vocab": {name: i for i, name in enumerate(names)}, "merges": merges},
-    }
-
-
-class HuggingFaceTokenizer(Tokenizer):
-    """A tokenizer of the tokenizers library, and the tokenizer_config.json beside it, which names the special tokens."""
-
-    def __init__(self, backend, config: dict, pad_id: int | None = None):
-        backend.no_truncation()
-        backend.no_padding()
-        if not config.get("tokenizer_class", "GPT2").startswith("GPT2"):
-            config = {"bos_token": None, "eos_token": None} | config
-        config = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"} | config  # GPT-2's files leave them out
-        for name, i in sorted(added_ids(config).items(), key=lambda item: item[1]):
-            if backend.token_to_id(name) is None:
-                backend.add_special_tokens([name])
-            if backend.token_to_id(name) != i:
-                raise ValueError(f"the added token {name!r} has id {i} by the files beside it, {backend.token_to_id(name)} by its own")
-        named = [config.get(key) for key in ("bos_token", "eos_token", "unk_token", "pad_token")] + config.get("additional_special_tokens", [])
-        backend.add_special_tokens([name for name in named if name and (name != "<|endoftext|>" or backend.token_to_id(name) is not None)])
-        if hasattr(backend.pre_tokenizer, "add_prefix_space") and isinstance(config.get("add_prefix_space"), bool):
-            backend.pre_tokenizer.add_prefix_space = config["add_prefix_space"]
-        self.backend, self.config = backend, config
-        pad, bos, eos = (self.token_id(config.get(name)) for name in ("pad_token", "bos_token", "eos_token"))
-        in_front = config.get("add_bos_token")
-        if in_front is None:
-            in_front = bos is not None and backend.encode("a").ids[:1] == [bos]
-        self.set_ids(max(backend.get_vocab().values()) + 1, pad, bos if in_front else None, eos, pad_id)
-
-    def token_id(self, token: str | None) -> int | None:
-        return None if token is None else self.backend.token_to_id(token)
-
-    def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.backend.decode([int(i) for i in ids if i != self.pad_id], skip_special_tokens=True)
-
-    def save(self, directory):
-        self.refuse_others(directory, "tokenizer.json", "vocab.json")
-        unk = self.config.get("unk_token")
-        config = {} if self.token_id(unk) is None else {"unk_token": unk}
-        self.save_spec(directory, json.loads(self.backend.to_str()), self.backend.id_to_token, config)
-
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # in the order in which they are looked for
+def write_json(directory, files: dict[str, dict]):
+    for name, content in files.items():
+        (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def has_tokenizer(directory) -> bool:
@@ -359,23 +294,30 @@ def has_tokenizer(directory) -> bool:
 def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     """The tokenizer in a directory, or in one of these files; `pad_id` overrides its own.
 
-    tokenizer.model: sentencepiece. tokenizer.json, or vocab.json beside merges.txt (byte-level BPE: GPT-2, OPT): through
-    the tokenizers library. Raises ValueError that names the file.
+    tokenizer.model: sentencepiece. tokenizer.json, or vocab.json beside merges.txt (byte-level BPE: GPT-2, OPT), and what
+    the hub puts beside these three: by extras/hf_tokenizer.py. Raises ValueError that names the file.
     """
     path = Path(path)
     file = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path) if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"{path}: no {'tokenizer in this directory' if path.is_dir() else 'such file'}; expected tokenizer.model, "
                          "tokenizer.json, or vocab.json and merges.txt")
-    config = tokenizer_config(file.parent)
+    config, beside = read_config(file.with_name("tokenizer_config.json")), file.with_name("tokenizer.model")
+    # tokenizer.model needs no other library; but only of one that we saved do we know that tokenizer.json adds nothing to it.
+    if path.is_dir() and beside.is_file() and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers")):
+        file = beside
+    if file.suffix == ".json" or any(file.with_name(name).is_file() for name in CONFIG_FILES):
+        try:
+            from extras.hf_tokenizer import HuggingFaceTokenizer, tokenizer_config
+
+            config = tokenizer_config(file.parent)
+        except ImportError:
+            if file.suffix == ".json" or "pad_token_id" not in config:  # what `save` wrote can do without
+                raise ValueError(f"{file}: reading it and the files beside it needs extras/hf_tokenizer.py") from None
     pad_id = config.get("pad_token_id") if pad_id is None else pad_id
-    beside = file.with_name("tokenizer.model")
     try:
-        # tokenizer.model needs no other library; but only of one that we saved do we know that tokenizer.json adds nothing to it.
-        if path.is_dir() and beside.is_file() and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers")):
-            file = beside
         if file.suffix == ".json":
-            return HuggingFaceTokenizer(load_backend(file), config, pad_id)
+            return HuggingFaceTokenizer(file, config, pad_id)
         if model_proto := file.read_bytes():  # sentencepiece takes an empty one
             return Tokenizer(model_proto, pad_id, config)
     except ImportError:
@@ -385,48 +327,18 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     raise ValueError(f"{file}: not a sentencepiece model, or damaged")
 
 
-def tokenizer_config(directory: Path) -> dict:
-    """What tokenizer_config.json, special_tokens_map.json and added_tokens.json say. Special tokens become their text."""
-    config = {}
-    for name in ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"):
-        if (file := directory / name).is_file():
-            try:
-                found = json.loads(file.read_text(encoding="utf-8"))
-                if not isinstance(found, dict):
-                    raise ValueError(f"expected an object, found {json_type(found)}")
-                found = {"added_tokens": found} if name == "added_tokens.json" else found
-                for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-                    if isinstance(found.get(key), dict):
-                        found[key] = found[key].get("content")  # an AddedToken
-                    if not isinstance(found.get(key, ""), str | None):
-                        raise ValueError(f"{key} is {found[key]!r}; expected the text of a token")
-                own = found.get("pad_token_id")  # ours says which pad id was chosen; Hugging Face's has no such key
-                if not (own is None or type(own) is int and 0 <= own < 2**24):
-                    raise ValueError(f"pad_token_id is {own!r}; expected a token id")
-                more = [token.get("content") if isinstance(token, dict) else token for token in found.get("additional_special_tokens") or []]
-                config |= found | {"additional_special_tokens": [token for token in more if isinstance(token, str)]}
-                added_ids(config)
-            except (ValueError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{file}: {error}") from None
+def read_config(file: Path) -> dict:
+    """The object in one of CONFIG_FILES, {} where there is none."""
+    try:
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if not isinstance(config, dict):
+            raise ValueError(f"expected an object, found {json_type(config)}")
+        pad_id = config.get("pad_token_id")  # ours says which pad id was chosen; Hugging Face's has no such key
+        if not (pad_id is None or type(pad_id) is int and 0 <= pad_id < 2**24):
+            raise ValueError(f"pad_token_id is {pad_id!r}; expected a token id")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from None
     return config
-
-
-def added_ids(config: dict) -> dict[str, int]:
-    """The tokens that files beside a tokenizer add to it, and their ids."""
-    decoder = {token["content"]: int(i) for i, token in config.get("added_tokens_decoder", {}).items()}
-    return {name: int(i) for name, i in config.get("added_tokens", {}).items()} | decoder
-
-
-def load_backend(file: Path):
-    """The tokenizers.Tokenizer of tokenizer.json, or of vocab.json and the merges.txt beside it."""
-    import tokenizers
-
-    if file.name != "vocab.json":
-        return tokenizers.Tokenizer.from_file(str(file))
-    backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(file.with_name("merges.txt"))))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = tokenizers.decoders.ByteLevel()
-    return backend
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -476,24 +388,197 @@ def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, tru
     return [bos + text + eos for text in texts]
 
 
-@dataclass
+class TokenizedFile:
+    """The comparisons of one file as token ids, in arrays that may be mapped from a file on the disk.
+
+    tokens: (number of tokens,), those of all sequences, one behind the other.
+    sequences: (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]].
+    rows: (R + 1,) int64. Row r of the file has the sequences rows[r] to rows[r + 1] - 1, best first; none, where all of
+    them were (or became by truncation) identical: such a row teaches nothing.
+    lines: (R,) int64, the line of every row.
+    """
+
+    def __init__(self, path, tokens, sequences, rows, lines, key: str = "", bad_rows: list[str] = ()):
+        self.path, self.tokens, self.sequences, self.rows, self.lines = path, tokens, sequences, rows, lines
+        self.key, self.bad_rows = key, bad_rows  # a hash of what all this follows from; what is wrong with rows that were left out
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def __getitem__(self, row: int) -> list[list[int]]:
+        bounds = self.sequences[self.rows[row] : self.rows[row + 1] + 1].tolist()
+        return [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
+
+
 class TokenizedData:
-    groups: list[list[list[int]]]  # of every comparison the token ids of its sequences, best first
-    rewards: list[list[float] | None]  # of every comparison the true rewards, where these are known
-    dropped: int = 0  # comparisons that were left out because all their sequences are the same
+    """A selection of rows of tokenized files. Item i: the token ids of comparison i's sequences, best first.
+
+    rewards: of every comparison the true rewards, where these are known. dropped: how many of the selected rows are left
+    out, because all of their sequences are the same.
+    """
+
+    def __init__(self, files: list[TokenizedFile], selected: np.ndarray, rewards: list | None = None):
+        """selected: (n, 2) int64, numbers of files and of rows in them."""
+        kept = np.zeros(len(selected), dtype=bool)
+        for i, file in enumerate(files):
+            of_file = selected[:, 0] == i
+            kept[of_file] = np.diff(file.rows)[selected[of_file, 1]] > 0
+        self.files, self.selected, self.dropped = files, selected[kept], int((~kept).sum())
+        self.rewards = rewards and [reward for reward, is_kept in zip(rewards, kept) if is_kept]
+
+    def __len__(self) -> int:
+        return len(self.selected)
+
+    def __getitem__(self, i: int) -> list[list[int]]:
+        file, row = self.selected[i]
+        return self.files[file][row]
+
+    def fingerprint(self) -> str:
+        """A hash of all token ids, in their order."""
+        return hash_of([file.key for file in self.files], self.selected.tobytes())
+
+    def where(self, i: int) -> str:
+        """The file and the line of comparison i."""
+        file, row = self.selected[i]
+        return f"{self.files[file].path}:{self.files[file].lines[row]}"
 
 
-def tokenize_all(comparisons: Iterable[Comparison], tokenizer: Tokenizer, max_seq_len: int, truncation_side: str) -> TokenizedData:
-    """`tokenize` for many. Comparisons whose sequences are (or become by truncation) identical teach nothing: dropped."""
-    result = TokenizedData([], [])
-    for comparison in comparisons:
-        sequences = tokenize(comparison, tokenizer, max_seq_len, truncation_side)
-        if all(sequence == sequences[0] for sequence in sequences):
-            result.dropped += 1
-        else:
-            result.groups.append(sequences)
-            result.rewards.append(comparison.rewards)
-    return result
+def tokenize_all(comparisons: Iterable[Comparison], tokenizer, max_seq_len: int, truncation_side: str = "left") -> TokenizedData:
+    """`tokenize` for comparisons that are in memory."""
+    comparisons = list(comparisons)
+    groups = [tokenize(comparison, tokenizer, max_seq_len, truncation_side) for comparison in comparisons]
+    parts = [tokenized_part(range(1, len(groups) + 1), groups)]
+    rows = np.arange(len(groups))
+    return TokenizedData([TokenizedFile("comparison", *join_parts(parts))], np.stack((0 * rows, rows), axis=1),
+                         [comparison.rewards for comparison in comparisons])
+
+
+def tokenized_part(lines: Iterable[int], groups: list[list[list[int]]]) -> tuple[np.ndarray, ...]:
+    """Some rows of a TokenizedFile: their tokens, the lengths of their sequences, their numbers of sequences, their lines."""
+    groups = [[] if all(sequence == group[0] for sequence in group) else group for group in groups]
+    tokens = np.fromiter((token for group in groups for sequence in group for token in sequence), np.int32)
+    lengths = np.fromiter((len(sequence) for group in groups for sequence in group), np.int64)
+    return tokens, lengths, np.fromiter(map(len, groups), np.int64), np.fromiter(lines, np.int64)
+
+
+def join_parts(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    """The arrays of a TokenizedFile. Lengths and numbers become positions."""
+    tokens, lengths, counts, lines = map(np.concatenate, zip(*parts))
+    return tokens, *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines
+
+
+def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
+    """The comparisons of a file as token ids, mapped from the disk: files may be larger than memory.
+
+    They are written into `cache_dir` once, by one process of a machine, while others that want them wait. They are found
+    there again by a hash of what they follow from: the content of the file, the tokenizer, and the other arguments.
+    Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
+    """
+    key = hash_of("tokens 1", file_hash(path), tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
+
+    def build(directory: Path):
+        tokens, index, bad_rows = open(directory / "tokens.bin", "wb"), [], []
+        with tokens:
+            for part, bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+                tokens.write(part[0].data)
+                index.append((part[0][:0], *part[1:]))
+                bad_rows += bad
+        for name, array in zip(("sequences", "rows", "lines"), join_parts(index)[1:]):
+            np.save(directory / f"{name}.npy", array)
+        (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
+
+    directory = cached(Path(cache_dir) / key, build)
+    bad_rows = json.loads((directory / "bad_rows.json").read_text())
+    sequences, rows, lines = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines"))
+    if len(lines) == 0:
+        raise ValueError(f"{path}: none of its {len(bad_rows)} rows is a comparison; the first: {bad_rows[0]}")
+    if rows[-1] == 0:
+        raise ValueError(f"{path}: in all {len(lines)} rows the responses are identical (as far as --max_seq_len {max_seq_len} reaches); "
+                         "a comparison needs some that differ")
+    tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
+    if len(tokens) != sequences[-1]:
+        raise ValueError(f"{directory}: damaged; delete it, and it will be made again")
+    return TokenizedFile(path, tokens, sequences, rows, lines, key, bad_rows)
+
+
+ROWS_AT_ONCE = 2000  # that a process tokenizes; smaller files are not worth other processes
+
+
+def tokenize_rows(path, *how) -> Iterator[tuple[tuple, list[str]]]:
+    """The parts of a file in its order, made by as many processes as there are cores; and what is wrong with bad rows."""
+    rows = read_rows(path)
+    chunks = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
+    first = next(chunks)
+    if len(first) < ROWS_AT_ONCE:
+        yield tokenize_chunk(first, path, *how)
+        return
+    # Not forked: a process that computes has threads, which a fork would lose while they hold locks.
+    context, cores, waiting = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0)), collections.deque()
+    bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows")
+    with bar, ProcessPoolExecutor(cores, context, start_worker, (path, *how)) as pool:
+        try:
+            for chunk in itertools.chain([first], chunks):
+                waiting.append((len(chunk), pool.submit(tokenize_in_worker, chunk)))
+                if len(waiting) > 2 * cores:  # no further ahead, for the sake of memory
+                    count, part = waiting.popleft()
+                    yield part.result()
+                    bar.update(count)
+            for count, part in waiting:
+                yield part.result()
+                bar.update(count)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def start_worker(*how):
+    """Of a process that tokenizes: how, which is sent once. An interrupt from the keyboard is the main process's to handle."""
+    global how_a_worker_tokenizes
+    how_a_worker_tokenizes = how
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # no worker outlives it
+
+
+def tokenize_in_worker(chunk):
+    return tokenize_chunk(chunk, *how_a_worker_tokenizes)
+
+
+def tokenize_chunk(chunk, path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+    lines, groups, bad_rows = [], [], [] if skip_bad_rows else None
+    for line, text in chunk:
+        try:
+            groups.append(tokenize(parse_line(text), tokenizer, max_seq_len, truncation_side))
+            lines.append(line)
+        except ValueError as error:
+            bad_row(path, line, error, bad_rows)
+    return tokenized_part(lines, groups), bad_rows or []
+
+
+def file_hash(path) -> str:
+    if not Path(path).is_file():
+        next(read_rows(path))  # says what is wrong with it
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def cached(directory: Path, build) -> Path:
+    """`directory`, which `build` fills where it is not there yet: once, by one process; it is there whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_name(directory.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process that holds it, however that ends
+        if not directory.exists():
+            part = directory.with_name(directory.name + ".part")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            build(part)
+            for file in part.iterdir():
+                with open(file, "rb+") as written:
+                    os.fsync(written)
+            part.rename(directory)
+    return directory
 
 
 def shared_prefix(sequences: list[list[int]]) -> int:

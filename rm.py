@@ -324,6 +324,8 @@ class RewardModel(nn.Module):
         embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so that is how many are written.
         layout "hf": model.safetensors (needs safetensors) that `transformers.AutoModelForSequenceClassification` loads.
         """
+        from data import refuse_others
+
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")
         if layout == "hf":
@@ -333,10 +335,7 @@ class RewardModel(nn.Module):
                 raise ValueError(f"layout {layout!r} needs `pip install -r requirements-hf.txt`") from None
         path, config, family = Path(path), self.backbone.config, FAMILIES[self.backbone.config.model_type]
         file = path / WEIGHT_FILES[layout == "deepspeed-chat"]
-        others = [other for name in WEIGHT_FILES for other in (path / name, index_of(path / name)) if other != file and other.exists()]
-        if others:
-            raise ValueError(f"{others[0]}: another model lies there, which would be read in place of the one to be saved; "
-                             "give another directory, or move that file")
+        refuse_others("model", [other for name in WEIGHT_FILES for other in (path / name, index_of(path / name)) if other != file])
         path.mkdir(parents=True, exist_ok=True)
         rows = 8 * math.ceil(max(tokenizer.vocab_size if tokenizer else config.vocab_size, self.pad_id + 1) / 8)
         weights = self.backbone.to_hf()

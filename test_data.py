@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -256,7 +257,7 @@ def sentencepiece_model(**options) -> bytes:
     return model.getvalue()
 
 
-@pytest.mark.parametrize("options, given, pad_id, bos_id, eos_id, vocab_size", [
+PADS = [  # options of a sentencepiece model, the pad id that is asked for, and what pad_id, bos_id, eos_id, vocab_size become
     (dict(pad_id=3), None, 3, 1, 2, 300),
     (dict(pad_id=-1), None, 300, 1, 2, 301),  # no pad (Llama)
     (dict(pad_id=-1, pad_piece="</s>"), None, 300, 1, 2, 301),  # pad is eos
@@ -265,11 +266,13 @@ def sentencepiece_model(**options) -> bytes:
     (dict(pad_id=-1, bos_id=-1, eos_id=-1), None, 300, None, None, 301),
     (dict(pad_id=-1), 2, 2, 1, 2, 300),  # --pad_id, as DeepSpeed-Chat has it for OPT
     (dict(pad_id=3), 5, 5, 1, 2, 300),  # an id of text: as padding it has none
-    (dict(pad_id=3), 310, 310, 1, 2, 311)])
+    (dict(pad_id=3), 310, 310, 1, 2, 311)]
+
+
+@pytest.mark.parametrize("options, given, pad_id, bos_id, eos_id, vocab_size", PADS)
 def test_pad_is_the_given_one_or_the_tokenizers_own_or_new(tmp_path, options, given, pad_id, bos_id, eos_id, vocab_size):
     """A new id, right after the vocabulary, where text or its end could be mistaken for padding. Saving keeps them all."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**options))
-    (tmp_path / "tokenizer_config.json").write_text('{"pad_token": "</s>"}')  # Hugging Face's, which says nothing about ids
     (tmp_path / "saved").mkdir()
     data.load_tokenizer(tmp_path / "tokenizer.model", given).save(tmp_path / "saved")
     for loaded in (data.load_tokenizer(tmp_path, given), data.load_tokenizer(tmp_path / "saved")):
@@ -292,256 +295,29 @@ def test_damaged_tokenizer_file(tmp_path, tokenizer, file, content, found):
         data.load_tokenizer(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenizers of Hugging Face's formats, against transformers
-
-HARD_TEXTS = ["", " ", "Hello world", "  two  spaces ", "line\n\nHuman: hi\r\n\tx", "naïve café ☕ 日本語 🙂", "I'll, you're; 1234 don't",
-              "a</s>b<s> c<pad>d <|endoftext|>"]
-
-
-@pytest.fixture(scope="module", params=["gpt2", "opt", "llama3", "llama3, a pad of its own"])
-def hub_directory(request, tmp_path_factory):
-    """Tokenizer files as the hub has them -> (directory, is a bos put in front, has a pad that nothing else is)."""
-    import tokenizers
-
-    directory = tmp_path_factory.mktemp("tokenizer")
-    family = request.param.split(",")[0]
-    special = {"gpt2": ["<|endoftext|>"], "opt": ["<s>", "<pad>", "</s>"], "llama3": ["<|begin|>", "<|end|>", "<|pad|>"]}[family]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, special_tokens=special, show_progress=False,
-                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    if family == "llama3":
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
-        tokenizer.save(str(directory / "tokenizer.json"))
-        config = {"bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True}, "tokenizer_class": "PreTrainedTokenizerFast"}
-        if "own" in request.param:
-            config["pad_token"] = "<|pad|>"
-    else:
-        tokenizer.model.save(str(directory))
-        config = {"tokenizer_class": "GPT2Tokenizer"}
-        if family == "opt":  # its eos is its bos, as in facebook/opt-350m
-            config |= {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "config.json").write_text(json.dumps({"model_type": {"llama3": "llama"}.get(family, family)}))
-    return directory, family != "gpt2", family == "opt" or "own" in request.param
-
-
-def test_same_ids_as_transformers(hub_directory):
-    import transformers
-
-    ours, theirs = data.load_tokenizer(hub_directory[0]), transformers.AutoTokenizer.from_pretrained(hub_directory[0])
-    for text in HARD_TEXTS + TEXTS:
-        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
-    for text in HARD_TEXTS[:-1]:
-        assert ours.decode(ours.encode(text)) == text
-    assert ours.eos_id == theirs.eos_token_id and ours.text_size == len(theirs)
-
-
-def test_special_ids_of_hub_tokenizers(hub_directory):
-    directory, bos_in_front, own_pad = hub_directory
-    tokenizer = data.load_tokenizer(directory)
-    assert tokenizer.encode("a")[0] != tokenizer.bos_id and (tokenizer.bos_id is not None) == bos_in_front
-    assert (tokenizer.pad_id < tokenizer.text_size) == own_pad
-    assert tokenizer.vocab_size == tokenizer.text_size + (not own_pad)
-    assert tokenizer.pad_id not in (tokenizer.bos_id, tokenizer.eos_id)
-    assert data.load_tokenizer(directory, pad_id=tokenizer.eos_id).pad_id == tokenizer.eos_id  # DeepSpeed-Chat's choice
-
-
-def assert_transformers_agrees(tokenizer, directory):
-    """What `save` wrote is the same tokenizer to us and to AutoTokenizer, whose default is the sequence that we train on."""
-    import transformers
-
-    tokenizer.save(directory)
-    again, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    names = ("pad_id", "bos_id", "eos_id", "vocab_size")
-    assert [getattr(again, name) for name in names] == [getattr(tokenizer, name) for name in names]
-    assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size)
-    rng = random.Random(0)
-    alphabet = ["a", "aa", "ab", " ", "  ", "\n", "the", " the", "é", "e\u0301", "ﬁ", "😀", "日本", "\u2581", "<s>", "</s>", "<unk>", "<0x41>"]
-    drawn = ["".join(rng.choices([*alphabet, chr(rng.randrange(1, 0x3000))], k=rng.randrange(30))) for _ in range(500)]
-    for text in HARD_TEXTS + TEXTS + drawn:
-        ids = tokenizer.encode(text)
-        assert again.encode(text) == ids == theirs(text, add_special_tokens=False)["input_ids"], text
-        if ids or tokenizer.bos_id or tokenizer.eos_id:
-            assert theirs(text)["input_ids"] == data.tokenize(Comparison("", [text]), tokenizer, 10**6)[0], text
-    chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
-    messages = [{"role": role, "content": content} for role, content in chat]
-    assert theirs.apply_chat_template(messages, tokenize=False) == data.chat_text(chat)
-    assert theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == data.chat_text(chat[:2]) + "\n\nAssistant:"
-
-
-@pytest.mark.parametrize("above", [None, 0, 7])
-def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(hub_directory, tmp_path, above):
-    """Also with a pad id that we are given, at the end of the vocabulary or some ids behind it."""
-    tokenizer = data.load_tokenizer(hub_directory[0])
-    if above is not None:
-        tokenizer = data.load_tokenizer(hub_directory[0], tokenizer.text_size + above)
-    assert_transformers_agrees(tokenizer, tmp_path)
-
-
 @pytest.mark.parametrize("pad_id", [None, 2, 450])
-def test_saved_tokenizer_of_ours_is_the_same_for_transformers(tokenizer, tmp_path, pad_id):
-    assert_transformers_agrees(data.Tokenizer(tokenizer.model_proto, pad_id), tmp_path)
-
-
-@pytest.mark.parametrize("options", [{}, dict(bos_id=-1, eos_id=-1), dict(byte_fallback=False), dict(pad_id=3)], ids=str)
-def test_saved_sentencepiece_of_llama_2_is_the_same_for_transformers(tmp_path, options):
-    """A space in front of every text, and none of them lost."""
-    model = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False, **options)
-    assert_transformers_agrees(data.Tokenizer(model), tmp_path)
-
-
-def hub_files(directory, *, backend=None, sentencepiece_proto=None, config, added=None, model_type="llama"):
-    """A tokenizer directory as the hub has them; `backend` is saved as tokenizer.json, or as vocab.json and merges.txt."""
-    directory.mkdir()
-    if backend is not None and config.get("tokenizer_class") == "GPT2Tokenizer" and "add_prefix_space" not in config:
-        backend.model.save(str(directory))
-    elif backend is not None:
-        backend.save(str(directory / "tokenizer.json"))
-    if sentencepiece_proto is not None:
-        (directory / "tokenizer.model").write_bytes(sentencepiece_proto)
-    if added is not None:
-        (directory / "added_tokens.json").write_text(json.dumps(added))
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
-    return directory
-
-
-def byte_level(special=("<|endoftext|>",), **options):
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(special), show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    return tokenizer
-
-
-CHATML = {"<|im_end|>": 295, "<|im_start|>": 296}  # right behind the vocabulary that the texts support
-FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}
-
-
-@pytest.mark.parametrize("files", [
-    dict(backend=byte_level, config={"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}, added=CHATML, model_type="gpt2"),
-    dict(backend=byte_level, config={"eos_token": "<|im_end|>", "added_tokens_decoder": {
-        str(i): {"content": name, "special": True} for name, i in CHATML.items()}, **FAST}),
-    dict(backend=lambda: byte_level(["<s>", "</s>"]), config={"eos_token": "</s>", "bos_token": None, **FAST}),
-    dict(backend=byte_level, config={"eos_token": None, "bos_token": None, **FAST}),
-    dict(backend=byte_level, config={"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": True}, model_type="gpt2"),
-    dict(backend=byte_level, config={"eos_token": "<|endoftext|>", "additional_special_tokens": ["cat", "<|new|>"], **FAST}),
-], ids=["added_tokens.json", "added_tokens_decoder", "no bos", "no eos", "prefix space", "additional special tokens"])
-def test_what_files_beside_a_tokenizer_say_is_heard(files, tmp_path):
-    """Ids and special ids are those of AutoTokenizer; and saved, they stay."""
-    import transformers
-
-    directory = hub_files(tmp_path / "hub", **{**files, "backend": files["backend"]()})
-    ours, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    (tmp_path / "saved").mkdir()
-    ours.save(tmp_path / "saved")
-    again = data.load_tokenizer(tmp_path / "saved")
-    assert ours.eos_id == again.eos_id == theirs.eos_token_id and ours.text_size == len(theirs) <= ours.pad_id == again.pad_id
-    assert ours.bos_id is None is again.bos_id
-    for text in [*HARD_TEXTS, *TEXTS, "the cat<|im_end|>\n<|im_start|>x", "<|new|>"]:
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ours.encode(text) == ids == again.encode(text), text
-
-
-def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path):
-    """A chat model made from Llama 2: the tokens that were added are in tokenizer.json alone."""
-    import tokenizers
-    import transformers
-
-    proto = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
-    spec, n = data.sentencepiece_spec(pieces), pieces.get_piece_size()
-    spec["added_tokens"] += [data.added_token(n, "<|im_end|>"), data.added_token(n + 1, "<|im_start|>")]
-    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "add_bos_token": True, **FAST}
-    added = {"<|im_end|>": n, "<|im_start|>": n + 1}
-    directory = hub_files(tmp_path / "hub", backend=tokenizers.Tokenizer.from_str(json.dumps(spec)), sentencepiece_proto=proto, config=config, added=added)
-    ours, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2) == (
-        theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs))
-    assert ours.encode("a cat<|im_end|>") == theirs("a cat<|im_end|>", add_special_tokens=False)["input_ids"]
-    (directory / "tokenizer.json").unlink()  # then sentencepiece alone; the special ids are the same, and none is taken for padding
-    ours = data.load_tokenizer(directory)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2)
-    (tmp_path / "saved").mkdir()
-    assert_transformers_agrees(ours, tmp_path / "saved")
-    unigram = data.Tokenizer(sentencepiece_model(model_type="unigram"), config={**config, "added_tokens": {"<|im_end|>": 400}})
-    (tmp_path / "unigram").mkdir()
-    unigram.save(tmp_path / "unigram")
-    again = data.load_tokenizer(tmp_path / "unigram")
-    assert (again.bos_id, again.eos_id, again.pad_id) == (unigram.bos_id, unigram.eos_id, unigram.pad_id) == (1, 400, 0)
-
-
-def test_padding_with_a_token_of_text_does_not_change_how_text_is_read(tmp_path):
-    """As `--pad_id 0` does for Llama 3, whose id 0 is an exclamation mark."""
-    directory = hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2")
-    letter = data.load_tokenizer(directory).encode("a")[0]
-    tokenizer = data.load_tokenizer(directory, letter)
-    (tmp_path / "saved").mkdir()
-    tokenizer.save(tmp_path / "saved")
-    again = data.load_tokenizer(tmp_path / "saved")
-    assert again.pad_id == letter and again.vocab_size == tokenizer.vocab_size
-    assert all(again.encode(text) == tokenizer.encode(text) for text in TEXTS + HARD_TEXTS)
-
-
-def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
-    import tokenizers
-
-    backend = byte_level()
-    backend.post_processor = tokenizers.processors.TemplateProcessing(single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)])
-    assert data.load_tokenizer(hub_files(tmp_path / "hub", backend=backend, config={}, model_type="gpt2")).bos_id is None
-
-
-def test_two_new_pad_ids_one_after_the_other_are_two_tokens(tmp_path):
-    first = data.load_tokenizer(hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2"))
-    for name in ("one", "two"):
+def test_what_was_saved_is_read_without_extras(tmp_path, monkeypatch, tokenizer, pad_id):
+    """With the same ids, whether extras/ was there to add its files or not."""
+    tokenizer = data.Tokenizer(tokenizer.model_proto, pad_id)
+    for name in ("with", "without"):
+        if name == "without":
+            monkeypatch.setitem(sys.modules, "extras.hf_tokenizer", None)
         (tmp_path / name).mkdir()
-    first.save(tmp_path / "one")
-    assert_transformers_agrees(data.load_tokenizer(tmp_path / "one", first.pad_id + 6), tmp_path / "two")
+        tokenizer.save(tmp_path / name)
+    assert sorted(file.name for file in (tmp_path / "without").iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    for name in ("with", "without"):
+        loaded = data.load_tokenizer(tmp_path / name)
+        assert all(getattr(loaded, key) == getattr(tokenizer, key) for key in ("pad_id", "bos_id", "eos_id", "text_size", "vocab_size"))
+        assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
-@pytest.mark.parametrize("kinds", [("ours", "hub"), ("hub", "unigram")], ids=" then ".join)
-def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(kinds, tokenizer, tmp_path):
-    of_kind = {"ours": tokenizer, "unigram": data.Tokenizer(sentencepiece_model(model_type="unigram"))}
-    of_kind["hub"] = data.load_tokenizer(hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2"))
-    (tmp_path / "out").mkdir()
-    of_kind[kinds[0]].save(tmp_path / "out")
-    with pytest.raises(ValueError, match="out/tokenizer.*: another tokenizer"):
-        of_kind[kinds[1]].save(tmp_path / "out")
-
-
-@pytest.mark.parametrize("file, content", [
-    ("tokenizer_config.json", {"eos_token": 5}), ("tokenizer_config.json", {"unk_token": ["a"]}), ("special_tokens_map.json", {"pad_token": 1}),
-    ("tokenizer_config.json", {"pad_token_id": 2**63}), ("added_tokens.json", {"a": "b"}), ("added_tokens.json", []),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}), ("tokenizer_config.json", {"added_tokens_decoder": [1]})], ids=str)
-def test_what_files_beside_a_tokenizer_say_wrongly_is_said_with_their_name(file, content, tmp_path):
-    directory = hub_files(tmp_path / "hub", backend=byte_level(), config={}, model_type="gpt2")
-    (directory / file).write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"^{directory}/{file}: "):
-        data.load_tokenizer(directory)
-
-
-@pytest.mark.parametrize("options", [{}, dict(model_type="unigram"), dict(normalization_rule_name="identity"), dict(user_defined_symbols=["ab"])],
-                         ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"])
-def test_no_tokenizer_json_is_written_that_would_not_be_the_same(options, tmp_path):
-    same = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    options = {**same, **options} if "model_type" in options or "user_defined_symbols" in options else options
-    tokenizer = data.Tokenizer(sentencepiece_model(**options))
-    tokenizer.save(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
-    assert data.load_tokenizer(tmp_path).encode("a  ﬁ ab") == tokenizer.encode("a  ﬁ ab")
-
-
-@pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("vocab.json", "[]"), ("vocab.json", "{}")])
-def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
-    (tmp_path / file).write_text(content)  # the third lacks its merges.txt
-    with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: not a tokenizer"):
+@pytest.mark.parametrize("file, beside", [("tokenizer.json", None), ("vocab.json", None), ("tokenizer.model", "tokenizer_config.json"),
+                                          ("tokenizer.model", "special_tokens_map.json"), ("tokenizer.model", "added_tokens.json")])
+def test_what_only_extras_can_read(tmp_path, monkeypatch, file, beside):
+    monkeypatch.setitem(sys.modules, "extras.hf_tokenizer", None)
+    for name in (file, beside or file):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: reading it and the files beside it needs extras/hf_tokenizer.py"):
         data.load_tokenizer(tmp_path)
 
 
@@ -550,14 +326,21 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
 
 
 class Letters:
-    """A tokenizer with one token a letter, its ids the letters, so that a test shows what is cut. < is bos, > eos, _ pad."""
+    """A tokenizer with one token a letter, so that a test shows what is cut. < is bos, > eos, _ pad."""
 
     def __init__(self, bos_id="<", eos_id=">", pad_id="_"):
-        self.bos_id, self.eos_id, self.pad_id, self.encode = bos_id, eos_id, pad_id, list
+        self.bos_id, self.eos_id, self.pad_id = (letter and ord(letter) for letter in (bos_id, eos_id, pad_id))
+
+    def encode(self, text):
+        return list(map(ord, text))
+
+
+def letters(groups):
+    return [["".join(map(chr, ids)) for ids in group] for group in groups]
 
 
 def sequences(prompt, *responses, max_seq_len=99, side="left", **special):
-    return ["".join(ids) for ids in data.tokenize(Comparison(prompt, list(responses)), Letters(**special), max_seq_len, side)]
+    return letters([data.tokenize(Comparison(prompt, list(responses)), Letters(**special), max_seq_len, side)])[0]
 
 
 def test_a_sequence_is_bos_text_eos():
@@ -632,8 +415,8 @@ def test_tokenize_all_drops_and_counts_identical_sequences():
         Comparison("p", ["a", "a", "b"]),  # two of a ranking are the same, and not all
     ]
     kept = data.tokenize_all(comparisons, Letters(), 6, "right")
-    assert [["".join(ids) for ids in group] for group in kept.groups] == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
-    assert (kept.rewards, kept.dropped) == ([[2.0, 1.0], None], 2)
+    assert letters(kept) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
+    assert (kept.rewards, kept.dropped, [kept.where(i) for i in range(2)]) == ([[2.0, 1.0], None], 2, ["comparison:2", "comparison:4"])
     assert data.tokenize_all(comparisons, Letters(), 6, "left").dropped == 1
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ import rm
 import train
 
 HERE = Path(__file__).parent
+os.environ["OMP_NUM_THREADS"] = "1"  # of the runs; what they keep of their data goes with the session
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_train_cache_")
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--max_seq_len", "64"]
 
 
@@ -28,8 +31,7 @@ def run(*arguments, processes=0, cwd=None):
     launcher = [sys.executable]
     if processes:
         launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launcher, program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([*launcher, program, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300)
 
 
 def train_ok(output_dir, *arguments, processes=0):
@@ -91,7 +93,8 @@ def test_micro_batches_hold_every_comparison_once_within_the_budget(layout, budg
     """And are no more than they must be: the next comparison would not have fitted in."""
     rng = np.random.default_rng(0)
     groups = [[[7] * rng.integers(0, 6) + [k] * rng.integers(1, 9) for k in range(rng.integers(2, 5))] for _ in range(30)]
-    batches = train.micro_batches(groups, layout, budget)
+    sizes = [train.size_of(group, layout) for group in groups]
+    batches = train.micro_batches(range(30), sizes, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(30))
     model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
     tokens = [train.collate([groups[i] for i in batch], model, layout, "cpu")[1] for batch in batches]
@@ -107,11 +110,25 @@ def test_micro_batches_hold_every_comparison_once_within_the_budget(layout, budg
 def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
     rng = np.random.default_rng(0)
     groups = [[[1] * 5 + [k] * rng.integers(1, 60) for k in range(2)] for _ in range(64)]
-    shares = [train.share_of(groups, layout, train.Process(rank, 4)) for rank in range(4)]
+    sizes = [train.size_of(group, layout) for group in groups]
+    shares = train.shares_of_ranks(sizes, 4)
     assert sorted(sum(shares, [])) == list(range(64))
-    tokens = [sum(math.prod(train.size_of(groups[i], layout)) for i in share) for share in shares]
+    tokens = [sum(math.prod(sizes[i][:2]) for i in share) for share in shares]
     assert max(tokens) - min(tokens) <= 130  # one comparison's, of some 2,000
-    assert [len(train.share_of(groups[:3], layout, train.Process(rank, 4))) for rank in range(4)] == [1, 1, 1, 0]
+    assert [len(share) for share in train.shares_of_ranks(sizes[:3], 4)] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_with_sharded_weights_every_rank_has_as_many_micro_batches(layout):
+    """One large comparison on a rank alone, many small ones in micro-batches on the other; each is computed once."""
+    groups = [[[1] * 200, [2] * 200]] + [[[1] * 6, [2] * 5]] * 20
+    for stage, empty in ((0, 0), (3, 1)):
+        args = train.argparse.Namespace(layout=layout, zero_stage=stage)
+        parts = [train.divide(groups, 100, args, train.Process(rank, 2)) for rank in range(2)]
+        assert sorted(i for part in parts for chunk in part for i in chunk) == list(range(21))
+        assert (len({len(part) for part in parts}) == 1) == bool(stage)
+        assert any([] in part for part in parts) == bool(stage)
+    assert train.divide(groups[:1], 100, train.argparse.Namespace(layout=layout, zero_stage=0), train.Process(1, 2)) == [[]]
 
 
 def test_collate_puts_chosen_rows_before_rejected_rows():
@@ -135,9 +152,9 @@ def test_calibration_error_by_hand():
     assert math.isnan(train.calibration_error(torch.tensor([math.nan])))
 
 
-def test_weight_decay_is_on_matrices_only(capsys):
+def test_weight_decay_is_on_matrices_only(monkeypatch):
     model = rm.RewardModel(train.GPT(train.GPTConfig("gpt2", n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
-    args = train.argparse.Namespace(weight_decay=0.1, learning_rate=1.0)
+    args = flags(monkeypatch, "--weight_decay", 0.1)
     decayed, kept = train.make_optimizer(model, args, train.Process()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
@@ -148,8 +165,8 @@ def test_weight_decay_is_on_matrices_only(capsys):
 
 def test_evaluation_leaves_the_model_in_training_mode(monkeypatch):
     args = flags(monkeypatch, "--dropout", 0.5)
-    model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4, dropout=0.5)), 0)
-    dataset = data.TokenizedData([[[1, 2], [1, 3]]], [None])
+    model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=300, n_positions=4, dropout=0.5)), 0)
+    dataset = data.tokenize_all([data.Comparison("a", ["b", "c"])], data.train_tokenizer(["a", "ab", "ac"], 300), 4)
     first, second = (train.evaluate(model, dataset, args, train.Process(), step=0) for _ in range(2))
     assert first == second  # no dropout in an evaluation
     assert model.training
@@ -160,9 +177,11 @@ def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_
     paths = [write_rows(tmp_path / "a.jsonl", 40), write_rows(tmp_path / "b.jsonl", 60, seed=1)]
     for path in paths:  # numbered, to be told apart
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        path.write_text("".join(json.dumps({**row, "prompt": f"{path.stem}{i}"}) + "\n" for i, row in enumerate(rows)))
-    args = flags(monkeypatch, "--data_path", *paths, "--data_split", "1,2,1", "--eval_fraction", 0.2, "--seed", 3)
-    training, held_out = ([comparison.prompt for comparison in part] for part in train.load_data(args))
+        path.write_text("".join(json.dumps({**row, "prompt": f"{path.stem}{i} "}) + "\n" for i, row in enumerate(rows)))
+    args = flags(monkeypatch, "--data_path", *paths, "--data_split", "1,2,1", "--eval_fraction", 0.2, "--seed", 3, "--max_seq_len", 512)
+    tokenizer = data.train_tokenizer(["a 0123456789 b"], 400)
+    training, held_out = ([tokenizer.decode(part[i][0]).split()[0] for i in range(len(part))]
+                          for part in train.load_data(args, tokenizer, train.Process()))
     share = set()
     for path, n in zip(paths, (40, 60)):
         order = np.arange(n)
@@ -353,7 +372,7 @@ def test_micro_batches_and_layout_do_not_change_the_curve(files, one_process, tm
 def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files):
     """Pairs and a ranking; in the padded layout in micro-batches that add up."""
     tokenizer = data.train_tokenizer(["a b c d e"], 300)
-    groups = data.tokenize_all(data.load_comparisons(files[0]), tokenizer, 64, "left").groups
+    groups = list(data.tokenize_all(data.load_comparisons(files[0]), tokenizer, 64))
     curves = {}
     for layout in ("packed", "padded"):
         torch.manual_seed(0)
@@ -364,7 +383,7 @@ def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files
         for step in range(20):
             batch = [groups[i] for i in train.batch_indices(len(groups), 8, seed=0, step=step)]
             curves[layout].append(0.0)
-            for chunk in train.micro_batches(batch, layout, 1000):
+            for chunk in train.micro_batches(range(len(batch)), [train.size_of(group, layout) for group in batch], 1000):
                 inputs, _ = train.collate([batch[i] for i in chunk], model, layout, "cpu")
                 loss = model(*inputs)["loss"] * len(chunk) / len(batch)
                 loss.backward()
@@ -442,6 +461,7 @@ def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
 def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_path):
     """vocab.json, merges.txt and a checkpoint by transformers go in. What comes out is loaded as `create_critic_model(rlhf_training
     =True)` does: the backbone from config.json, its embedding resized to 8 * ceil(length of the tokenizer / 8), then the weights."""
+    pytest.importorskip("extras.hf_tokenizer")  # reads vocab.json
     import tokenizers
     import transformers
 
@@ -475,6 +495,7 @@ def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_pat
 
 def test_converted_model_gives_the_same_scores_in_transformers_and_comes_back_bit_for_bit(built_in_run, tmp_path):
     """From a text to its score by AutoTokenizer and AutoModelForSequenceClassification alone, as by rm.py."""
+    pytest.importorskip("extras.hf_tokenizer")  # writes what AutoTokenizer reads
     import transformers
 
     output_dir, *_ = built_in_run
@@ -502,7 +523,9 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
         (tmp_path / "pytorch_model.bin").write_text(f"model {number}")
         (tmp_path / "model.safetensors").write_text("would be taken for the new model")
         (tmp_path / "notes.txt").write_text("not ours")
-        train.open_output(tmp_path, train.Process()).write(f"metrics {number}")
+        model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
+        args = train.argparse.Namespace(output_dir=tmp_path, save_interval=0)
+        train.open_output(model, args, 0, train.Process())[0].write(f"metrics {number}")
     assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
     assert (tmp_path / "earlier-2" / "metrics.jsonl").read_text() == "metrics 1"

@@ -7,10 +7,14 @@
         --master_addr=10.0.0.1 --master_port=29500 train.py [flags]        the first of two nodes
     torchrun --nnodes=2 --node_rank=1 --nproc_per_node=8 \\
         --master_addr=10.0.0.1 --master_port=29500 train.py [flags]        the second one
+    torchrun --standalone --nproc_per_node=8 --max-restarts=3 train.py --zero_stage 3 --dtype bf16 --resume [flags]
+                                                                           sharded weights; goes on after a failure
 
 Processes talk through NCCL on GPUs and gloo on CPUs. N processes compute what one process does with a batch N times as
 large: every comparison of a step weighs the same, whichever rank, micro-batch or ragged last batch it falls into.
-`python train.py --help` lists the flags; --output_dir gets the model, its tokenizer, and metrics.jsonl.
+`python train.py --help` lists the flags; --output_dir gets the model, its tokenizer, metrics.jsonl and checkpoints. On
+SIGTERM or SIGINT the step is finished and a checkpoint saved; the same command with --resume goes on from there, and ends
+with the weights of a run that was never stopped.
 """
 
 import argparse
@@ -20,15 +24,24 @@ import json
 import math
 import operator
 import os
+import shutil
+import signal
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -38,8 +51,11 @@ from rm import RewardModel
 
 BUILT_IN = dict(train_batch_size=32, max_steps=2000, eval_pairs=4000, tokenizer_pairs=2000)
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
-TOKENIZER_TEXTS = 200_000  # a tokenizer is trained on at most so many texts; more changes little and takes its time
+TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on at most so much text; more changes little and takes its time
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said at every checkpoint of a single process
+LONGEST_STREAK = 25  # of steps skipped in fp16: the scaler has then gone from 65536 to 0.002, so it is not the scale
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -91,6 +107,9 @@ def parse_flags():
     flag("--pad_id", type=number(int, 0, 2**24), help="padding's id (default: the tokenizer's own, or a new one)")
     flag("--num_padding_at_beginning", type=number(int, 0),
          help="leading pad ids that belong to a text (default: 1 where bos is the pad, else 0)")
+    flag("--skip_bad_rows", action="store_true", help="leave out and count rows that are no comparison (default: the first one is an error)")
+    flag("--data_output_path", metavar="DIR", default=str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "reward-model"),
+         help="where text is kept as tokens, to be found again by its hash; on a disk of each machine (~/.cache/reward-model)")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", metavar="DIR", help="a pre-trained model (default: from scratch, by the next five)")
@@ -100,6 +119,10 @@ def parse_flags():
     flag("--n_embd", type=size, help="(96)")
     flag("--vocab_size", type=number(int, 300, 2**24), help="at most; a small text supports fewer pieces (8000)")
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="(0)")
+    flag("--lora_dim", type=number(int, 0, 2**16), default=0, help="rank of the LoRA beside linear layers; merged on saving (0: none)")
+    flag("--lora_module_name", metavar="PART", help="of the names of those layers, as in DeepSpeed-Chat (default: all in the blocks)")
+    flag("--only_optimize_lora", action="store_true", help="train LoRA and the value head alone")
+    flag("--lora_learning_rate", type=positive, default=5e-4, help="(5e-4)")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--per_device_train_batch_size", type=count, help=f"comparisons (16; built-in data: {BUILT_IN['train_batch_size']})")
@@ -120,7 +143,22 @@ def parse_flags():
     flag("--eval_interval", type=number(int, 0), default=0, help="optimizer steps between evaluations (0: only before and after)")
     flag("--eval_iters", type=number(int, 0), default=0, help="batches per evaluation and process (0: all)")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=1234, help="(1234)")
+
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--dtype", choices=list(DTYPES), default="fp32", help="of matrix products, by autocast; weights and the loss stay in fp32 (fp32)")
+    flag("--gradient_checkpointing", action="store_true", help="compute the blocks twice instead of keeping what the backward pass needs")
+    flag("--zero_stage", type=int, choices=(0, 2, 3), default=0,
+         help="0: each process has all weights; 2 and 3: FSDP2 shards them, 3 also between forward and backward (0)")
+    flag("--offload", action="store_true", help="with --zero_stage 2 or 3: weights, gradients and optimizer states on the CPU")
+    flag("--process_timeout", type=positive, default=1800.0, help="seconds after which processes give up waiting for each other (1800)")
+    flag("--dry_run", action="store_true", help="only say what memory and time these flags take, on as many processes as there are")
+    flag("--flops", type=positive, help="FLOP/s of a process, for --dry_run (default: measured)")
+
+    flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="out", help="(out)")
+    flag("--save_interval", type=number(int, 0), default=500, help="optimizer steps between checkpoints (500; 0: only when stopped)")
+    flag("--keep_checkpoints", type=count, default=2, help="so many, the newest (2)")
+    flag("--resume", action="store_true", help="go on from the newest whole checkpoint in --output_dir, or start where there is none")
     args = parser.parse_args()
 
     scratch = dict(model_type="llama", n_layer=4, n_head=4, n_embd=96, vocab_size=8000)
@@ -136,6 +174,11 @@ def parse_flags():
     model_dir = args.model_name_or_path and Path(args.model_name_or_path).resolve()
     if not args.output_dir or Path(args.output_dir).resolve() == model_dir:
         parser.error(f"argument --output_dir: found {args.output_dir!r}; expected a directory, and not that of --model_name_or_path")
+    if args.offload and not args.zero_stage:
+        parser.error("argument --offload: found with --zero_stage 0, which has nothing to offload; give --zero_stage 2 or 3")
+    for name in ("lora_module_name", "only_optimize_lora"):
+        if getattr(args, name) and not args.lora_dim:
+            parser.error(f"argument --{name}: found without --lora_dim; give its rank")
     if args.eval_path and not args.data_path:
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
     if args.per_device_train_batch_size is None:
@@ -160,18 +203,32 @@ class Process:
     device: torch.device = torch.device("cpu")
 
     @classmethod
-    def start(cls) -> "Process":
+    def start(cls, args) -> "Process":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else cls.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        if "RANK" not in os.environ:
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        if alone and not args.zero_stage:
             return cls(device=device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=args.process_timeout), **alone)
         return cls(dist.get_rank(), dist.get_world_size(), device)
+
+    def wait(self):
+        """For all ranks to be here."""
+        if self.world_size > 1:
+            dist.barrier()
 
     def print(self, text: str):
         if self.rank == 0:
             tqdm.write(text)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Every number added up over the ranks."""
+        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
 
     def join(self, *values) -> list:
         """Every value added up over the ranks; lists are joined."""
@@ -207,42 +264,49 @@ def batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray
     return epoch_order(n, seed, epoch)[step * global_batch : (step + 1) * global_batch]
 
 
-def size_of(group: list, layout: str) -> tuple[int, int]:
-    """(rows, length) of a comparison as computed on; a batch is the sum of rows times the largest length. Packed: rows of a token."""
-    return (data.packed_size(group), 1) if layout == "packed" else (len(group) * (len(group) - 1), max(map(len, group)))
+def size_of(group: list, layout: str) -> tuple[int, int, int]:
+    """(rows, length, responses) of a comparison. A batch computes on the sum of rows times the largest length; packed: rows of a token."""
+    return (data.packed_size(group), 1, 0) if layout == "packed" else (len(group) * (len(group) - 1), max(map(len, group)), len(group))
 
 
-def share_of(groups: list, layout: str, process: Process) -> list[int]:
-    """Indices of the comparisons that are this rank's: the largest one first, each goes to the rank with the fewest tokens."""
-    if process.world_size == 1:
-        return list(range(len(groups)))
-    tokens, shares = [0] * process.world_size, [[] for _ in range(process.world_size)]
-    sizes = [math.prod(size_of(group, layout)) for group in groups]
-    for i in sorted(range(len(groups)), key=lambda i: -sizes[i]):
+def shares_of_ranks(sizes: list[tuple], world_size: int) -> list[list[int]]:
+    """For every rank the indices of its comparisons: the largest one first, each goes to the rank with the fewest tokens."""
+    tokens, shares = [0] * world_size, [[] for _ in range(world_size)]
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i][0] * sizes[i][1]):
         rank = tokens.index(min(tokens))
         shares[rank].append(i)
-        tokens[rank] += sizes[i]
-    return sorted(shares[process.rank])
+        tokens[rank] += sizes[i][0] * sizes[i][1]
+    return [sorted(share) for share in shares]
 
 
-def micro_batches(groups: list, layout: str, budget: int) -> list[list[int]]:
+def micro_batches(share: list[int], sizes: list[tuple], budget: int) -> list[list[int]]:
     """Cut comparisons into micro-batches of at most `budget` tokens as computed on; a larger comparison is one by itself.
 
-    Returns indices into `groups`. Padded micro-batches have similar lengths and equally many responses each: then the mean
-    over their pairs is the mean over their comparisons of the mean over their pairs, and they add up by their number.
+    Padded micro-batches have similar lengths and equally many responses each: then the mean over their pairs is the mean
+    over their comparisons of the mean over their pairs, and they add up by their number.
     """
-    order = list(range(len(groups)))
-    if layout == "padded":
-        order.sort(key=lambda i: (len(groups[i]), max(map(len, groups[i]))))
     result, rows, longest = [], 0, 0
-    for i in order:
-        more, length = size_of(groups[i], layout)
+    for i in sorted(share, key=lambda i: (sizes[i][2], sizes[i][1])):  # packed: all the same, the order stays
+        more, length, responses = sizes[i]
         rows, longest = rows + more, max(longest, length)
-        if not result or rows * longest > budget or layout == "padded" and len(groups[result[-1][0]]) != len(groups[i]):
+        if not result or rows * longest > budget or sizes[result[-1][0]][2] != responses:
             result.append([])
             rows, longest = more, length
         result[-1].append(i)
     return result
+
+
+def divide(groups: list, budget: int, args, process: Process) -> list[list[int]]:
+    """Which of these comparisons, all ranks', this rank computes on, in micro-batches.
+
+    At least one, and with sharded weights as many on every rank, because there the ranks wait for each other in each: some
+    may be empty.
+    """
+    sizes = [size_of(group, args.layout) for group in groups]
+    shares = shares_of_ranks(sizes, process.world_size)
+    mine = micro_batches(shares[process.rank], sizes, budget)
+    most = max(len(micro_batches(share, sizes, budget)) for share in shares) if args.zero_stage else 1
+    return mine + [[]] * (most - len(mine))
 
 
 def collate(groups: list, model: RewardModel, layout: str, device) -> tuple:
@@ -270,25 +334,32 @@ def calibration_error(margin: torch.Tensor) -> float:
     return float(gaps.abs().sum()) / len(margin)
 
 
+def half_precision(args, process: Process):
+    return torch.autocast(process.device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+
+
 @torch.no_grad()
 def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Process, step: int) -> dict:
     """The metrics of an eval set, each comparison counted once. Every rank computes its part and gets the whole."""
-    n = len(dataset.groups)
+    n = len(dataset)
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
-    share = share_of(dataset.groups[:n], args.layout, process)
-    groups, rewards = ([column[i] for i in share] for column in (dataset.groups, dataset.rewards))
+    at_once, budget = 64 * args.per_device_eval_batch_size * process.world_size, 2 * args.per_device_eval_batch_size * args.max_seq_len
     loss, chosen, rejected, true_margin = 0.0, [], [], []
     model.eval()
-    batches = micro_batches(groups, args.layout, 2 * args.per_device_eval_batch_size * args.max_seq_len)
-    for batch in tqdm(batches, desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
-        inputs, _ = collate([groups[i] for i in batch], model, args.layout, process.device)
-        out = model(*inputs)
-        loss += out["loss"].item() * len(batch)
-        chosen += out["chosen_mean_scores"].tolist()
-        rejected += out["rejected_mean_scores"].tolist()
-        for i in batch:
-            true_margin += [a - b for a, b in itertools.combinations(rewards[i] or (), 2)]
+    for start in tqdm(range(0, n, at_once), desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
+        groups = [dataset[i] for i in range(start, min(start + at_once, n))]
+        for chunk in divide(groups, budget, args, process):
+            inputs, _ = collate([groups[i] for i in chunk] or groups[:1], model, args.layout, process.device)
+            with half_precision(args, process):
+                out = model(*inputs)
+            if chunk:
+                loss += out["loss"].item() * len(chunk)
+                chosen += out["chosen_mean_scores"].tolist()
+                rejected += out["rejected_mean_scores"].tolist()
+            for i in chunk:
+                rewards = dataset.rewards and dataset.rewards[start + i]
+                true_margin += [a - b for a, b in itertools.combinations(rewards or (), 2)]
     model.train()
     loss, chosen, rejected, true_margin = process.join(loss, chosen, rejected, true_margin)
     chosen, rejected = torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
@@ -312,32 +383,40 @@ def built_in_data(args):
     return data.known_rewards(EVAL_SEED + 1 + args.seed)
 
 
-def load_file(path) -> list[data.Comparison]:
-    comparisons = list(data.load_comparisons(path))
-    if all(len(set(comparison.responses)) == 1 for comparison in comparisons):
-        raise ValueError(f"{path}: in all {len(comparisons)} rows the responses are identical; a comparison needs some that differ")
-    return comparisons
+def tokenized_files(paths, args, tokenizer, process: Process) -> list[data.TokenizedFile]:
+    try:
+        files = [data.tokenize_file(path, tokenizer, args.max_seq_len, args.truncation_side, args.data_output_path, args.skip_bad_rows)
+                 for path in paths]
+    except OSError as error:
+        raise ValueError(f"--data_output_path {args.data_output_path}: {error}; give a directory on a disk with room for the tokens") from None
+    for file in files:
+        if file.bad_rows:
+            process.print(f"{file.path}: {len(file.bad_rows)} rows left out, as they are no comparison; the first: {file.bad_rows[0]}")
+    return files
 
 
-def load_data(args) -> tuple[list | None, list]:
-    """Training and eval comparisons. Training is None for the built-in data, whose comparisons are drawn as they are needed."""
+def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | None, data.TokenizedData]:
+    """Training and eval data. Training is None for the built-in data, whose comparisons are drawn as they are needed."""
     if not args.data_path:
-        return None, list(itertools.islice(data.known_rewards(EVAL_SEED), BUILT_IN["eval_pairs"]))
-    train = []
-    for path in args.data_path:
-        comparisons = load_file(path)
-        share = data.split_indices(len(comparisons), args.data_split, stage=1, seed=args.seed)
+        comparisons = itertools.islice(data.known_rewards(EVAL_SEED), BUILT_IN["eval_pairs"])
+        return None, data.tokenize_all(comparisons, tokenizer, args.max_seq_len, args.truncation_side)
+    files, selected = tokenized_files(args.data_path, args, tokenizer, process), []
+    for i, file in enumerate(files):
+        share = data.split_indices(len(file), args.data_split, stage=1, seed=args.seed)
         if len(share) == 0:
-            raise ValueError(f"--data_split: the second share of the {len(comparisons)} rows of {path} is no row; give a larger one")
-        train += [comparisons[i] for i in share]
+            raise ValueError(f"--data_split: the second share of the {len(file)} rows of {file.path} is no row; give a larger one")
+        selected.append(np.stack((np.full(len(share), i), share), axis=1))
+    selected = np.concatenate(selected)
     if args.eval_path:
-        return train, [comparison for path in args.eval_path for comparison in load_file(path)]
-    np.random.RandomState(args.seed).shuffle(train)
-    held_out = max(1, round(args.eval_fraction * len(train)))
-    if held_out >= len(train):
-        raise ValueError(f"--data_path: {len(train)} comparisons (after --data_split); too few to hold some out for evaluation; "
+        held_out = tokenized_files(args.eval_path, args, tokenizer, process)
+        rows = [(i, row) for i, file in enumerate(held_out) for row in range(len(file))]
+        return data.TokenizedData(files, selected), data.TokenizedData(held_out, np.array(rows))
+    np.random.RandomState(args.seed).shuffle(selected)
+    held_out = max(1, round(args.eval_fraction * len(selected)))
+    if held_out >= len(selected):
+        raise ValueError(f"--data_path: {len(selected)} comparisons (after --data_split); too few to hold some out for evaluation; "
                          "give more, or an --eval_path")
-    return train[:-held_out], train[-held_out:]
+    return data.TokenizedData(files, selected[:-held_out]), data.TokenizedData(files, selected[-held_out:])
 
 
 def load_model(args, tokenizer) -> RewardModel:
@@ -366,35 +445,38 @@ def leading_pads(args, tokenizer) -> int:
     return int(tokenizer.bos_id == tokenizer.pad_id) if given is None else given
 
 
-def new_tokenizer(args, comparisons, process: Process) -> data.Tokenizer:
-    """A tokenizer trained on the training text by rank 0, and handed to the others."""
-    model_proto = [None]
-    if process.rank == 0:
-        process.print("training a tokenizer")
-        texts = (comparison.prompt + response for comparison in comparisons for response in comparison.responses)
+def new_tokenizer(args) -> data.Tokenizer:
+    """A tokenizer trained on the text of --data_path, once for the same files, or on built-in data. Every process gets the same."""
+
+    def train(texts) -> bytes:
         try:
-            model_proto = [data.train_tokenizer(itertools.islice(texts, TOKENIZER_TEXTS), args.vocab_size).model_proto]
+            return data.train_tokenizer(texts, args.vocab_size).model_proto
         except ValueError as error:
             raise ValueError(f"--vocab_size: {error}") from None
-    if process.world_size > 1:
-        dist.broadcast_object_list(model_proto)
-    return data.Tokenizer(model_proto[0], args.pad_id)
 
+    def build(directory: Path):
+        tqdm.write("training a tokenizer")
+        sample = []
+        for path in args.data_path:
+            room = TOKENIZER_CHARACTERS // len(args.data_path)
+            for comparison in data.load_comparisons(path, bad_rows=[] if args.skip_bad_rows else None):  # all rows: the data comes first
+                texts = [comparison.prompt + response for response in comparison.responses if room > 0]
+                sample, room = sample + texts, room - sum(map(len, texts))
+        (directory / "tokenizer.model").write_bytes(train(sample))
 
-def tokenize_split(name: str, comparisons, args, tokenizer, process: Process) -> data.TokenizedData:
-    bar = tqdm(comparisons, desc=f"tokenize {name}", leave=False, disable=process.rank != 0)
-    tokenized = data.tokenize_all(bar, tokenizer, args.max_seq_len, args.truncation_side)
-    process.print(f"{name}: {len(tokenized.groups)} comparisons; {tokenized.dropped} dropped, because their sequences are identical")
-    if not tokenized.groups:
-        raise ValueError(f"{name} data: all {tokenized.dropped} comparisons have identical sequences at --max_seq_len "
-                         f"{args.max_seq_len}; a comparison needs responses that differ")
-    return tokenized
+    if not args.data_path:
+        comparisons = itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])
+        model_proto = train(comparison.prompt + response for comparison in comparisons for response in comparison.responses)
+    else:
+        key = data.hash_of("tokenizer 1", [data.file_hash(path) for path in args.data_path], args.vocab_size, args.skip_bad_rows)
+        model_proto = (data.cached(Path(args.data_output_path) / key, build) / "tokenizer.model").read_bytes()
+    return data.Tokenizer(model_proto, args.pad_id)
 
 
 def prepare(args, process: Process):
-    """The model, its tokenizer, and tokenized training (None: built-in) and eval data.
+    """The model, on the CPU; its tokenizer; tokenized training (None: built-in) and eval data.
 
-    The order is that of the cost of a mistake: the model directory, the data, and only then a tokenizer is trained.
+    The order is that of the cost of a mistake: the model directory, the data, and only then is a tokenizer trained.
     """
     torch.manual_seed(args.seed)  # for fresh weights, the same ones on every rank
     tokenizer, model, pretrained = None, None, args.model_name_or_path
@@ -407,59 +489,239 @@ def prepare(args, process: Process):
             raise ValueError(f"{error}; --tokenizer_path says where one is") from None
     if pretrained:
         model = load_model(args, tokenizer)
-    train, evaluation = load_data(args)
+    for path in [*(args.data_path or ()), *(args.eval_path or ())]:
+        data.file_hash(path)
     if tokenizer is None:
-        sample = train or itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])
-        tokenizer = new_tokenizer(args, sample, process)
+        tokenizer = new_tokenizer(args)
+    train, evaluation = load_data(args, tokenizer, process)
+    for name, dataset in (("train", train), ("eval", evaluation)):
+        if dataset is not None:
+            process.print(f"{name}: {len(dataset)} comparisons; {dataset.dropped} dropped, because their sequences are identical")
+            if not len(dataset):
+                raise ValueError(f"{name} data: all {dataset.dropped} comparisons have identical sequences at --max_seq_len "
+                                 f"{args.max_seq_len}; a comparison needs responses that differ")
     if model is None:
         model = new_model(args, tokenizer)
     model.backbone.config.dropout = args.dropout
-    train = train and tokenize_split("train", train, args, tokenizer, process)
-    return model.to(process.device), tokenizer, train, tokenize_split("eval", evaluation, args, tokenizer, process)
+    model.backbone.gradient_checkpointing = args.gradient_checkpointing
+    if args.lora_dim:
+        from extras import lora
+
+        count = lora.add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
+        process.print(f"LoRA of rank {args.lora_dim} beside {count} linear layers")
+    return model, tokenizer, train, evaluation
 
 
-def open_output(output_dir: str, process: Process):
-    """Make the output directory and open its metrics.jsonl, on rank 0. What an earlier run left there is kept, in earlier-N."""
-    if process.rank != 0:
-        return None
-    path = Path(output_dir)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        tokenizer_files = (*data.TOKENIZER_FILES, "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-        files = ("metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES), *tokenizer_files)
-        if earlier := [path / name for name in files if (path / name).exists()]:
-            number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
-            (path / f"earlier-{number}").mkdir()
-            for file in earlier:
-                file.rename(path / f"earlier-{number}" / file.name)
-            process.print(f"{path} held the files of an earlier run; they are in {path}/earlier-{number} now")
-        return open(path / "metrics.jsonl", "w")
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: cannot be written to ({error.strerror}); give another directory") from None
+def distribute(model: RewardModel, args, process: Process):
+    """The model on this process's device, and what is to be called in its place, so that gradients are averaged over ranks."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()  # gpt2's checkpoints have them transposed
+    if not args.zero_stage:
+        model.to(process.device)
+        return DistributedDataParallel(model, gradient_as_bucket_view=True) if process.world_size > 1 else model
+    options = dict(mesh=init_device_mesh(process.device.type, (process.world_size,)), reshard_after_forward=args.zero_stage == 3)
+    if args.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=process.device.type == "cuda")
+    for module in (*model.backbone.blocks, model):  # the root takes what the blocks leave: embeddings, norm and head
+        fully_shard(module, **options)
+    return model
+
+
+def open_output(model: RewardModel, args, step: int, process: Process):
+    """Make the output directory and open its metrics.jsonl, on rank 0, to go on after `step`: what was written since then is
+    taken out. At step 0 the files of an earlier run are moved to earlier-N. Returns the file, and the evaluations in it."""
+    path, lines, evaluations = Path(args.output_dir), [], [{}]
+    metrics = path / "metrics.jsonl"
+    if process.rank == 0:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if step and metrics.exists():
+                for line in metrics.read_text().splitlines(keepends=True):
+                    event = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # one that the end of the run cut
+                    if event["step"] <= step:
+                        lines.append(line)
+                        evaluations[0] |= {event["step"]: event} if event["event"] == "eval" else {}
+            elif not step:
+                move_earlier_run(path, process)
+            check_room(path, model, args)
+            (path / "metrics.jsonl.part").write_text("".join(lines))
+            (path / "metrics.jsonl.part").rename(metrics)
+            metrics_file = open(metrics, "a")
+        except OSError as error:
+            raise ValueError(f"--output_dir {path}: cannot be written to ({error.strerror}); give another directory") from None
+    if process.world_size > 1:
+        dist.broadcast_object_list(evaluations)
+    return metrics_file if process.rank == 0 else None, evaluations[0]
+
+
+def move_earlier_run(path: Path, process: Process):
+    files = ("metrics.jsonl", "checkpoints", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
+             *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
+    if earlier := [path / name for name in files if (path / name).exists()]:
+        number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
+        (path / f"earlier-{number}").mkdir()
+        for file in earlier:
+            file.rename(path / f"earlier-{number}" / file.name)
+        process.print(f"{path} held the files of an earlier run; they are in {path}/earlier-{number} now")
+
+
+def check_room(path: Path, model: RewardModel, args):
+    """Raise ValueError where the disk has no room for what the run will write: the model, and checkpoints, one of them half-written."""
+    size = sum(4 * parameter.numel() for parameter in model.parameters())  # bytes; a checkpoint also has the two moments of AdamW
+    checkpoints = args.keep_checkpoints + 1 if args.save_interval else 1
+    needed, free = size * (1 + 3 * checkpoints), shutil.disk_usage(path).free
+    if free < needed:
+        raise ValueError(f"--output_dir {path}: {free / 1e9:.1f} GB are free there; the model and {checkpoints} checkpoints of it "
+                         f"(--keep_checkpoints, and the one being written) take {needed / 1e9:.1f} GB; give another directory")
 
 
 def make_optimizer(model: RewardModel, args, process: Process) -> torch.optim.AdamW:
     """AdamW (Loshchilov & Hutter 2019) as in DeepSpeed-Chat, but for one rule of what decays: matrices do, vectors don't."""
-    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-    for name, group in ((f"weight decay {args.weight_decay:g}", matrices), ("no weight decay", vectors)):
-        process.print(f"{name}: {len(group)} tensors, {sum(parameter.numel() for parameter in group):,} parameters")
-    groups = [{"params": matrices, "weight_decay": args.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95), fused=True)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    lora = [name for name in trained if "lora_" in name]
+    matrices = [name for name, parameter in trained.items() if parameter.dim() >= 2 and name not in lora]
+    vectors = [name for name, parameter in trained.items() if parameter.dim() < 2]
+    groups = []
+    for what, names, lr, decay in (("matrices", matrices, args.learning_rate, args.weight_decay), ("vectors", vectors, args.learning_rate, 0.0),
+                                   ("LoRA", lora, args.lora_learning_rate, args.weight_decay)):
+        if names:
+            groups.append({"params": [trained[name] for name in names], "lr": lr, "weight_decay": decay})
+            count = sum(parameter.numel() for parameter in groups[-1]["params"])
+            process.print(f"{what}: {len(names)} tensors, {count:,} parameters, learning rate {lr:g}, weight decay {decay:g}")
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def global_batches(train: data.TokenizedData | None, args, tokenizer, global_batch: int):
-    """The comparisons of every optimizer step, all ranks' together, without end. Every rank yields the same."""
+def global_batches(train: data.TokenizedData | None, args, tokenizer, global_batch: int, done: int):
+    """Of every optimizer step after the first `done`: its comparisons, all ranks' together, and a function that says where
+    the i-th is from. Without end, and the same on every rank."""
     if train:
-        for step in itertools.count():
-            yield [train.groups[i] for i in batch_indices(len(train.groups), global_batch, args.seed, step)]
+        for step in itertools.count(done):
+            indices = batch_indices(len(train), global_batch, args.seed, step)
+            yield [train[i] for i in indices], lambda i, indices=indices: train.where(indices[i])
     stream, fresh = built_in_data(args), []
-    while True:
+    for step in itertools.count():
         while len(fresh) < global_batch:
             drawn = itertools.islice(stream, global_batch)
-            fresh += data.tokenize_all(drawn, tokenizer, args.max_seq_len, args.truncation_side).groups
-        yield fresh[:global_batch]
+            tokenized = data.tokenize_all(drawn, tokenizer, args.max_seq_len, args.truncation_side)
+            fresh += [tokenized[i] for i in range(len(tokenized))]
+        if step >= done:
+            yield fresh[:global_batch], lambda i, first=step * global_batch: f"built-in comparison {first + i}"
         fresh = fresh[global_batch:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: output_dir/checkpoints/step-N, each whole or not there
+
+
+def training_state(model: RewardModel, optimizer, process: Process) -> dict:
+    """What a checkpoint holds in tensors: this rank's shards, or where every rank has everything, all of it."""
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    random = {"cpu": torch.get_rng_state()}
+    if process.device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state()
+    return {"model": model_state, "optimizer": optimizer_state, "random": {f"rank {process.rank}": random}}
+
+
+def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: int, process: Process):
+    """Write directory/step-N under another name, and give it its own when all of it is on the disk. Keeps the newest `keep`.
+
+    facts: what a run that goes on from here must know or agree with, in JSON. Raises OSError or CheckpointException.
+    """
+    whole, part = directory / f"step-{step}", directory / f".step-{step}.part"
+    if process.rank == 0:
+        for left_over in directory.glob(".step-*"):  # of a run that was killed while it saved
+            shutil.rmtree(left_over)
+        part.mkdir(parents=True)
+    process.wait()
+    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())  # every rank its shards, synced to the disk
+    process.wait()
+    if process.rank == 0:
+        with open(part / "facts.json", "w") as file:
+            json.dump(facts | {"sha256": {path.name: data.file_hash(path) for path in sorted(part.iterdir()) if path.name != "facts.json"}}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        sync(part)
+        if whole.exists():  # a damaged one
+            whole.rename(directory / f".step-{step}.old")
+        part.rename(whole)
+        sync(directory)
+        for old in checkpoint_steps(directory)[keep:]:
+            (directory / f"step-{old}").rename(directory / f".step-{old}.old")
+        for old in directory.glob(".step-*.old"):
+            shutil.rmtree(old)
+    process.wait()
+
+
+def sync(directory: Path):
+    """Have the disk know of the files that are in a directory, and of their names."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Those that have a checkpoint, the newest first."""
+    return sorted((int(path.name[5:]) for path in directory.glob("step-*") if path.name[5:].isdecimal()), reverse=True)
+
+
+def newest_checkpoint(directory: Path, process: Process) -> tuple[int, dict]:
+    """The step and the facts of the newest checkpoint that is whole, (0, {}) where there is none. Says which it skips, and why."""
+    found = [0, {}]
+    for step in checkpoint_steps(directory) if process.rank == 0 else ():
+        path = directory / f"step-{step}"
+        try:
+            facts = json.loads((path / "facts.json").read_text())
+            for name, expected in facts["sha256"].items():
+                if data.file_hash(path / name) != expected:
+                    raise ValueError(f"{name} is not what was written (sha256)")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            process.print(f"{path}: skipped, as it is damaged: {error}")
+            continue
+        found = [step, facts]
+        break
+    if process.world_size > 1:
+        dist.broadcast_object_list(found)
+    return tuple(found)
+
+
+def load_checkpoint(path: Path, facts: dict, model: RewardModel, optimizer, args, process: Process):
+    """Model, optimizer and random states as they were. With another number of processes random states begin anew."""
+    state = training_state(model, optimizer, process)
+    if facts["world_size"] != process.world_size:
+        del state["random"]
+    dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    if "random" not in state:
+        torch.manual_seed(args.seed + process.rank + facts["step"] * process.world_size)
+        return
+    random = state["random"][f"rank {process.rank}"]
+    torch.set_rng_state(random["cpu"])
+    if "cuda" in random:
+        torch.cuda.set_rng_state(random["cuda"])
+
+
+def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch: int, total_steps: int) -> dict:
+    """What the weights of a run follow from, by the flags that decide it. How ranks, rows and accumulation make up a batch doesn't count."""
+    names = ("seed", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "num_warmup_steps", "truncation_side", "max_seq_len",
+             "dropout", "dtype", "lora_dim", "lora_module_name", "only_optimize_lora", "lora_learning_rate")
+    facts = {f"--{name}": getattr(args, name) for name in names}
+    facts["the batch of all processes (--per_device_train_batch_size, --gradient_accumulation_steps)"] = global_batch
+    facts["the model's config (--model_name_or_path, --n_layer and so on)"] = {
+        name: value for name, value in asdict(model.backbone.config).items() if name != "dropout"}
+    facts["the pad id (--pad_id, --num_padding_at_beginning)"] = [model.pad_id, model.num_padding_at_beginning]
+    facts["the tokenizer (--tokenizer_path)"] = tokenizer.fingerprint()
+    facts["the training data (--data_path, --data_split, --eval_path, --eval_fraction)"] = train.fingerprint() if train else "built-in"
+    if not args.lr_scheduler_type.startswith("constant"):
+        facts["the number of steps (--max_steps, --num_train_epochs)"] = total_steps
+    return facts
+
+
+def check_same_run(path: Path, ours: dict, theirs: dict):
+    """Raise ValueError that names the first flag in which this run differs from that of a checkpoint."""
+    for name in ours.keys() & theirs.keys():
+        if ours[name] != theirs[name]:
+            raise ValueError(f"--resume: {path} was written with another value of {name}: {theirs[name]!r}, and now it is {ours[name]!r}; "
+                             "give the same flags, or another --output_dir to start anew")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -467,86 +729,209 @@ def global_batches(train: data.TokenizedData | None, args, tokenizer, global_bat
 
 
 def main():
-    args = parse_flags()
-    process = Process.start()
+    args, process = parse_flags(), None
     try:
-        model, tokenizer, train, evaluation = prepare(args, process)
-        metrics_file = open_output(args.output_dir, process)
+        if args.dry_run:
+            from extras import dry_run
+
+            print(dry_run.report(args, int(os.environ.get("WORLD_SIZE", 1))))
+            return
+        process = Process.start(args)
+        run(args, process)
     except (ValueError, OSError) as error:
         sys.exit(f"train.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("train.py: interrupted before the first step; nothing was trained")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
+                 "--gradient_checkpointing, or a --zero_stage")
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and not any(sign in str(error) for sign in ("gloo", "Connection", "Timed out", "timeout")):
+            raise
+        print(f"train.py: error: rank {process.rank} waited in vain for another process, which ended or did not answer within --process_timeout "
+              f"{args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from the last checkpoint, "
+              "with torchrun's --max-restarts by itself", file=sys.stderr, flush=True)
+        os._exit(1)  # an orderly end would wait for that process
+
+
+def run(args, process: Process):
+    model, tokenizer, train, evaluation = prepare(args, process)
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * process.world_size
+    total_steps = args.max_steps or BUILT_IN["max_steps"]
+    if train and not args.max_steps:
+        total_steps = args.num_train_epochs * math.ceil(len(train) / global_batch)
+    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; "
+                  f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
+    checkpoints = Path(args.output_dir) / "checkpoints"
+    done, facts = newest_checkpoint(checkpoints, process) if args.resume else (0, {})
+    same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
+    if done:
+        check_same_run(checkpoints / f"step-{done}", same_run, facts["same_run"])
+    metrics_file, evaluations = open_output(model, args, done, process)
+    # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
+    # method of it, or `model` itself, would train each rank on its own, without a word.
+    trained = distribute(model, args, process)
+    optimizer = make_optimizer(model, args, process)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(process.device.type, enabled=args.dtype == "fp16")
+    skipped, streak = 0, 0  # steps that fp16's scaler left out; of these, those up to now without one between them
+    torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
+    if done:
+        load_checkpoint(checkpoints / f"step-{done}", facts, model, optimizer, args, process)
+        scaler.load_state_dict(facts["scaler"])
+        skipped, streak = facts["skipped"]
+        process.print(f"going on after step {done}, from {checkpoints}/step-{done}")
 
     def log(**event):
         if process.rank == 0:
             metrics_file.write(json.dumps(event) + "\n")
             metrics_file.flush()
 
+    def evaluation_is_due(step):
+        return step in (0, total_steps) or args.eval_interval and step % args.eval_interval == 0
+
     def run_evaluation(step):
         metrics = evaluate(model, evaluation, args, process, step)
         log(event="eval", step=step, **metrics)
         process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        return metrics
+        evaluations[step] = metrics
 
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * process.world_size
-    total_steps = args.max_steps or BUILT_IN["max_steps"]
-    if train and not args.max_steps:
-        total_steps = args.num_train_epochs * math.ceil(len(train.groups) / global_batch)
-    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; "
-                  f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
-    # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
-    # method of it, or `model` itself, would train each rank on its own, without a word.
-    trained = DistributedDataParallel(model) if process.world_size > 1 else model
-    optimizer = make_optimizer(model, args, process)
-    torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
-    before = after = run_evaluation(0)
-    batches = global_batches(train, args, tokenizer, global_batch)
-    bar = tqdm(itertools.islice(batches, total_steps), total=total_steps, unit=" steps", disable=process.rank != 0)
-    step_ended = time.perf_counter()
-    for step, batch in enumerate(bar, start=1):
-        lr = learning_rate(args.lr_scheduler_type, args.learning_rate, step - 1, args.num_warmup_steps, total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        # This rank's comparisons. In a last batch of fewer comparisons than ranks some have none: they take part in the
-        # averaging of gradients with a comparison that weighs nothing.
-        share = [batch[i] for i in share_of(batch, args.layout, process)]
-        weight = 1 / len(batch) if share else 0.0
-        share = share or batch[:1]
-        chunks = micro_batches(share, args.layout, args.micro_batch_tokens)
-        total_loss, pairs, tokens = torch.zeros((), dtype=torch.float64, device=process.device), 0, 0
-        for i, chunk in enumerate(chunks):
-            inputs, computed = collate([share[j] for j in chunk], model, args.layout, process.device)
-            last = i == len(chunks) - 1
-            with nullcontext() if last or process.world_size == 1 else trained.no_sync():
-                out = trained(*inputs)
-                loss = out["loss"] * (len(chunk) * weight)  # summed over micro-batches and ranks: the mean over the batch
-                (loss * process.world_size).backward()  # DistributedDataParallel takes the mean over ranks, we want the sum
-            total_loss += loss.detach()
-            pairs += len(out["chosen_mean_scores"]) if weight else 0
-            tokens += computed
-        grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        if not torch.isfinite(grad_norm):  # the same on every rank, so all of them leave
-            sys.exit(f"train.py: error: at step {step} the gradient norm is {grad_norm:g}; training cannot go on from there. "
-                     f"A smaller --learning_rate than {args.learning_rate:g}, or more --num_warmup_steps, may help")
-        optimizer.step()
-        optimizer.zero_grad()
-        sums = torch.stack((total_loss, total_loss.new_tensor(pairs), total_loss.new_tensor(tokens)))
-        if process.world_size > 1:
-            dist.all_reduce(sums)
-        (loss, pairs, tokens), now = sums.tolist(), time.perf_counter()
-        log(event="step", step=step, loss=loss, lr=lr, grad_norm=grad_norm.item(), pairs=int(pairs), tokens=int(tokens),
-            seconds=now - step_ended)
-        step_ended = now
-        bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
-        if step == total_steps or args.eval_interval and step % args.eval_interval == 0:
-            after = run_evaluation(step)
-    if process.rank == 0:
-        model.save_pretrained(args.output_dir, tokenizer=tokenizer)
-        best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
-        print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
-              f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl\n"
-              f"score with it: python rm.py {args.output_dir} FILE.jsonl")
-    if process.world_size > 1:
-        dist.barrier()  # nobody leaves before the model is saved
+    def save(step):
+        facts = {"step": step, "world_size": process.world_size, "scaler": scaler.state_dict(), "skipped": [skipped, streak], "same_run": same_run}
+        with said_if_unwritable(checkpoints):
+            save_checkpoint(checkpoints, step, training_state(model, optimizer, process), facts, args.keep_checkpoints, process)
+
+    stopped_by = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopped_by.append(number))
+    if evaluation_is_due(done) and done not in evaluations:
+        run_evaluation(done)
+    batches = itertools.islice(global_batches(train, args, tokenizer, global_batch, done), total_steps - done)
+    step_ended, stopping = time.perf_counter(), False
+    with tqdm(total=total_steps, initial=done, unit=" steps", disable=process.rank != 0) as bar:
+        for step, (batch, where) in enumerate(batches, start=done + 1):
+            lr = functools.partial(learning_rate, args.lr_scheduler_type, step=step - 1, warmup=args.num_warmup_steps, total=total_steps)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = lr(peak=peak)
+            chunks, outs, tokens = divide(batch, args.micro_batch_tokens, args, process), [], 0
+            for i, chunk in enumerate(chunks):
+                # An empty one takes part in the averaging of gradients with a comparison that weighs nothing.
+                inputs, computed = collate([batch[j] for j in chunk] or batch[:1], model, args.layout, process.device)
+                with nullcontext() if i == len(chunks) - 1 or trained is model else trained.no_sync():
+                    with half_precision(args, process):
+                        out = trained(*inputs)
+                    loss = out["loss"] * (len(chunk) / len(batch))  # summed over micro-batches and ranks: the mean over the batch
+                    scaler.scale(loss * process.world_size).backward()  # DistributedDataParallel and FSDP take the mean over ranks
+                outs.append((loss.detach(), out["chosen_mean_scores"].detach(), out["rejected_mean_scores"].detach()))
+                tokens += computed
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
+            pairs = sum(len(scores) for chunk, (_, scores, _) in zip(chunks, outs) if chunk)
+            sums = [torch.stack([loss for loss, _, _ in outs]).double().sum().item(), pairs, tokens, len(stopped_by)]
+            loss, pairs, tokens, stopping = process.sum(sums)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
+                skipped, streak = skipped + 1, streak + 1
+                if not scaler.is_enabled() or streak == LONGEST_STREAK:
+                    stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkpoints, args, process)
+            else:
+                streak = 0
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            now = time.perf_counter()
+            log(event="step", step=step, loss=finite(loss), lr=lr(peak=args.learning_rate), grad_norm=finite(grad_norm), pairs=int(pairs),
+                tokens=int(tokens), seconds=now - step_ended)
+            step_ended = now
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            if evaluation_is_due(step) and (not stopping or step == total_steps):
+                run_evaluation(step)
+            if stopping or args.save_interval and (step % args.save_interval == 0 or step == total_steps):
+                save(step)
+            if stopping:
+                break
+    if stopping and step < total_steps:
+        process.print(f"stopped after step {step} of {total_steps}, as asked to; the same command with --resume goes on from "
+                      f"{checkpoints}/step-{step}")
+    else:
+        finish(model, tokenizer, evaluations, skipped, args, process)
+    process.wait()  # nobody leaves before the model is saved
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+@contextmanager
+def said_if_unwritable(checkpoints: Path):
+    """An error of writing becomes a ValueError that says what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):  # of several ranks
+            error, _ = next(iter(error.failures.values()))
+        if isinstance(error, dist.DistError):
+            raise
+        last = checkpoint_steps(checkpoints)
+        left = f"the last whole checkpoint is {checkpoints}/step-{last[0]}" if last else "there is no earlier checkpoint"
+        raise ValueError(f"--output_dir {checkpoints.parent}: cannot be written to ({str(error).splitlines()[0]}); {left}. Make room, and "
+                         "the same command with --resume goes on from there") from None
+
+
+def stop_at_non_finite(step, loss, grad_norm, batch, chunks, outs, where, checkpoints: Path, args, process: Process):
+    """End the run with a line that names the step, and of each rank the rows whose scores or loss are not finite."""
+    rows = []
+    for chunk, (chunk_loss, chosen, rejected) in zip(chunks, outs):
+        of_pair = [i for i in chunk for _ in itertools.combinations(batch[i], 2)]
+        found = {i for i, score in zip(of_pair, (chosen + rejected).tolist()) if not math.isfinite(score)}
+        rows += found or ([] if math.isfinite(chunk_loss) else chunk)
+    said = ", ".join(where(i) for i in sorted(rows)[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    (ranks,) = process.join([f"rank {process.rank}: {said}"] if rows else [])
+    first = f"{where(0)} and {len(batch) - 1} more" if len(batch) > 1 else where(0)
+    what = f"the loss is {loss:g} ({'; '.join(ranks)})" if ranks else f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {first})"
+    last = checkpoint_steps(checkpoints)
+    raise ValueError(f"at step {step} {what}; training cannot go on from there, and the optimizer did not step. "
+                     f"{f'The last checkpoint is {checkpoints}/step-{last[0]}. ' if last else ''}A smaller --learning_rate than "
+                     f"{args.learning_rate:g}, or more --num_warmup_steps, may help")
+
+
+def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
+    """On rank 0 the model with all its weights, and LoRA merged into them."""
+    if not args.zero_stage and not args.lora_dim:
+        return model
+    state = model.state_dict()
+    if args.zero_stage:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if process.rank != 0:
+        return model
+    if args.lora_dim:
+        from extras import lora
+
+        state = lora.merge(state)
+    with torch.device("meta"):
+        plain = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
+    plain.load_state_dict(state, assign=True)
+    return plain
+
+
+def finish(model: RewardModel, tokenizer, evaluations: dict, skipped: int, args, process: Process):
+    """Save the model, and say how it went."""
+    model = plain_model(model, args, process)
+    if process.rank != 0:
+        return
+    with said_if_unwritable(Path(args.output_dir) / "checkpoints"):
+        model.save_pretrained(args.output_dir, tokenizer=tokenizer)
+    before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
+    best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
+    if skipped:
+        print(f"{skipped} steps were left out, as their gradients were too large for fp16")
+    print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
+          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl\n"
+          f"score with it: python rm.py {args.output_dir} FILE.jsonl")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Speed and memory beside other implementations: everything that is compared is measured in turns, in one run.
 
     python -m extras.bench             a training step in the packed layout, beside the padded ones, transformers and TRL
+    python -m extras.bench ranks       two processes of one thread beside one process of two threads
     python -m extras.bench load        checkpoints of real shapes with random weights: our loading beside transformers'
 
 Needs requirements-dev.txt; TRL where `pip install trl==1.16.0` has put it. The figures in README.md are from here.
@@ -10,6 +11,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -193,7 +195,10 @@ class Ours:
         return self.model(*self.inputs(groups))["loss"]
 
     def step(self, groups):
-        self.loss(groups).backward()
+        self.update(self.loss(groups))
+
+    def update(self, loss):
+        loss.backward()
         torch.nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -317,13 +322,54 @@ print("ended")
 """
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+# A rank: the loop's own division of a batch and averaging of gradients, 16 pairs a step over all ranks. Rank 0 prints pairs a second.
+RANK = """
+import argparse
+from extras.bench import *
+args = argparse.Namespace(layout="packed", zero_stage=0, process_timeout=600.0)
+process = train.Process.start(args)
+ours, batches = Ours("packed"), random_batches(8, 16)
+trained = train.distribute(ours.model, args, process)
+def step(batch):
+    (chunk,) = train.divide(batch, 10**9, args, process)
+    loss = trained(*ours.inputs([batch[i] for i in chunk]))["loss"] * (len(chunk) / len(batch) * process.world_size)
+    ours.update(loss)
+step(batches[0]), step(batches[1])
+process.wait()
+took = sum(seconds(step, batch) for batch in batches)
+process.print(f"{sum(map(len, batches)) / took:.4f}")
+process.wait()
+"""
+
+
+def bench_ranks(rounds: int):
+    kinds, speeds = {1: "one process of two threads", 2: "two processes of one thread"}, {1: [], 2: []}
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as program:
+        program.write(RANK)
+        program.flush()
+        for _ in range(rounds):
+            for ranks in kinds:
+                done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", program.name],
+                                      env=os.environ | {"OMP_NUM_THREADS": str(2 // ranks), "PYTHONPATH": str(Path(__file__).parents[1])},
+                                      stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+                speeds[ranks].append(float(done.stdout.split()[-1]))
+    for ranks, name in kinds.items():
+        print(f"{name}: median {statistics.median(speeds[ranks]):.2f} pairs/s ({min(speeds[ranks]):.2f} to {max(speeds[ranks]):.2f})")
+    ratios = [two / one for one, two in zip(speeds[1], speeds[2])]
+    print(f"ratio: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); goal 0.95")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("what", nargs="?", choices=("steps", "load"), default="steps")
-    parser.add_argument("--rounds", type=int, default=18, help="how often each is measured, in turns (18; load: 5 are enough)")
+    parser.add_argument("what", nargs="?", choices=("steps", "ranks", "load"), default="steps")
+    parser.add_argument("--rounds", type=int, default=18, help="how often each is measured, in turns (18; ranks, load: 5 are enough)")
     args = parser.parse_args()
     start = time.perf_counter()
-    {"steps": bench_steps, "load": bench_load}[args.what](args.rounds)
+    {"steps": bench_steps, "ranks": bench_ranks, "load": bench_load}[args.what](args.rounds)
     print(f"{time.perf_counter() - start:.0f} s")
 
 
