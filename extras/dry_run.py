@@ -2,15 +2,14 @@
 
     python train.py --dry_run [flags]                              at the speed of a torch.mm on this machine
     python train.py --dry_run --flops 4e14 [flags]                 at a given FLOP/s
-    torchrun --nproc_per_node=8 train.py --dry_run [flags]         for 8 ranks
+    WORLD_SIZE=64 python train.py --dry_run [flags]                for 64 ranks
 
-The model is made of fake tensors, which have shapes and no memory (`torch._subclasses.FakeTensorMode`), and train.py's own forward
-and backward pass run on them, while every tensor's bytes are counted from when an operation returns it until nothing
-holds it any more. So there is no formula of a family, layout or dtype here that could be wrong; arithmetic is what parts of
-the states a rank holds (Rajbhandari et al. 2020, ZeRO) and what FSDP2 gathers at a time.
+The model is made of fake tensors, which have shapes and no memory, and its own forward and backward pass run on them, under FSDP2
+with ranks that are not there, while every tensor's bytes are counted from when an operation returns it until nothing holds it
+any more. So no formula of a family, layout, dtype or ZeRO stage (Rajbhandari et al. 2020) can be wrong here: there is none.
 
 Not counted: what Python, PyTorch and CUDA take without a model, NCCL's buffers, gaps between blocks of memory, and a kernel's
-own workspace. The kernels are those of a CPU; communication takes no time here.
+own workspace. The operations are those of a CPU. Communication takes no time here. Evaluating and saving are not looked at.
 """
 
 import math
@@ -22,8 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -31,9 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from model import GPT, GPTConfig, read_config
 from rm import RewardModel
-from train import collate, micro_batches
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from train import DTYPES, Process, collate, distribute, divide, half_precision
 
 aten = torch.ops.aten
 FLOP = flop_registry | {  # attention is counted in full, also where a causal kernel leaves half of it out
@@ -83,25 +79,10 @@ class Meter(TorchDispatchMode):
         self.peak, self.activations = max(self.peak, self.live), max(self.activations, self.live - self.gradients)
         return out
 
-    def __enter__(self):
-        resize_ = torch.UntypedStorage.resize_  # no operation, and FSDP2 frees what it has gathered by it
-
-        def counted(storage, size):
-            resize_(storage, size)
-            self.add(storage)
-
-        self.patch = mock.patch.object(torch.UntypedStorage, "resize_", counted)
-        self.patch.start()
-        return super().__enter__()
-
-    def __exit__(self, *exception):
-        self.patch.stop()
-        return super().__exit__(*exception)
-
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that FSDP2 has sharded; any other one as it is."""
-    return getattr(tensor, "_local_tensor", tensor)
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def make_model(args) -> RewardModel:
@@ -150,29 +131,29 @@ def run_largest(model: RewardModel, groups: list, args) -> tuple[Meter, int, int
     """
     if args.layout == "padded":  # its loss reads values, which fake tensors don't have, and takes as much as this mean
         model.forward = lambda *inputs: {"loss": model.token_rewards(*inputs).mean()}
-    meter, batches = Meter(model.parameters()), micro_batches(groups, args.layout, args.micro_batch_tokens)
-    batches = [collate([groups[i] for i in batch], model, args.layout, "cpu") for batch in batches]
+    meter, process, resize_ = Meter(model.parameters()), Process(), torch.UntypedStorage.resize_
+    chunks = divide(groups, args.micro_batch_tokens, args, process)
+    batches = [collate([groups[i] for i in chunk], model, args.layout, process.device) for chunk in chunks]
     inputs, tokens = max(batches, key=lambda batch: batch[1])
-    with meter:
-        # Without autocast's cache: every weight is used once, and FSDP could not give up a copy that the cache holds.
-        with torch.autocast("cpu", DTYPES[args.dtype], enabled=args.dtype != "fp32", cache_enabled=False):
+
+    def resize_and_count(storage, size):
+        resize_(storage, size)
+        meter.add(storage)
+
+    # FSDP2 frees what it has gathered by resizing it, which is no operation that a TorchDispatchMode sees.
+    with meter, mock.patch.object(torch.UntypedStorage, "resize_", resize_and_count):
+        with half_precision(args, process):
             loss = model(*inputs)["loss"]
         loss.backward()
     return meter, tokens, sum(batch[1] for batch in batches), len(batches)
 
 
-def shard(model: RewardModel, mesh, zero_stage: int):
-    """FSDP2: every block is a group, and so is the rest. At stage 2 what is gathered stays until the backward pass."""
-    for module in (*model.backbone.blocks, model):
-        fully_shard(module, mesh=mesh, reshard_after_forward=zero_stage == 3)
-
-
 @contextmanager
 def ranks(world_size: int):
-    """A mesh of so many ranks, of which this is the first and the others are not there."""
+    """A process group of so many ranks, of which this is the first and the others are not there."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size)
     try:
-        yield init_device_mesh("cpu", (world_size,))
+        yield
     finally:
         dist.destroy_process_group()
 
@@ -181,42 +162,46 @@ def estimate(args, world_size: int, groups: list | None = None) -> dict:
     """What a step takes on each of `world_size` ranks. groups: a rank's comparisons of the step (None: `assumed_step`).
 
     Returns numbers of parameters (`parameters`, `trained`); bytes: `weights`, `gradients` and `optimizer` in float32, `activations` (with
-    them the weights that FSDP2 gathers), their `peak` on the device, less than the sum where gradients come as activations
-    go, and those that `--offload` keeps on the `host`; and of a step `tokens`, `micro_batches` and `flop` of a rank.
+    them what FSDP2 gathers), their `peak` on the device, which is less than the sum where gradients come as activations
+    go, and what `--offload` keeps on the `host`; and of a step of a rank `tokens`, `micro_batches` and `flop`.
     Raises ValueError that names the file or flag.
     """
-    groups = groups or assumed_step(args)
-    sharded = args.zero_stage and (world_size > 1 or args.offload)
-    with ranks(world_size) if sharded else nullcontext() as mesh, FakeTensorMode():
-        model = make_model(args)
-        result = {"parameters": sum(parameter.numel() for parameter in model.parameters()),
-                  "trained": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)}
+    groups, sharded = groups or assumed_step(args), args.zero_stage > 0
+    with ranks(world_size) if sharded else nullcontext():
+        with FakeTensorMode() as fake:
+            model = make_model(args)
+        parameters = [parameter.numel() for parameter in model.parameters()]
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
         if sharded:
-            shard(model, mesh, args.zero_stage)
+            distribute(model, args, Process(world_size=world_size))
         weights = sum(local(parameter).nbytes for parameter in model.parameters())
         gradients = sum(local(parameter).nbytes for parameter in model.parameters() if parameter.requires_grad)
-        meter, tokens, step_tokens, count = run_largest(model, groups, args)
-    result |= {"weights": weights, "gradients": gradients, "optimizer": 2 * gradients, "activations": meter.activations, "host": 0,
-               "tokens": step_tokens, "micro_batches": count, "flop": meter.flop * step_tokens / tokens}
-    states = weights + 3 * gradients
-    if sharded and args.offload:
-        result |= {"host": states, "peak": meter.activations}
-    elif count > 1 or world_size > 1 and not sharded:  # gradients of the micro-batch before, or DistributedDataParallel's buckets
-        result["peak"] = states + meter.activations
+        with fake:
+            meter, tokens, step_tokens, count = run_largest(model, groups, args)
+    states = weights + 3 * gradients  # with AdamW's two moments
+    if args.offload:
+        host, peak = states, meter.activations
+    elif count > 1 or world_size > 1 and not sharded:  # there are gradients from the start: of another micro-batch, or in buckets
+        host, peak = 0, states + meter.activations
     else:
-        result["peak"] = states - gradients + meter.peak
-    return result
+        host, peak = 0, states - gradients + meter.peak
+    return {"parameters": sum(parameters), "trained": sum(trained), "weights": weights, "gradients": gradients, "optimizer": 2 * gradients,
+            "activations": meter.activations, "peak": peak, "host": host, "tokens": step_tokens, "micro_batches": count,
+            "flop": meter.flop * step_tokens / tokens}
 
 
 def measured_flops(dtype: torch.dtype) -> float:
-    """FLOP/s of the best of some products of two matrices of 2048 x 2048, on a GPU if there is one."""
-    device, best = "cuda" if torch.cuda.is_available() else "cpu", math.inf
-    a = torch.randn(2048, 2048, device=device).to(dtype)
-    for _ in range(4):
-        start = time.perf_counter()
-        torch.mm(a, a)[0, 0].item()  # reading it waits for the GPU
-        best = min(best, time.perf_counter() - start)
-    return 2 * 2048**3 / best
+    """FLOP/s of torch.mm, on a GPU if there is one: the best of three products of square matrices as large as take 0.05 s."""
+    device, n, seconds = "cuda" if torch.cuda.is_available() else "cpu", 128, 0.0
+    while seconds < 0.05 and n < 2**13:
+        n *= 2
+        a, times = torch.randn(n, n, device=device).to(dtype), []
+        for _ in range(3):
+            start = time.perf_counter()
+            torch.mm(a, a)[0, 0].item()  # reading it waits for the GPU
+            times.append(time.perf_counter() - start)
+        seconds = min(times)
+    return 2 * n**3 / seconds
 
 
 def report(args, world_size: int) -> str:
@@ -226,8 +211,8 @@ def report(args, world_size: int) -> str:
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
     return "\n".join([
         f"{e['parameters']:,} parameters, {e['trained']:,} of them trained; {world_size} rank{'s' * (world_size > 1)}",
-        f"a step: {pairs} pairs a rank, assumed to be of {args.max_seq_len} tokens and to share the first half; {args.layout}, these are "
-        f"{e['tokens']:,} tokens in {e['micro_batches']} micro-batch{'es' * (e['micro_batches'] > 1)}",
+        f"a step: {pairs} pair{'s' * (pairs > 1)} a rank, assumed to be of {args.max_seq_len} tokens and to share the first half; "
+        f"{args.layout}, these are {e['tokens']:,} tokens in {e['micro_batches']} micro-batch{'es' * (e['micro_batches'] > 1)}",
         "memory per rank, GB:",
         *(f"  {name:12}{e[name] / 1e9:10.3f}" for name in ("weights", "gradients", "optimizer", "activations")),
         f"  {'peak':12}{e['peak'] / 1e9:10.3f}" + (f", and {e['host'] / 1e9:.3f} in the CPU's memory" if e["host"] else ""),
