@@ -217,6 +217,5 @@ def report(args, world_size: int) -> str:
         *(f"  {name:12}{e[name] / 1e9:10.3f}" for name in ("weights", "gradients", "optimizer", "activations")),
         f"  {'peak':12}{e['peak'] / 1e9:10.3f}" + (f", and {e['host'] / 1e9:.3f} in the CPU's memory" if e["host"] else ""),
         f"time per step: {e['flop'] / flops:.3g} s for {e['flop']:.3g} FLOP a rank at {flops:.3g} FLOP/s "
-        f"({'given' if args.flops else 'torch.mm on this machine; a step reaches less'})"
-        + ("; communication is not counted" if world_size > 1 else ""),
+        f"({'given' if args.flops else 'torch.mm on this machine; a step reaches less'}); the optimizer and communication are not counted",
     ])
