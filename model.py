@@ -609,13 +609,8 @@ def index_of(file: Path) -> Path:
     return file.with_name(file.name + ".index.json")
 
 
-def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The parsed config.json of a directory, and its weights: those of model.safetensors, else of pytorch_model.bin, each
-    whole or in the shards that an index beside it lists.
-
-    The files are mapped, not read: a weight takes memory of its own only once it is written to or converted.
-    Raises ValueError that names the file that is missing or broken.
-    """
+def read_config(path) -> dict:
+    """The parsed config.json of a directory. Raises ValueError that names what is missing or broken."""
     path = Path(path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such directory; a model is a directory with config.json and its weights")
@@ -627,6 +622,17 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
         raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
+    return hf
+
+
+def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """The parsed config.json of a directory, and its weights: those of model.safetensors, else of pytorch_model.bin, each
+    whole or in the shards that an index beside it lists.
+
+    The files are mapped, not read: a weight takes memory of its own only once it is written to or converted.
+    Raises ValueError that names the file that is missing or broken.
+    """
+    path, hf = Path(path), read_config(path)
     whole = next((path / name for name in WEIGHT_FILES for found in (path / name, index_of(path / name)) if found.exists()), None)
     if whole is None:
         raise ValueError(f"{path}: neither {' nor '.join(WEIGHT_FILES)} there, whole or in shards")
