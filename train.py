@@ -336,7 +336,8 @@ def calibration_error(margin: torch.Tensor) -> float:
 
 
 def half_precision(args, process: Process):
-    return torch.autocast(process.device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32")
+    """Without autocast's cache: every weight is used once a pass, and its copy would outlive the one that FSDP frees."""
+    return torch.autocast(process.device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32", cache_enabled=False)
 
 
 @torch.no_grad()
@@ -752,7 +753,8 @@ def main():
         if args.dry_run:
             from extras import dry_run
 
-            print(dry_run.report(args, int(os.environ.get("WORLD_SIZE", 1))))
+            if os.environ.get("RANK", "0") == "0":
+                print(dry_run.report(args, int(os.environ.get("WORLD_SIZE", 1))))
             return
         process = Process.start(args)
         run(args, process)
