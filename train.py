@@ -24,6 +24,7 @@ import json
 import math
 import operator
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -208,12 +209,16 @@ class Process:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else cls.device
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        if alone and not args.zero_stage:
+        if "RANK" not in os.environ and not args.zero_stage:
             return cls(device=device)
+        timeout, store, rank, world_size = timedelta(seconds=args.process_timeout), dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store.set_timeout(timeout)
+            store = dist.PrefixStore(agree_on_name(store, rank, world_size, args.process_timeout), store)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=args.process_timeout), **alone)
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return cls(rank, world_size, device)
 
     def wait(self):
         """For all ranks to be here."""
@@ -238,6 +243,23 @@ class Process:
         parts = [None] * self.world_size
         dist.all_gather_object(parts, values)
         return [functools.reduce(operator.add, column) for column in zip(*parts)]
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+    """One that the processes give their meeting. After a restart by torchrun, its store still has the addresses of the processes
+    before them (pytorch issue 135712); under a new name nobody finds those. Rank 0 answers all greetings, old ones too."""
+    mine, absent, end = secrets.token_hex(8), set(range(1, world_size)), time.monotonic() + seconds
+    if rank:
+        store.set(f"greeting of {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.set(f"{rank} in {name}", "")
+        return name
+    while absent and time.monotonic() < end:
+        for other in absent:
+            store.set(f"answer to {store.get(f'greeting of {other}').decode()}", mine)
+        absent = {other for other in absent if not store.check([f"{other} in {mine}"])}
+        time.sleep(0.01)
+    return mine
 
 
 def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) -> float:
@@ -769,8 +791,8 @@ def main():
         if not lost_process(error):
             raise
         sys.stdout.flush()
-        print(f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within --process_timeout "
-              f"{args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from the last checkpoint, "
+        print(f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within "
+              f"--process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from the last checkpoint, "
               "with torchrun's --max-restarts by itself", file=sys.stderr, flush=True)
         os._exit(1)  # an orderly end would wait for that process
 
