@@ -710,15 +710,16 @@ def one_rank(arguments, said, environment, before):
     train.main()
 
 
-def start(output_dir, *arguments, processes=1, before=int):
+def start(output_dir, *arguments, processes=1, before=int, gpu=False):
     """Start train.py with these flags -> its processes. `before` is called in each of them first."""
     arguments = [*map(str, arguments), "--output_dir", str(output_dir)]
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     ranks = []
     for rank in range(processes):
-        environment = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, MASTER_ADDR="localhost", MASTER_PORT=port) if processes > 1 else {}
-        environment = {name: str(value) for name, value in environment.items()}
+        environment = {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}
+        if processes > 1:
+            environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{processes}", "MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
         os.mkfifo(pipe := f"{output_dir}.{rank}")
         ranks.append(FORKS.Process(target=one_rank, args=(arguments, pipe, environment, before), name=pipe))
         ranks[-1].said = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
@@ -768,6 +769,19 @@ def undisturbed(small, tmp_path_factory):
     output_dir = tmp_path_factory.mktemp("undisturbed") / "out"
     forked_ok(output_dir, *small, "--save_interval", 4, "--keep_checkpoints", 9)
     return output_dir
+
+
+def die(rank, step, how):
+    """End process `rank` as it begins this step, in its first life."""
+    batches = train.global_batches
+
+    def watched(*arguments):
+        for number, batch in enumerate(batches(*arguments), start=arguments[-1] + 1):
+            if number == step and os.environ.get("RANK", "0") == str(rank) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), how)
+            yield batch
+
+    train.global_batches = watched
 
 
 def kill_in_save(n):
@@ -856,19 +870,22 @@ def test_damaged_checkpoints_give_way_and_what_is_whole_stays(small, undisturbed
     output_dir = shutil.copytree(undisturbed, tmp_path / "out")
     for step in (8, 12):
         flip(output_dir / "checkpoints" / f"step-{step}" / "__0_0.distcp", 70_000)
-    said = forked_ok(output_dir, *small, "--save_interval", 5, "--keep_checkpoints", 1, "--resume")
+    arguments = [*small, "--save_interval", 5, "--keep_checkpoints", 1, "--resume"]
+    _, (said,) = forked(output_dir, *arguments, before=functools.partial(die, 0, 7, signal.SIGKILL))
     assert all(f"step-{step}: skipped, as it is damaged" in said for step in (8, 12)) and "going on after step 4" in said
+    assert train.checkpoint_steps(output_dir / "checkpoints") == [5]
+    assert "going on after step 5" in forked_ok(output_dir, *arguments)
     assert train.checkpoint_steps(output_dir / "checkpoints") == [12]
     same_bits(output_dir, undisturbed)
     flip(output_dir / "checkpoints" / "step-12" / ".metadata", 70)
-    said = forked_ok(output_dir, *small, "--save_interval", 5, "--keep_checkpoints", 1, "--resume")
+    said = forked_ok(output_dir, *arguments)
     assert "step-12: skipped, as it is damaged" in said and f"{output_dir}/earlier-1" in said
     assert (output_dir / "earlier-1" / "checkpoints" / "step-12").is_dir() and (output_dir / "earlier-1" / "pytorch_model.bin").exists()
     same_bits(output_dir, undisturbed)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_nothing_else(small, tmp_path):
-    (tmp_path / "out" / "checkpoints" / ".step-2.part").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / ".step-7.part").mkdir(parents=True)
     forked_ok(tmp_path / "out", *small, "--save_interval", 2, "--keep_checkpoints", 3, "--resume")
     assert {path.name for path in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-8", "step-10", "step-12"}
 
@@ -957,19 +974,6 @@ def test_same_flags_are_not_refused_and_neither_is_the_same_batch_made_up_otherw
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Nothing lost, with two processes
-
-
-def die(rank, step, how):
-    """End process `rank` as it begins this step, in its first life."""
-    batches = train.global_batches
-
-    def watched(*arguments):
-        for number, batch in enumerate(batches(*arguments), start=arguments[-1] + 1):
-            if number == step and os.environ.get("RANK", "0") == str(rank) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
-                os.kill(os.getpid(), how)
-            yield batch
-
-    train.global_batches = watched
 
 
 @pytest.fixture(scope="module")
@@ -1280,3 +1284,14 @@ def test_half_precision_gives_nearly_the_curve(dtype, stage_0, tmp_path):
     forked_ok(tmp_path / "out", *stage_0[1], "--dtype", dtype, "--zero_stage", 3, processes=2)
     curves = [[event["loss"] for event in by_kind(path)["step"]] for path in (stage_0[0], tmp_path / "out")]
     assert 1e-5 < max(abs(a - b) for a, b in zip(*curves)) < 5e-3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("arguments", [[], ["--zero_stage", 3, "--dtype", "bf16"], ["--zero_stage", 2, "--offload", "--dtype", "fp16"]],
+                         ids=lambda x: " ".join(map(str, x)))
+def test_on_a_gpu_a_killed_run_goes_on_with_the_same_curve(arguments, small, tmp_path):
+    arguments = [*small, "--save_interval", 4, *arguments]
+    forked_ok(tmp_path / "whole", *arguments, gpu=True)
+    assert forked(tmp_path / "out", *arguments, gpu=True, before=functools.partial(die, 0, 7, signal.SIGKILL))[0] == [-9]
+    forked_ok(tmp_path / "out", *arguments, "--resume", gpu=True)
+    same_run(by_kind(tmp_path / "whole"), by_kind(tmp_path / "out"))
