@@ -461,7 +461,8 @@ def new_tokenizer(args) -> data.Tokenizer:
             room = TOKENIZER_CHARACTERS // len(args.data_path)
             for comparison in data.load_comparisons(path, bad_rows=[] if args.skip_bad_rows else None):  # all rows: the data comes first
                 texts = [comparison.prompt + response for response in comparison.responses if room > 0]
-                sample, room = sample + texts, room - sum(map(len, texts))
+                sample += texts
+                room -= sum(map(len, texts))
         (directory / "tokenizer.model").write_bytes(train(sample))
 
     if not args.data_path:
