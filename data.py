@@ -13,6 +13,7 @@ Chat messages become text by this template: a system message's content as it is,
 
 import collections
 import fcntl
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -22,14 +23,17 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import random
 import re
 import shutil
 import signal
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +58,7 @@ def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None)
 
     With `min_responses=1` also rows {"prompt": ..., "response": ...}, as comparisons of one response.
     Raises ValueError that names the file and the line. With `bad_rows`, rows that are no comparison are left out instead,
-    and what is wrong with each is appended to that list; a file that cannot be read to its end is still an error.
+    and "line: what is wrong" of each is appended to that list; a file that cannot be read to its end is still an error.
     """
     for line, text in read_rows(path):
         try:
@@ -67,7 +71,7 @@ def bad_row(path, line: int, error: ValueError, bad_rows: list | None):
     """Raise ValueError that says where and what is wrong, or put that into the list."""
     if bad_rows is None:
         raise ValueError(f"{path}:{line}: {error}") from None
-    bad_rows.append(f"{path}:{line}: {error}")
+    bad_rows.append(f"{line}: {error}")
 
 
 def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
@@ -435,7 +439,7 @@ class TokenizedData:
 
     def fingerprint(self) -> str:
         """A hash of all token ids, in their order."""
-        return hash_of([file.key for file in self.files], self.selected.tobytes())
+        return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
 
     def where(self, i: int) -> str:
         """The file and the line of comparison i."""
@@ -447,9 +451,9 @@ def tokenize_all(comparisons: Iterable[Comparison], tokenizer, max_seq_len: int,
     """`tokenize` for comparisons that are in memory."""
     comparisons = list(comparisons)
     groups = [tokenize(comparison, tokenizer, max_seq_len, truncation_side) for comparison in comparisons]
-    parts = [tokenized_part(range(1, len(groups) + 1), groups)]
+    tokens, *columns = tokenized_part(range(1, len(groups) + 1), groups)
     rows = np.arange(len(groups))
-    return TokenizedData([TokenizedFile("comparison", *join_parts(parts))], np.stack((0 * rows, rows), axis=1),
+    return TokenizedData([TokenizedFile("comparison", tokens, *join_columns([columns]))], np.stack((0 * rows, rows), axis=1),
                          [comparison.rewards for comparison in comparisons])
 
 
@@ -461,10 +465,10 @@ def tokenized_part(lines: Iterable[int], groups: list[list[list[int]]]) -> tuple
     return tokens, lengths, np.fromiter(map(len, groups), np.int64), np.fromiter(lines, np.int64)
 
 
-def join_parts(parts: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """The arrays of a TokenizedFile. Lengths and numbers become positions."""
-    tokens, lengths, counts, lines = map(np.concatenate, zip(*parts))
-    return tokens, *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines
+def join_columns(parts: list[list[np.ndarray]]) -> tuple[np.ndarray, ...]:
+    """The arrays of a TokenizedFile, but for the tokens. Lengths and numbers become positions."""
+    lengths, counts, lines = map(np.concatenate, zip(*parts))
+    return *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines
 
 
 def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
@@ -474,68 +478,90 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
     there again by a hash of what they follow from: the content of the file, the tokenizer, and the other arguments.
     Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
     """
-    key = hash_of("tokens 1", file_hash(path), tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
+    content = file_hash(path)
+    key = hash_of("tokens 1", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
 
     def build(directory: Path):
-        tokens, index, bad_rows = open(directory / "tokens.bin", "wb"), [], []
-        with tokens:
-            for part, bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
-                tokens.write(part[0].data)
-                index.append((part[0][:0], *part[1:]))
+        columns, bad_rows = [], []
+        with open(directory / "tokens.bin", "wb") as file:
+            for (tokens, *part), bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+                file.write(tokens)
+                columns.append(part)
                 bad_rows += bad
-        for name, array in zip(("sequences", "rows", "lines"), join_parts(index)[1:]):
+        sequences, rows, lines = join_columns(columns)
+        if len(lines) == 0:
+            raise ValueError(f"{path}: none of its {len(bad_rows)} rows is a comparison; the first: {path}:{bad_rows[0]}")
+        if rows[-1] == 0:
+            raise ValueError(f"{path}: in all {len(lines)} rows the responses are identical (as far as --max_seq_len {max_seq_len} reaches); "
+                             "a comparison needs some that differ")
+        if file_hash(path) != content:
+            raise ValueError(f"{path}: was changed while it was read; start again when it is complete")
+        for name, array in (("sequences", sequences), ("rows", rows), ("lines", lines)):
             np.save(directory / f"{name}.npy", array)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
 
     directory = cached(Path(cache_dir) / key, build)
-    bad_rows = json.loads((directory / "bad_rows.json").read_text())
-    sequences, rows, lines = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines"))
-    if len(lines) == 0:
-        raise ValueError(f"{path}: none of its {len(bad_rows)} rows is a comparison; the first: {bad_rows[0]}")
-    if rows[-1] == 0:
-        raise ValueError(f"{path}: in all {len(lines)} rows the responses are identical (as far as --max_seq_len {max_seq_len} reaches); "
-                         "a comparison needs some that differ")
-    tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
-    if len(tokens) != sequences[-1]:
-        raise ValueError(f"{directory}: damaged; delete it, and it will be made again")
+    try:
+        sequences, rows, lines = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines"))
+        bad_rows = [f"{path}:{row}" for row in json.loads((directory / "bad_rows.json").read_text())]
+        tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
+        if len(tokens) != sequences[-1]:
+            raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{directory}: damaged ({error}); delete it, and it will be made again") from None
     return TokenizedFile(path, tokens, sequences, rows, lines, key, bad_rows)
 
 
-ROWS_AT_ONCE = 2000  # that a process tokenizes; smaller files are not worth other processes
+BYTES_AT_ONCE = 1 << 20  # of a file, that a process tokenizes; smaller files are not worth other processes
 
 
 def tokenize_rows(path, *how) -> Iterator[tuple[tuple, list[str]]]:
     """The parts of a file in its order, made by as many processes as there are cores; and what is wrong with bad rows."""
-    rows = read_rows(path)
-    chunks = iter(lambda: list(itertools.islice(rows, ROWS_AT_ONCE)), [])
-    first = next(chunks)
-    if len(first) < ROWS_AT_ONCE:
-        yield tokenize_chunk(first, path, *how)
+    chunks = divide_rows(read_rows(path))
+    first = list(itertools.islice(chunks, 2))
+    if len(first) == 1:
+        yield tokenize_chunk(first[0], path, *how)
         return
     # Not forked: a process that computes has threads, which a fork would lose while they hold locks.
-    context, cores, waiting = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0)), collections.deque()
-    bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows")
-    with bar, ProcessPoolExecutor(cores, context, start_worker, (path, *how)) as pool:
+    context, cores = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0))
+    with tempfile.NamedTemporaryFile() as file, tqdm(desc=f"tokenize {Path(path).name}", unit=" rows") as bar, \
+            ProcessPoolExecutor(cores, context, start_worker, (file.name,)) as pool:
+        # By a file: of arguments larger than a pipe, one process would have to start and read them before the next one starts.
+        pickle.dump((path, *how), file)
+        file.flush()
+        parts = ((len(chunk), pool.submit(tokenize_in_worker, chunk)) for chunk in itertools.chain(first, chunks))
         try:
-            for chunk in itertools.chain([first], chunks):
-                waiting.append((len(chunk), pool.submit(tokenize_in_worker, chunk)))
-                if len(waiting) > 2 * cores:  # no further ahead, for the sake of memory
-                    count, part = waiting.popleft()
-                    yield part.result()
-                    bar.update(count)
-            for count, part in waiting:
+            waiting = collections.deque(itertools.islice(parts, 2 * cores))  # no further ahead, for the sake of memory
+            while waiting:
+                count, part = waiting.popleft()
                 yield part.result()
                 bar.update(count)
+                waiting.extend(itertools.islice(parts, 1))
+        except BrokenProcessPool:
+            raise ValueError(f"{path}: a process that tokenized it was killed; give them more memory, or fewer cores (taskset)") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def start_worker(*how):
-    """Of a process that tokenizes: how, which is sent once. An interrupt from the keyboard is the main process's to handle."""
+def divide_rows(rows: Iterable[tuple[int, bytes | str]]) -> Iterator[list[tuple[int, bytes | str]]]:
+    """Lists of rows; each but the last has BYTES_AT_ONCE, and no row more than it takes for that."""
+    chunk, size = [], 0
+    for line, text in rows:
+        chunk.append((line, text))
+        size += len(text)
+        if size >= BYTES_AT_ONCE:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def start_worker(file):
+    """Of a process that tokenizes: how, which is read once. An interrupt from the keyboard is the main process's to handle."""
     global how_a_worker_tokenizes
-    how_a_worker_tokenizes = how
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # no worker outlives it
+    how_a_worker_tokenizes = pickle.loads(Path(file).read_bytes())
 
 
 def tokenize_in_worker(chunk):
@@ -554,8 +580,15 @@ def tokenize_chunk(chunk, path, tokenizer, max_seq_len, truncation_side, skip_ba
 
 
 def file_hash(path) -> str:
+    """Of a file's content, which is read once, and again if the file changes."""
     if not Path(path).is_file():
         next(read_rows(path))  # says what is wrong with it
+    stat = os.stat(path)
+    return content_hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def content_hash(path, *version) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -566,18 +599,24 @@ def hash_of(*parts) -> str:
 
 def cached(directory: Path, build) -> Path:
     """`directory`, which `build` fills where it is not there yet: once, by one process; it is there whole or not at all."""
+    if directory.exists():
+        return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(directory.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # goes with the process that holds it, however that ends
-        if not directory.exists():
-            part = directory.with_name(directory.name + ".part")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
+        if directory.exists():  # by now
+            return directory
+        part = directory.with_name(directory.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
+        part.mkdir()
+        try:
             build(part)
             for file in part.iterdir():
                 with open(file, "rb+") as written:
                     os.fsync(written)
             part.rename(directory)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # there only after an error
     return directory
 
 
