@@ -409,9 +409,9 @@ def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | N
     selected = np.concatenate(selected)
     if args.eval_path:
         held_out = tokenized_files(args.eval_path, args, tokenizer, process)
-        rows = [(i, row) for i, file in enumerate(held_out) for row in range(len(file))]
-        return data.TokenizedData(files, selected), data.TokenizedData(held_out, np.array(rows))
-    np.random.RandomState(args.seed).shuffle(selected)
+        rows = [np.stack((np.full(len(file), i), np.arange(len(file))), axis=1) for i, file in enumerate(held_out)]
+        return data.TokenizedData(files, selected), data.TokenizedData(held_out, np.concatenate(rows))
+    selected = np.random.RandomState(args.seed).permutation(selected)
     held_out = max(1, round(args.eval_fraction * len(selected)))
     if held_out >= len(selected):
         raise ValueError(f"--data_path: {len(selected)} comparisons (after --data_split); too few to hold some out for evaluation; "
