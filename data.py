@@ -60,11 +60,16 @@ def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None)
     Raises ValueError that names the file and the line. With `bad_rows`, rows that are no comparison are left out instead,
     and "line: what is wrong" of each is appended to that list; a file that cannot be read to its end is still an error.
     """
+    comparison = None
     for line, text in read_rows(path):
         try:
-            yield parse_line(text, min_responses)
+            comparison = parse_line(text, min_responses)
         except ValueError as error:
             bad_row(path, line, error, bad_rows)
+        else:
+            yield comparison
+    if comparison is None:
+        raise nothing_left(path, bad_rows)
 
 
 def bad_row(path, line: int, error: ValueError, bad_rows: list | None):
@@ -72,6 +77,10 @@ def bad_row(path, line: int, error: ValueError, bad_rows: list | None):
     if bad_rows is None:
         raise ValueError(f"{path}:{line}: {error}") from None
     bad_rows.append(f"{line}: {error}")
+
+
+def nothing_left(path, bad_rows: list[str]) -> ValueError:
+    return ValueError(f"{path}: no row of it is a comparison, for example {path}:{bad_rows[-1]}")
 
 
 def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
@@ -490,7 +499,7 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
                 bad_rows += bad
         sequences, rows, lines = join_columns(columns)
         if len(lines) == 0:
-            raise ValueError(f"{path}: none of its {len(bad_rows)} rows is a comparison; the first: {path}:{bad_rows[0]}")
+            raise nothing_left(path, bad_rows)
         if rows[-1] == 0:
             raise ValueError(f"{path}: in all {len(lines)} rows the responses are identical (as far as --max_seq_len {max_seq_len} reaches); "
                              "a comparison needs some that differ")

@@ -6,9 +6,16 @@ import io
 import itertools
 import json
 import math
+import os
 import random
 import re
+import shutil
+import signal
+import subprocess
 import sys
+import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -334,6 +341,9 @@ class Letters:
     def encode(self, text):
         return list(map(ord, text))
 
+    def fingerprint(self):
+        return repr(vars(self))
+
 
 def letters(groups):
     return [["".join(map(chr, ids)) for ids in group] for group in groups]
@@ -418,6 +428,249 @@ def test_tokenize_all_drops_and_counts_identical_sequences():
     assert letters(kept) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
     assert (kept.rewards, kept.dropped, [kept.where(i) for i in range(2)]) == ([[2.0, 1.0], None], 2, ["comparison:2", "comparison:4"])
     assert data.tokenize_all(comparisons, Letters(), 6, "left").dropped == 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Token files
+
+
+def write(path, comparisons):
+    """A file of comparisons, with blank lines; rows that are None are none."""
+    rows = [{"prompt": c.prompt, "responses": c.responses} if c else {"prompt": "p"} for c in comparisons]
+    content = json.dumps(rows, indent=1) if path.suffix == ".json" else lines(rows).replace("\n", "\n\n")
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def built_in(n: int, seed: int = 3) -> list[Comparison]:
+    return [Comparison(c.prompt, c.responses) for c, _ in zip(data.known_rewards(seed), range(n))]
+
+
+def groups_of(file) -> list[list[list[int]]]:
+    return [file[row] for row in range(len(file))]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_token_file_is_mapped_and_has_what_tokenize_gives(tmp_path, tokenizer, name):
+    """Row by row, so that --data_split counts as DeepSpeed-Chat does: an identical pair is a row, of no sequences."""
+    comparisons = built_in(5) + [Comparison("p", ["a", "a"]), Comparison("p", ["a", "b", "a"])] + built_in(4, seed=4)
+    path = write(tmp_path / name, comparisons)
+    file = data.tokenize_file(path, tokenizer, 90, "left", tmp_path / "cache")
+    assert groups_of(file) == [data.tokenize(c, tokenizer, 90) if i != 5 else [] for i, c in enumerate(comparisons)]
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    assert file.lines.tolist() == [i for i, line in enumerate(text.split(b"\n"), start=1) if line.lstrip().startswith(b"{")]
+    assert all(isinstance(array, np.memmap) and array.mode == "r" for array in (file.tokens, file.sequences, file.rows, file.lines))
+    assert file.tokens.dtype == np.int32 and len(file.tokens) == sum(len(sequence) for group in groups_of(file) for sequence in group)
+
+
+def test_data_of_two_files_drops_and_counts_among_the_selected_rows(tmp_path):
+    same = Comparison("p", ["x", "x"])
+    files = [data.tokenize_file(write(tmp_path / name, comparisons), Letters(), 99, "left", tmp_path / "cache") for name, comparisons in [
+        ("a.jsonl", [same, Comparison("p", ["a", "b"]), same]), ("b.jsonl", [Comparison("q", ["c", "d"]), same, Comparison("r", ["e", "f"])])]]
+    kept = data.TokenizedData(files, np.array([[1, 2], [0, 1], [1, 1], [1, 0], [0, 2]]), rewards=list("uvwxy"))
+    assert letters(kept) == [["<re>", "<rf>"], ["<pa>", "<pb>"], ["<qc>", "<qd>"]]
+    assert (kept.dropped, kept.rewards) == (2, ["u", "v", "x"])
+    assert [kept.where(i) for i in range(3)] == [f"{tmp_path}/b.jsonl:5", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:1"]
+    other = [data.TokenizedData(files, np.array(rows)).fingerprint() for rows in ([[1, 2], [0, 1], [1, 0]], [[0, 1], [1, 2], [1, 0]])]
+    assert other[0] == kept.fingerprint() != other[1]
+    assert data.TokenizedData(files[::-1], kept.selected).fingerprint() != kept.fingerprint()
+
+
+def test_tokens_are_found_again_by_what_they_follow_from(tmp_path, monkeypatch, tokenizer):
+    def count(*arguments):
+        built.append(arguments)
+        return tokenize(*arguments)
+
+    tokenize, built = data.tokenize, []
+    monkeypatch.setattr(data, "tokenize", count)
+    comparisons = [*built_in(2), None]
+    how = dict(tokenizer=tokenizer, max_seq_len=50, truncation_side="left", cache_dir=tmp_path / "cache", skip_bad_rows=True)
+    first = data.tokenize_file(write(tmp_path / "a.jsonl", comparisons), **how)
+    assert len(built) == 2
+    for lock in (tmp_path / "cache").glob("*.lock"):
+        lock.unlink()
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    os.utime(tmp_path / "b.jsonl", (1, 1))
+    again = data.tokenize_file(tmp_path / "b.jsonl", **how)
+    assert len(built) == 2 and groups_of(again) == groups_of(first) and again.key == first.key
+    assert not list((tmp_path / "cache").glob("*.lock"))  # nor is anything written there, which may be read-only
+    assert [file.bad_rows[0].partition(": ")[0] for file in (first, again)] == [f"{tmp_path}/a.jsonl:5", f"{tmp_path}/b.jsonl:5"]
+
+    write(tmp_path / "c.jsonl", [*built_in(2, seed=4), None])
+    (tmp_path / "b.json").write_bytes((tmp_path / "b.jsonl").read_bytes())
+    write(tmp_path / "good.jsonl", comparisons[:2])
+    data.tokenize_file(tmp_path / "good.jsonl", **how)
+    for name, change in [("c.jsonl", {}), ("b.json", {}), ("b.jsonl", dict(tokenizer=data.Tokenizer(tokenizer.model_proto, 5))),
+                         ("b.jsonl", dict(max_seq_len=51)), ("b.jsonl", dict(truncation_side="right")), ("good.jsonl", dict(skip_bad_rows=False))]:
+        built.clear()
+        data.tokenize_file(tmp_path / name, **how | change)
+        assert len(built) == 2, (name, change)
+
+
+def test_a_file_is_hashed_once_and_again_if_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    first = data.file_hash(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.hashlib, "file_digest", None)
+        assert data.file_hash(path) == first
+    path.write_bytes(b"abd")
+    os.utime(path, (1, 1))
+    assert data.file_hash(path) != first
+
+
+def test_bad_rows_of_a_token_file(tmp_path):
+    """The first is the error; or all are left out, and said."""
+    good = Comparison("p", ["a", "b"])
+    path, cache = write(tmp_path / "a.jsonl", [good, None, Comparison("p", ["a", "c"]), Comparison("", ["a", ""])]), tmp_path / "cache"
+    with pytest.raises(ValueError, match=f"^{path}:3: fields found: prompt; expected"):
+        data.tokenize_file(path, Letters(None, None), 99, "left", cache)
+    file = data.tokenize_file(path, Letters(None, None), 99, "left", cache, skip_bad_rows=True)
+    assert letters(groups_of(file)) == [["pa", "pb"], ["pa", "pc"]] and file.lines.tolist() == [1, 5]
+    assert [re.match(f"{path}:.: ......", row)[0] for row in file.bad_rows] == [f"{path}:3: fields", f"{path}:7: respon"]
+    write(path, [good, Comparison("", ["a", ""])])
+    with pytest.raises(ValueError, match=f"^{path}:3: responses.1. .* empty"):
+        data.tokenize_file(path, Letters(None, None), 99, "left", cache)
+    write(path, [None, None])
+    for read in (lambda: data.tokenize_file(path, Letters(), 99, "left", cache, skip_bad_rows=True),
+                 lambda: list(data.load_comparisons(path, bad_rows=[]))):
+        with pytest.raises(ValueError, match=f"^{path}: no row of it is a comparison, for example {path}:3: fields found: prompt"):
+            read()
+    write(path, [Comparison("p", ["abc", "abd"])] * 2)
+    with pytest.raises(ValueError, match=f"^{path}: in all 2 rows the responses are identical .*--max_seq_len 4"):
+        data.tokenize_file(path, Letters(), 4, "right", cache)
+    path.write_bytes(gzip.compress(GOOD))
+    path = path.rename(tmp_path / "a.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(ValueError, match=f"^{path}:2: cannot be decompressed"):  # that is more than a bad row
+        data.tokenize_file(path, Letters(), 99, "left", cache, skip_bad_rows=True)
+    assert len([entry for entry in cache.iterdir() if entry.suffix != ".lock"]) == 1  # the one that came out
+
+
+@pytest.mark.parametrize("name, change", [
+    ("tokens.bin", lambda content: content[:-4]), ("tokens.bin", lambda content: content[:-1]), ("tokens.bin", lambda content: b""),
+    ("tokens.bin", None), ("rows.npy", lambda content: content[:-1]), ("lines.npy", lambda content: b""), ("bad_rows.json", lambda content: b"[")])
+def test_damaged_token_file_is_said_and_can_be_deleted(tmp_path, name, change):
+    path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])])
+    how = (path, Letters(), 99, "left", tmp_path / "cache")
+    directory = tmp_path / "cache" / data.tokenize_file(*how).key
+    content = (directory / name).read_bytes()
+    (directory / name).unlink()
+    if change:
+        (directory / name).write_bytes(change(content))
+    with pytest.raises(ValueError, match=f"^{directory}: damaged .*; delete it, and it will be made again"):
+        data.tokenize_file(*how)
+    shutil.rmtree(directory)
+    assert letters(groups_of(data.tokenize_file(*how))) == [["<pa>", "<pb>"]]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
+    def grow(*arguments):
+        yield from tokenize_rows(*arguments)
+        with open(path, "ab") as file:
+            file.write(GOOD)
+
+    path, tokenize_rows = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])]), data.tokenize_rows
+    monkeypatch.setattr(data, "tokenize_rows", grow)
+    with pytest.raises(ValueError, match=f"^{path}: was changed while it was read"):
+        data.tokenize_file(path, Letters(), 99, "left", tmp_path / "cache")
+    assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_chunks_of_rows(monkeypatch):
+    monkeypatch.setattr(data, "BYTES_AT_ONCE", 10)
+    rows = [(i, b"x" * size) for i, size in enumerate([4, 5, 1, 3, 30, 2, 2])]
+    assert list(data.divide_rows(iter(rows))) == [rows[:3], rows[3:5], rows[5:]]
+    assert list(data.divide_rows(iter(rows[:5]))) == [rows[:3], rows[3:5]]
+
+
+def test_processes_tokenize_as_one_does(tmp_path, monkeypatch, tokenizer, capfd):
+    """The same arrays, the same rows left out, the same first error; with a progress bar."""
+    comparisons = built_in(150)
+    comparisons[60] = comparisons[130] = None
+    path, found = write(tmp_path / "a.jsonl", comparisons), []
+    for chunk, skip in itertools.product((1 << 20, 1500), (True, False)):
+        monkeypatch.setattr(data, "BYTES_AT_ONCE", chunk)
+        try:
+            file = data.tokenize_file(path, tokenizer, 50, "left", tmp_path / f"cache {chunk}", skip)
+            found.append([*(array.tolist() for array in (file.tokens, file.sequences, file.rows, file.lines)), file.bad_rows])
+        except ValueError as error:
+            found.append(str(error))
+        assert ("tokenize a.jsonl: " in capfd.readouterr().err) == (chunk == 1500)
+    assert found[:2] == found[2:] and len(found[0][3]) == 148 and len(found[0][4]) == 2 and found[1].startswith(f"{path}:121: fields found")
+
+
+def test_a_process_that_tokenizes_and_is_killed_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "BYTES_AT_ONCE", 100)
+    monkeypatch.setattr(data, "start_worker", sys.exit)
+    path = write(tmp_path / "a.jsonl", built_in(9))
+    with pytest.raises(ValueError, match=f"^{path}: a process that tokenized it was killed"):
+        data.tokenize_file(path, data.Tokenizer(sentencepiece_model()), 99, "left", tmp_path / "cache")
+
+
+def test_who_wants_the_same_waits_for_the_one_who_builds(tmp_path):
+    def build(directory):
+        (directory / "file").write_text("half")
+        time.sleep(0.2)
+        (directory / "file").write_text("whole")
+        built.append(directory)
+
+    built, found = [], []
+    threads = [threading.Thread(target=lambda: found.append((data.cached(tmp_path / "new" / "a", build) / "file").read_text())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+        time.sleep(0.05)  # the last ones come while it is half built
+    for thread in threads:
+        thread.join()
+    assert found == ["whole"] * 4 and len(built) == 1
+    assert {entry.name for entry in (tmp_path / "new").iterdir()} == {"a", "a.lock"}
+
+
+def test_a_builder_that_is_killed_leaves_nothing_that_is_used_and_no_process(tmp_path, tokenizer):
+    """SIGKILL between two parts of a token file. The next one builds it whole, and what was half built is gone."""
+    path, cache = write(tmp_path / "a.jsonl", built_in(300)), tmp_path / "cache"
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_proto)
+    program = """
+import sys, time, data
+def stop_after_one(*arguments, tokenize_rows=data.tokenize_rows):
+    for part in tokenize_rows(*arguments):
+        yield part
+        print("one part is written", flush=True)
+        time.sleep(100)
+data.tokenize_rows, data.BYTES_AT_ONCE = stop_after_one, 500
+data.tokenize_file(sys.argv[1], data.load_tokenizer(sys.argv[2]), 50, "left", sys.argv[3])
+"""
+    arguments = [sys.executable, "-c", program, path, tmp_path / "tokenizer.model", cache]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent) as builder:
+        assert builder.stdout.readline() == b"one part is written\n"
+        workers = [pid for pid in children(builder.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        builder.kill()
+    assert workers
+    (part,) = cache.glob("*.part")
+    assert (part / "tokens.bin").exists() and not part.with_suffix("").exists()
+    until = time.time() + 20
+    while any(map(is_running, workers)) and time.time() < until:
+        time.sleep(0.05)
+    left = [os.kill(pid, signal.SIGKILL) for pid in workers if is_running(pid)]
+    assert not left
+    file = data.tokenize_file(path, tokenizer, 50, "left", cache)
+    assert groups_of(file) == [data.tokenize(c, tokenizer, 50) for c in built_in(300)]
+    assert {entry.name for entry in cache.iterdir()} == {file.key, file.key + ".lock"}
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"  # a zombie has ended
+    except FileNotFoundError:
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Batches
 
 
 def test_pad_rows():

@@ -1,5 +1,6 @@
 """The loop: its parts, runs of the program on one process and on two, and what it says about bad input."""
 
+import gzip
 import json
 import math
 import os
@@ -177,6 +178,7 @@ def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_
     paths = [write_rows(tmp_path / "a.jsonl", 40), write_rows(tmp_path / "b.jsonl", 60, seed=1)]
     for path in paths:  # numbered, to be told apart
         rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows[5]["rejected"] = rows[5]["chosen"]  # is dropped, but counts as a row of the split
         path.write_text("".join(json.dumps({**row, "prompt": f"{path.stem}{i} "}) + "\n" for i, row in enumerate(rows)))
     args = flags(monkeypatch, "--data_path", *paths, "--data_split", "1,2,1", "--eval_fraction", 0.2, "--seed", 3, "--max_seq_len", 512)
     tokenizer = data.train_tokenizer(["a 0123456789 b"], 400)
@@ -187,8 +189,9 @@ def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_
         order = np.arange(n)
         np.random.RandomState(3).shuffle(order)
         share |= {f"{path.stem}{i}" for i in order[n // 4 : 3 * n // 4]}
-    assert (len(training), len(held_out)) == (40, 10)
-    assert set(training) | set(held_out) == share
+    assert {"a5", "b5"} < share
+    assert (len(training), len(held_out)) == (39, 9)
+    assert set(training) | set(held_out) == share - {"a5", "b5"}
     assert {prompt[0] for prompt in held_out} == {"a", "b"}
 
 
@@ -446,6 +449,14 @@ def test_training_lowers_the_loss_on_what_it_is_trained_on(files, tmp_path):
     assert events["eval"][-1]["loss"] < events["eval"][0]["loss"] - 0.1
 
 
+def test_rows_that_are_no_comparison_are_left_out_where_asked_for(tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", 24).read_bytes().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_bytes(b"".join([*rows[:9], b"{\n", *rows[9:], b'{"prompt": "p"}\n', b"\xff\n"]))
+    done, events = train_ok(tmp_path / "out", "--data_path", tmp_path / "rows.jsonl", "--eval_path", tmp_path / "rows.jsonl", "--skip_bad_rows")
+    assert f"{tmp_path}/rows.jsonl: 3 rows left out, as they are no comparison; the first: {tmp_path}/rows.jsonl:10: not JSON" in done.stdout
+    assert sum(step["pairs"] for step in events["step"]) == events["eval"][-1]["pairs"] == 24
+
+
 def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
     """--model_name_or_path takes what a run left; without --eval_path the last 5 % of 80 comparisons are held out."""
     output_dir, *_ = built_in_run
@@ -580,19 +591,35 @@ GOOD = '{"prompt": "p", "chosen": "a", "rejected": "b"}'
     (None, ["rows.jsonl", "no such file"]),
     ("", ["rows.jsonl", "no row"]),
     (GOOD + "\n{", ["rows.jsonl:2:", "not JSON"]),
+    (GOOD.encode() + b'\n{"prompt": "\xe9', ["rows.jsonl:2:", "not UTF-8"]),
+    (GOOD, ["rows.jsonl.gz:1:", "not gzip"]),
+    (gzip.compress(GOOD.encode())[:-9], ["rows.jsonl.gz:1:", "cut"]),
+    ('{"chosen": "a", "reject": "b"}', ["rows.jsonl:1:", "rejected", "nothing"]),
+    ('{"chosen": "a", "rejected": "b"}\n[]', ["rows.jsonl:2:", "a list", "an object"]),
     (GOOD + '\n\n{"prompt": "p", "chosen": 1, "rejected": "b"}', ["rows.jsonl:3:", "chosen", "a number"]),
     ('{"prompt": "p", "chosen": "a"}', ["rows.jsonl:1:", "rejected", "nothing"]),
     ('{"prompt": "p", "responses": ["a"]}', ["rows.jsonl:1:", "responses", "1", "two or more"]),
     ('{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 30, ["rows.jsonl", "30 rows", "identical"]),
     (GOOD, ["--data_path", "1 comparisons", "--eval_path"]),
-], ids=["missing", "empty", "broken JSON", "not text", "no rejected", "ranking of one", "all identical", "too few"])
+], ids=["missing", "empty", "broken JSON", "not UTF-8", "not gzip", "cut gzip", "other field", "a list", "not text", "no rejected", "ranking of one", "all identical", "too few"])
 def test_bad_data(content, words, monkeypatch, capsys, tmp_path):
-    file = tmp_path / "rows.jsonl"
+    file = tmp_path / words[0].split(":")[0] if words[0].startswith("rows") else tmp_path / "rows.jsonl"
     if content is not None:
-        file.write_text(content)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
     line = complaint(monkeypatch, capsys, "--data_path", file, "--output_dir", tmp_path / "out")
     assert line.startswith("train.py: error:") and all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+def test_bad_rows_left_out_leave_some_and_a_place_for_tokens_can_be_written_to(monkeypatch, capsys, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("3\n4\n")
+    line = complaint(monkeypatch, capsys, "--data_path", tmp_path / "rows.jsonl", "--skip_bad_rows")
+    assert f"{tmp_path}/rows.jsonl: no row of it is a comparison" in line and "found a number" in line
+    for place in (tmp_path / "rows.jsonl", tmp_path / "rows.jsonl" / "below"):
+        for tokenizer in ([], ["--tokenizer_path", tmp_path]):
+            data.train_tokenizer(["a few words"], 290).save(tmp_path)
+            line = complaint(monkeypatch, capsys, "--data_path", write_rows(tmp_path / "good.jsonl", 3), "--data_output_path", place, *tokenizer)
+            assert f"--data_output_path {place}: " in line and "a directory" in line
 
 
 def test_model_directory_is_checked_before_the_data_and_both_before_a_tokenizer_is_trained(monkeypatch, capsys, tmp_path, built_in_run):

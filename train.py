@@ -384,11 +384,8 @@ def built_in_data(args):
 
 
 def tokenized_files(paths, args, tokenizer, process: Process) -> list[data.TokenizedFile]:
-    try:
-        files = [data.tokenize_file(path, tokenizer, args.max_seq_len, args.truncation_side, args.data_output_path, args.skip_bad_rows)
-                 for path in paths]
-    except OSError as error:
-        raise ValueError(f"--data_output_path {args.data_output_path}: {error}; give a directory on a disk with room for the tokens") from None
+    files = [data.tokenize_file(path, tokenizer, args.max_seq_len, args.truncation_side, args.data_output_path, args.skip_bad_rows)
+             for path in paths]
     for file in files:
         if file.bad_rows:
             process.print(f"{file.path}: {len(file.bad_rows)} rows left out, as they are no comparison; the first: {file.bad_rows[0]}")
@@ -492,9 +489,12 @@ def prepare(args, process: Process):
         model = load_model(args, tokenizer)
     for path in [*(args.data_path or ()), *(args.eval_path or ())]:
         data.file_hash(path)
-    if tokenizer is None:
-        tokenizer = new_tokenizer(args)
-    train, evaluation = load_data(args, tokenizer, process)
+    try:
+        if tokenizer is None:
+            tokenizer = new_tokenizer(args)
+        train, evaluation = load_data(args, tokenizer, process)
+    except OSError as error:
+        raise ValueError(f"--data_output_path {args.data_output_path}: {error}; give a directory on a disk with room for the tokens") from None
     for name, dataset in (("train", train), ("eval", evaluation)):
         if dataset is not None:
             process.print(f"{name}: {len(dataset)} comparisons; {dataset.dropped} dropped, because their sequences are identical")
