@@ -548,8 +548,6 @@ def tokenize_rows(path, *how) -> Iterator[tuple[tuple, list[str]]]:
                 waiting.extend(itertools.islice(parts, 1))
         except BrokenProcessPool:
             raise ValueError(f"{path}: a process that tokenized it was killed; give them more memory, or fewer cores (taskset)") from None
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def divide_rows(rows: Iterable[tuple[int, bytes | str]]) -> Iterator[list[tuple[int, bytes | str]]]:

@@ -473,7 +473,8 @@ def test_data_of_two_files_drops_and_counts_among_the_selected_rows(tmp_path):
     assert [kept.where(i) for i in range(3)] == [f"{tmp_path}/b.jsonl:5", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:1"]
     other = [data.TokenizedData(files, np.array(rows)).fingerprint() for rows in ([[1, 2], [0, 1], [1, 0]], [[0, 1], [1, 2], [1, 0]])]
     assert other[0] == kept.fingerprint() != other[1]
-    assert data.TokenizedData(files[::-1], kept.selected).fingerprint() != kept.fingerprint()
+    like_a = data.tokenize_file(write(tmp_path / "c.jsonl", [same, Comparison("p", ["a", "c"]), same]), Letters(), 99, "left", tmp_path / "cache")
+    assert data.TokenizedData([like_a, files[1]], kept.selected).fingerprint() != kept.fingerprint()
 
 
 def test_tokens_are_found_again_by_what_they_follow_from(tmp_path, monkeypatch, tokenizer):
@@ -596,7 +597,8 @@ def test_processes_tokenize_as_one_does(tmp_path, monkeypatch, tokenizer, capfd)
             found.append([*(array.tolist() for array in (file.tokens, file.sequences, file.rows, file.lines)), file.bad_rows])
         except ValueError as error:
             found.append(str(error))
-        assert ("tokenize a.jsonl: " in capfd.readouterr().err) == (chunk == 1500)
+        bar = capfd.readouterr().err
+        assert ("tokenize a.jsonl: " in bar) == (chunk == 1500) and ("150 rows" in bar) == (chunk == 1500 and skip)
     assert found[:2] == found[2:] and len(found[0][3]) == 148 and len(found[0][4]) == 2 and found[1].startswith(f"{path}:121: fields found")
 
 
@@ -608,54 +610,78 @@ def test_a_process_that_tokenizes_and_is_killed_is_said(tmp_path, monkeypatch):
         data.tokenize_file(path, data.Tokenizer(sentencepiece_model()), 99, "left", tmp_path / "cache")
 
 
-def test_who_wants_the_same_waits_for_the_one_who_builds(tmp_path):
+def test_who_wants_the_same_waits_for_the_one_who_builds(tmp_path, monkeypatch):
+    """It is on the disk before it gets its name, and nothing is in it of one that was killed before."""
+
     def build(directory):
         (directory / "file").write_text("half")
         time.sleep(0.2)
         (directory / "file").write_text("whole")
         built.append(directory)
 
-    built, found = [], []
-    threads = [threading.Thread(target=lambda: found.append((data.cached(tmp_path / "new" / "a", build) / "file").read_text())) for _ in range(4)]
+    built, found, synced = [], [], []
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(file.name)))
+    (tmp_path / "new" / "a.part" / "left").mkdir(parents=True)
+    threads = [threading.Thread(target=lambda: found.append((data.cached(tmp_path / "new/a", build) / "file").read_text())) for _ in range(4)]
     for thread in threads:
         thread.start()
         time.sleep(0.05)  # the last ones come while it is half built
     for thread in threads:
         thread.join()
-    assert found == ["whole"] * 4 and len(built) == 1
-    assert {entry.name for entry in (tmp_path / "new").iterdir()} == {"a", "a.lock"}
+    assert found == ["whole"] * 4 and len(built) == 1 and synced == [tmp_path / "new/a.part/file"]
+    assert {str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")} == {"new", "new/a", "new/a.lock", "new/a/file"}
+    data.cached(tmp_path / "other/b", lambda directory: None)  # in a directory that is not there yet
 
 
 def test_a_builder_that_is_killed_leaves_nothing_that_is_used_and_no_process(tmp_path, tokenizer):
-    """SIGKILL between two parts of a token file. The next one builds it whole, and what was half built is gone."""
+    """SIGKILL between two parts of a token file, of which only a few are worked on ahead. The next one builds it whole."""
     path, cache = write(tmp_path / "a.jsonl", built_in(300)), tmp_path / "cache"
     (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_proto)
     program = """
 import sys, time, data
+def count(path, read_rows=data.read_rows):
+    global rows_read
+    for rows_read, row in enumerate(read_rows(path), start=1):
+        yield row
 def stop_after_one(*arguments, tokenize_rows=data.tokenize_rows):
     for part in tokenize_rows(*arguments):
         yield part
-        print("one part is written", flush=True)
+        print(rows_read, flush=True)  # and one part is written
         time.sleep(100)
-data.tokenize_rows, data.BYTES_AT_ONCE = stop_after_one, 500
+data.read_rows, data.tokenize_rows, data.BYTES_AT_ONCE = count, stop_after_one, 500
 data.tokenize_file(sys.argv[1], data.load_tokenizer(sys.argv[2]), 50, "left", sys.argv[3])
 """
     arguments = [sys.executable, "-c", program, path, tmp_path / "tokenizer.model", cache]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=Path(__file__).parent) as builder:
-        assert builder.stdout.readline() == b"one part is written\n"
-        workers = [pid for pid in children(builder.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-        builder.kill()
-    assert workers
+        try:
+            assert 0 < int(builder.stdout.readline()) <= 4 * (2 * len(os.sched_getaffinity(0)) + 1)  # 500 bytes are 2 or 3 rows
+            workers = [pid for pid in children(builder.pid) if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            wait_until(lambda: all(map(ignores_interrupts, workers)))
+        finally:
+            builder.kill()
     (part,) = cache.glob("*.part")
     assert (part / "tokens.bin").exists() and not part.with_suffix("").exists()
-    until = time.time() + 20
-    while any(map(is_running, workers)) and time.time() < until:
-        time.sleep(0.05)
-    left = [os.kill(pid, signal.SIGKILL) for pid in workers if is_running(pid)]
-    assert not left
+    try:
+        assert workers
+        wait_until(lambda: not any(map(is_running, workers)))
+    finally:
+        for pid in filter(is_running, workers):
+            os.kill(pid, signal.SIGKILL)
     file = data.tokenize_file(path, tokenizer, 50, "left", cache)
     assert groups_of(file) == [data.tokenize(c, tokenizer, 50) for c in built_in(300)]
     assert {entry.name for entry in cache.iterdir()} == {file.key, file.key + ".lock"}
+
+
+def wait_until(condition):
+    until = time.time() + 30
+    while not condition():
+        assert time.time() < until
+        time.sleep(0.05)
+
+
+def ignores_interrupts(pid: int) -> bool:
+    ignored = re.search(r"SigIgn:\t(\w+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return bool(int(ignored, 16) >> signal.SIGINT - 1 & 1)
 
 
 def children(pid: int) -> list[int]:
