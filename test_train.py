@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -28,9 +27,6 @@ import rm
 import train
 
 HERE = Path(__file__).parent
-os.environ["OMP_NUM_THREADS"] = "1"  # of the runs; what they keep of their data goes with the session
-if "test_train_cache_" not in os.environ.get("XDG_CACHE_HOME", ""):  # processes that are started here import this file, too
-    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="test_train_cache_")
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--max_seq_len", "64"]
 
 

@@ -770,7 +770,7 @@ def check_same_run(path: Path, ours: dict, theirs: dict):
 
 
 def main():
-    args, process = parse_flags(), None
+    args, failure = parse_flags(), None
     try:
         if args.dry_run:
             from extras import dry_run
@@ -778,23 +778,28 @@ def main():
             if os.environ.get("RANK", "0") == "0":
                 print(dry_run.report(args, int(os.environ.get("WORLD_SIZE", 1))))
             return
-        process = Process.start(args)
-        run(args, process)
+        run(args, Process.start(args))
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
+        failure = f"train.py: error: {error}"
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step; nothing was trained")
+        failure = "train.py: interrupted before the first step; nothing was trained"
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
-                 "--gradient_checkpointing, or a --zero_stage")
+        failure = (f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
+                   "--gradient_checkpointing, or a --zero_stage")
     except RuntimeError as error:
         if not lost_process(error):
             raise
+        failure = (f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within "
+                   f"--process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from "
+                   "the last checkpoint, with torchrun's --max-restarts by itself")
+    if dist.is_initialized():
+        # No orderly end: it would wait for a process that is lost, and taking a group of gloo's apart can hang by itself (PyTorch
+        # 2.13: its destructor, called under Python's lock, joins a thread that waits for this lock).
         sys.stdout.flush()
-        print(f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within "
-              f"--process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from the last checkpoint, "
-              "with torchrun's --max-restarts by itself", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for that process
+        print(failure or "", end="\n" if failure else "", file=sys.stderr, flush=True)
+        os._exit(1 if failure else 0)
+    if failure:
+        sys.exit(failure)
 
 
 def lost_process(error: Exception) -> bool:
@@ -912,8 +917,6 @@ def run(args, process: Process):
     else:
         finish(model, tokenizer, evaluations, skipped, args, process)
     process.wait()  # nobody leaves before the model is saved
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def finite(value: float) -> float | None:
