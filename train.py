@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -768,30 +769,38 @@ def check_same_run(path: Path, ours: dict, theirs: dict):
 
 
 def main():
-    args, process = parse_flags(), None
+    args, complaint = parse_flags(), None
     try:
         if args.dry_run:
             from extras import dry_run
 
             print(dry_run.report(args, int(os.environ.get("WORLD_SIZE", 1))))
             return
-        process = Process.start(args)
-        run(args, process)
+        run(args, Process.start(args))
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: error: {error}")
+        complaint = f"train.py: error: {error}"
     except KeyboardInterrupt:
-        sys.exit("train.py: interrupted before the first step; nothing was trained")
+        complaint = "train.py: interrupted before the first step; nothing was trained"
     except torch.OutOfMemoryError as error:
-        sys.exit(f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
-                 "--gradient_checkpointing, or a --zero_stage")
+        complaint = (f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
+                     "--gradient_checkpointing, or a --zero_stage")
     except RuntimeError as error:
         if not lost_process(error):
-            raise
+            complaint = traceback.format_exc()
+        else:
+            complaint = (f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer "
+                         f"within --process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume "
+                         "goes on from the last checkpoint, with torchrun's --max-restarts by itself")
+    if dist.is_initialized():
+        # An orderly end waits for processes that are gone. It can also hang: gloo's thread needs Python's lock to free its
+        # last tensors, while the destructor of the process group holds that lock and waits for the thread.
+        if complaint:
+            print(complaint, file=sys.stderr)
         sys.stdout.flush()
-        print(f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within "
-              f"--process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from the last checkpoint, "
-              "with torchrun's --max-restarts by itself", file=sys.stderr, flush=True)
-        os._exit(1)  # an orderly end would wait for that process
+        sys.stderr.flush()
+        os._exit(complaint is not None)
+    if complaint:
+        sys.exit(complaint)
 
 
 def lost_process(error: Exception) -> bool:
@@ -909,8 +918,6 @@ def run(args, process: Process):
     else:
         finish(model, tokenizer, evaluations, skipped, args, process)
     process.wait()  # nobody leaves before the model is saved
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def finite(value: float) -> float | None:
