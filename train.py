@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -770,7 +771,7 @@ def check_same_run(path: Path, ours: dict, theirs: dict):
 
 
 def main():
-    args, failure = parse_flags(), None
+    args, complaint = parse_flags(), None
     try:
         if args.dry_run:
             from extras import dry_run
@@ -780,31 +781,37 @@ def main():
             return
         run(args, Process.start(args))
     except (ValueError, OSError) as error:
-        failure = f"train.py: error: {error}"
+        complaint = f"train.py: error: {error}"
     except KeyboardInterrupt:
-        failure = "train.py: interrupted before the first step; nothing was trained"
+        complaint = "train.py: interrupted before the first step; nothing was trained"
     except torch.OutOfMemoryError as error:
-        failure = (f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
-                   "--gradient_checkpointing, or a --zero_stage")
-    except RuntimeError as error:
-        if not lost_process(error):
+        complaint = (f"train.py: error: the GPU's memory is full ({str(error).splitlines()[0]}); give fewer --micro_batch_tokens, or "
+                     "--gradient_checkpointing, or a --zero_stage")
+    except (Exception, CheckpointException) as error:
+        if lost_process(error):
+            complaint = (f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer "
+                         f"within --process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume "
+                         "goes on from the last checkpoint, with torchrun's --max-restarts by itself")
+        elif dist.is_initialized():
+            complaint = traceback.format_exc()
+        else:
             raise
-        failure = (f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another process, which ended or did not answer within "
-                   f"--process_timeout {args.process_timeout:g} s ({str(error).splitlines()[0]}); the same command with --resume goes on from "
-                   "the last checkpoint, with torchrun's --max-restarts by itself")
     if dist.is_initialized():
-        # No orderly end: it would wait for a process that is lost, and taking a group of gloo's apart can hang by itself (PyTorch
-        # 2.13: its destructor, called under Python's lock, joins a thread that waits for this lock).
+        # An orderly end waits for processes that are gone. It can also hang: gloo's thread needs Python's lock to free its
+        # last tensors, while the destructor of the process group holds that lock and waits for the thread.
+        if complaint:
+            print(complaint, file=sys.stderr)
         sys.stdout.flush()
-        print(failure or "", end="\n" if failure else "", file=sys.stderr, flush=True)
-        os._exit(1 if failure else 0)
-    if failure:
-        sys.exit(failure)
+        sys.stderr.flush()
+        os._exit(complaint is not None)
+    if complaint:
+        sys.exit(complaint)
 
 
-def lost_process(error: Exception) -> bool:
+def lost_process(error: BaseException) -> bool:
     """Whether another process did not answer: NCCL has exceptions of its own for that, gloo has not."""
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in ("gloo", "Connection", "Timed out", "timeout"))
+    signs = ("gloo", "Connection", "Timed out", "timeout")
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def run(args, process: Process):
@@ -932,7 +939,7 @@ def said_if_unwritable(checkpoints: Path):
     except (OSError, RuntimeError, CheckpointException) as error:
         if isinstance(error, CheckpointException):  # of several ranks
             error, _ = next(iter(error.failures.values()))
-        if isinstance(error, RuntimeError) and lost_process(error):
+        if lost_process(error):
             raise error
         last = checkpoint_steps(checkpoints)
         left = f"the last whole checkpoint is {checkpoints}/step-{last[0]}" if last else "there is no earlier checkpoint"
