@@ -1256,6 +1256,21 @@ def test_sharded_weights_give_the_curve_and_the_model_of_one_process(arguments, 
     same_model(tmp_path / "out", stage_0[0])
 
 
+def in_float64():
+    new_model = train.new_model
+    train.new_model = lambda *arguments: new_model(*arguments).double()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_in_float64_two_processes_give_the_curve_of_one_to_rounding(stage, stage_0, tmp_path):
+    forked_ok(tmp_path / "one", *stage_0[1], "--per_device_train_batch_size", 12, before=in_float64)
+    forked_ok(tmp_path / "two", *stage_0[1], "--zero_stage", stage, processes=2, before=in_float64)
+    one, two = (by_kind(tmp_path / name) for name in ("one", "two"))
+    for kind in ("step", "eval"):
+        assert [event["loss"] for event in two[kind]] == pytest.approx([event["loss"] for event in one[kind]], abs=1e-12)
+    assert torch.load(tmp_path / "two" / "pytorch_model.bin", weights_only=True)["v_head.weight"].dtype == torch.float64
+
+
 def test_sharded_run_goes_on_to_the_bit_with_dropout(two, tmp_path):
     arguments = [*two[1], "--zero_stage", 3, "--gradient_checkpointing"]
     forked_ok(tmp_path / "whole", *arguments, processes=2)
