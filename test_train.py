@@ -627,6 +627,14 @@ def test_bad_rows_left_out_leave_some_and_a_place_for_tokens_can_be_written_to(m
             assert f"--data_output_path {place}: " in line and "a directory" in line
 
 
+@pytest.mark.parametrize("flag, value", [("--lora_dim", [2]), ("--dry_run", [])])
+def test_flag_of_a_missing_extra_is_said(flag, value, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "extras", None)
+    for name in ("lora", "dry_run"):
+        monkeypatch.delitem(sys.modules, f"extras.{name}", raising=False)
+    assert f"{flag}: needs extras/" in complaint(monkeypatch, capsys, flag, *value)
+
+
 def test_model_directory_is_checked_before_the_data_and_both_before_a_tokenizer_is_trained(monkeypatch, capsys, tmp_path, built_in_run):
     missing_data = ["--data_path", tmp_path / "missing.jsonl"]
     line = complaint(monkeypatch, capsys, "--model_name_or_path", "no/model", *missing_data)
@@ -693,6 +701,7 @@ def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports it, in two seconds
+NEEDS_LORA = pytest.mark.skipif(not (HERE / "extras" / "lora.py").exists(), reason="extras/ is not there")
 SMALL = [*TINY, "--vocab_size", "400", "--max_steps", "12", "--eval_interval", "6", "--dropout", "0.1"]
 
 
@@ -944,14 +953,15 @@ def test_longer_run_with_a_constant_schedule_goes_on_where_the_shorter_one_ended
     (["--max_seq_len", "63"], "--max_seq_len"),
     (["--dropout", "0.2"], "--dropout"),
     (["--dtype", "bf16"], "--dtype"),
-    (["--lora_dim", "2"], "--lora_dim"),
+    pytest.param(["--lora_dim", "2"], "--lora_dim", marks=NEEDS_LORA),
+    (["--layout", "padded"], "--layout was 'packed'"),
     (["--n_layer", "1"], "--n_layer"),
     (["--num_padding_at_beginning", "1"], "--num_padding_at_beginning"),
     (["--vocab_size", "390"], "--vocab_size"),
     (["--data_split", "1,1,0"], "--data_split"),
     (["--per_device_train_batch_size", "6"], "--per_device_train_batch_size"),
     (["--gradient_accumulation_steps", "2"], "--gradient_accumulation_steps"),
-    (["--gradient_accumulation_steps", "2", "--seed", "5"], "--seed was")], ids=" ".join)
+    (["--gradient_accumulation_steps", "2", "--seed", "5"], "--seed was")], ids=lambda x: " ".join(x) if isinstance(x, list) else "")
 def test_flags_that_change_the_result_are_refused_by_name(other, words, small, undisturbed, monkeypatch, capsys):
     before = (undisturbed / "metrics.jsonl").read_bytes()
     line = complaint(monkeypatch, capsys, *small, *other, "--resume", "--output_dir", undisturbed)
@@ -1280,6 +1290,7 @@ def test_sharded_run_goes_on_to_the_bit_with_dropout(two, tmp_path):
     same_bits(tmp_path / "out", tmp_path / "whole")
 
 
+@NEEDS_LORA
 @pytest.mark.parametrize("only", [[], ["--only_optimize_lora"]])
 def test_lora_saves_a_plain_model_sharded_or_not(only, stage_0, tmp_path):
     """And a run with it goes on: on one process, then on two at stage 3."""

@@ -19,6 +19,7 @@ with the weights of a run that was never stopped.
 
 import argparse
 import functools
+import importlib
 import itertools
 import json
 import math
@@ -191,6 +192,14 @@ def parse_flags():
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.model_name_or_path else 2e-3
     return args
+
+
+def extra(name: str, flag: str):
+    """The module in extras/ that a flag asks for."""
+    try:
+        return importlib.import_module(f"extras.{name}")
+    except ModuleNotFoundError:
+        raise ValueError(f"{flag}: needs extras/{name}.py, which is not there; put it beside train.py, or leave the flag out") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -531,9 +540,7 @@ def prepare(args, process: Process):
     model.backbone.config.dropout = args.dropout
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
     if args.lora_dim:
-        from extras import lora
-
-        count = lora.add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
+        count = extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
         process.print(f"LoRA of rank {args.lora_dim} beside {count} linear layers")
     return model, tokenizer, train, evaluation
 
@@ -753,6 +760,8 @@ def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch
     facts["the pad id (--pad_id, --num_padding_at_beginning)"] = [model.pad_id, model.num_padding_at_beginning]
     facts["the tokenizer (--tokenizer_path, --vocab_size)"] = tokenizer.fingerprint()
     facts["the training data (--data_path, --data_split, --eval_path, --eval_fraction)"] = train.fingerprint() if train else "built-in"
+    if args.dropout:  # its numbers are drawn for other tokens
+        facts["--layout"] = args.layout
     if not args.lr_scheduler_type.startswith("constant"):
         facts["the number of steps (--max_steps, --num_train_epochs)"] = total_steps
     return facts
@@ -774,10 +783,9 @@ def main():
     args, complaint = parse_flags(), None
     try:
         if args.dry_run:
-            from extras import dry_run
-
+            report = extra("dry_run", "--dry_run").report
             if os.environ.get("RANK", "0") == "0":
-                print(dry_run.report(args, int(os.environ.get("WORLD_SIZE", 1))))
+                print(report(args, int(os.environ.get("WORLD_SIZE", 1))))
             return
         run(args, Process.start(args))
     except (ValueError, OSError) as error:
@@ -977,9 +985,7 @@ def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
     if process.rank != 0:
         return model
     if args.lora_dim:
-        from extras import lora
-
-        state = lora.merge(state)
+        state = extra("lora", "--lora_dim").merge(state)
     with torch.device("meta"):
         plain = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
     plain.load_state_dict(state, assign=True)
