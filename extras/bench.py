@@ -366,7 +366,7 @@ def bench_ranks(rounds: int):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("what", nargs="?", choices=("steps", "ranks", "load"), default="steps")
-    parser.add_argument("--rounds", type=int, default=18, help="how often each is measured, in turns (18; ranks, load: 5 are enough)")
+    parser.add_argument("--rounds", type=int, default=8, help="how often each is measured, in turns (8)")
     args = parser.parse_args()
     start = time.perf_counter()
     {"steps": bench_steps, "ranks": bench_ranks, "load": bench_load}[args.what](args.rounds)
