@@ -49,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of
+from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of, read_config
 from rm import RewardModel
 
 BUILT_IN = dict(train_batch_size=32, max_steps=2000, eval_pairs=4000, tokenizer_pairs=2000)
@@ -245,6 +245,13 @@ class Process:
         if self.world_size > 1:
             dist.all_reduce(values)
         return values.tolist()
+
+    def share(self, value):
+        """Rank 0's value, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     def join(self, *values) -> list:
         """Every value added up over the ranks; lists are joined."""
@@ -453,14 +460,18 @@ def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | N
 def load_model(args, tokenizer) -> RewardModel:
     """The pre-trained model, with what the flags say about padding."""
     model = RewardModel.from_pretrained(args.model_name_or_path, tokenizer.pad_id, leading_pads(args, tokenizer))
-    rows = json.loads((Path(args.model_name_or_path) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    rows = read_config(args.model_name_or_path)["vocab_size"]
     if tokenizer.text_size > rows:
         raise ValueError(f"--model_name_or_path {args.model_name_or_path}: the model has {rows} token ids, the tokenizer "
                          f"{tokenizer.text_size}; give the tokenizer that belongs to it (--tokenizer_path)")
-    if args.max_seq_len > model.backbone.config.n_positions:
-        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {model.backbone.config.n_positions} "
-                         "positions, so give at most that")
+    check_positions(model.backbone.config, args)
     return model
+
+
+def check_positions(config: GPTConfig, args):
+    if args.max_seq_len > config.n_positions:
+        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {config.n_positions} positions, "
+                         "so give at most that")
 
 
 def new_model(args, tokenizer) -> RewardModel:
@@ -537,12 +548,18 @@ def prepare(args, process: Process):
                                  f"{args.max_seq_len}; a comparison needs responses that differ")
     if model is None:
         model = new_model(args, tokenizer)
+    if lora_layers := set_up(model, args):
+        process.print(f"LoRA of rank {args.lora_dim} beside {lora_layers} linear layers")
+    return model, tokenizer, train, evaluation
+
+
+def set_up(model: RewardModel, args) -> int:
+    """Dropout, gradient checkpointing and LoRA as the flags say. Returns beside how many layers LoRA is."""
     model.backbone.config.dropout = args.dropout
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
-    if args.lora_dim:
-        count = extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
-        process.print(f"LoRA of rank {args.lora_dim} beside {count} linear layers")
-    return model, tokenizer, train, evaluation
+    if not args.lora_dim:
+        return 0
+    return extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
 
 
 def distribute(model: RewardModel, args, process: Process):
@@ -563,7 +580,7 @@ def distribute(model: RewardModel, args, process: Process):
 def open_output(model: RewardModel, args, step: int, process: Process):
     """Make the output directory and open its metrics.jsonl, on rank 0, to go on after `step`: what was written since then is
     taken out. At step 0 the files of an earlier run are moved to earlier-N. Returns the file, and the evaluations in it."""
-    path, lines, evaluations = Path(args.output_dir), [], [{}]
+    path, lines, evaluations, metrics_file = Path(args.output_dir), [], {}, None
     metrics = path / "metrics.jsonl"
     if process.rank == 0:
         try:
@@ -573,7 +590,7 @@ def open_output(model: RewardModel, args, step: int, process: Process):
                     event = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # one that the end of the run cut
                     if event["step"] <= step:
                         lines.append(line)
-                        evaluations[0] |= {event["step"]: event} if event["event"] == "eval" else {}
+                        evaluations |= {event["step"]: event} if event["event"] == "eval" else {}
             elif not step:
                 move_earlier_run(path, process)
             check_room(path, model, args)
@@ -582,9 +599,7 @@ def open_output(model: RewardModel, args, step: int, process: Process):
             metrics_file = open(metrics, "a")
         except OSError as error:
             raise ValueError(f"--output_dir {path}: cannot be written to ({error.strerror}); give another directory") from None
-    if process.world_size > 1:
-        dist.broadcast_object_list(evaluations)
-    return metrics_file if process.rank == 0 else None, evaluations[0]
+    return metrics_file, process.share(evaluations)
 
 
 def move_earlier_run(path: Path, process: Process):
@@ -720,17 +735,15 @@ def facts_of(path: Path) -> dict:
 
 def newest_checkpoint(directory: Path, process: Process) -> tuple[int, dict]:
     """The step and the facts of the newest checkpoint that is whole, (0, {}) where there is none. Says which it skips, and why."""
-    found = [0, {}]
+    found = 0, {}
     for step in checkpoint_steps(directory) if process.rank == 0 else ():
         path = directory / f"step-{step}"
         try:
-            found = [step, facts_of(path)]
+            found = step, facts_of(path)
             break
         except (OSError, ValueError) as error:
             process.print(f"{path}: skipped, as it is damaged: {error}")
-    if process.world_size > 1:
-        dist.broadcast_object_list(found)
-    return tuple(found)
+    return process.share(found)
 
 
 def load_checkpoint(path: Path, facts: dict, model: RewardModel, optimizer, args, process: Process):
@@ -888,7 +901,7 @@ def run(args, process: Process):
             lr = functools.partial(learning_rate, args.lr_scheduler_type, step=step - 1, warmup=args.num_warmup_steps, total=total_steps)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr(peak=peak)
-            chunks, outs, tokens = divide(batch, args.micro_batch_tokens, args, process), [], 0
+            chunks, losses, pairs, tokens = divide(batch, args.micro_batch_tokens, args, process), [], 0, 0
             for i, chunk in enumerate(chunks):
                 # An empty one takes part in the averaging of gradients with a comparison that weighs nothing.
                 inputs, computed = collate([batch[j] for j in chunk] or batch[:1], model, args.layout, process.device)
@@ -897,18 +910,18 @@ def run(args, process: Process):
                         out = trained(*inputs)
                     loss = out["loss"] * (len(chunk) / len(batch))  # summed over micro-batches and ranks: the mean over the batch
                     scaler.scale(loss * process.world_size).backward()  # DistributedDataParallel and FSDP take the mean over ranks
-                outs.append((loss.detach(), out["chosen_mean_scores"].detach(), out["rejected_mean_scores"].detach()))
+                losses.append(loss.detach())
+                pairs += len(out["chosen_mean_scores"]) if chunk else 0
                 tokens += computed
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
-            pairs = sum(len(scores) for chunk, (_, scores, _) in zip(chunks, outs) if chunk)
-            sums = [torch.stack([loss for loss, _, _ in outs]).double().sum().item(), pairs, tokens, len(stopped_by)]
-            loss, pairs, tokens, stopping = process.sum(sums)
+            loss = torch.stack(losses).double().sum().item()
+            loss, pairs, tokens, stopping = process.sum([loss, pairs, tokens, len(stopped_by)])
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
                 skipped, streak = skipped + 1, streak + 1
                 if not scaler.is_enabled() or streak == LONGEST_STREAK:
-                    stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, outs, where, checkpoints, args, process)
+                    stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, where, checkpoints, args, process)
             else:
                 streak = 0
             scaler.step(optimizer)
@@ -956,9 +969,9 @@ def said_if_unwritable(checkpoints: Path):
 
 
 @torch.no_grad()
-def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, outs, where, checkpoints: Path, args, process: Process):
+def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, where, checkpoints: Path, args, process: Process):
     """End the run with a line that names the step, and of each rank the rows whose loss is not finite."""
-    suspects, alone = [i for chunk, (chunk_loss, _, _) in zip(chunks, outs) if not math.isfinite(chunk_loss) for i in chunk], []
+    suspects, alone = [i for chunk, chunk_loss in zip(chunks, losses) if not math.isfinite(chunk_loss) for i in chunk], []
     for i in sorted(process.join(suspects)[0]):  # by itself, on every rank; in a packed batch, NaN with an attention of 0 is NaN too
         inputs, _ = collate([batch[i]], model, args.layout, process.device)
         with half_precision(args, process):

@@ -29,7 +29,7 @@ from torch.utils.flop_counter import flop_registry
 
 from model import GPT, GPTConfig, read_config
 from rm import RewardModel
-from train import DTYPES, Process, collate, distribute, divide, half_precision
+from train import DTYPES, Process, check_positions, collate, distribute, divide, half_precision, set_up
 
 aten = torch.ops.aten
 FLOP = flop_registry | {  # attention is counted in full, also where a causal kernel leaves half of it out
@@ -97,9 +97,7 @@ def make_model(args) -> RewardModel:
             config = GPTConfig.from_hf(hf)
         except ValueError as error:
             raise ValueError(f"{args.model_name_or_path}/config.json: {error}") from None
-        if args.max_seq_len > config.n_positions:
-            raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {config.n_positions} positions, "
-                             "so give at most that")
+        check_positions(config, args)
         if pad_id is None:
             pad_id = config.token_ids.get("pad_token_id")
             pad_id = config.vocab_size if pad_id is None or pad_id < 0 else pad_id
@@ -107,13 +105,8 @@ def make_model(args) -> RewardModel:
     else:
         config = GPTConfig(args.model_type, vocab_size=args.vocab_size, n_positions=args.max_seq_len, n_layer=args.n_layer,
                            n_head=args.n_head, n_embd=args.n_embd)
-    config.dropout = args.dropout
     model = RewardModel(GPT(config), pad_id or 0)
-    model.backbone.gradient_checkpointing = args.gradient_checkpointing
-    if args.lora_dim:
-        from extras import lora
-
-        lora.add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
+    set_up(model, args)
     return model
 
 
