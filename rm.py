@@ -300,7 +300,8 @@ class RewardModel(nn.Module):
         """
         wide = torch.promote_types(self.v_head.weight.dtype, torch.float32)
         with torch.autocast(hidden.device.type, enabled=False):
-            return F.linear(hidden.to(wide), self.v_head.weight.to(wide)).squeeze(-1)
+            rewards = F.linear(hidden.to(wide), self.v_head.weight.to(wide)).squeeze(-1)
+        return rewards + self.reward_bias if self.reward_bias else rewards
 
     def forward_value(
         self,
@@ -360,6 +361,9 @@ class RewardModel(nn.Module):
             num_padding_at_beginning = hf.get("num_padding_at_beginning", int(bos == pad_id))
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
         model = cls(backbone, pad_id, num_padding_at_beginning)
+        model.reward_bias = hf.get("reward_bias", 0.0)
+        if type(model.reward_bias) not in (int, float):
+            raise ValueError(f"{path}/config.json: reward_bias is {model.reward_bias!r}; expected a number")
         head_name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
         head = weights.get(head_name)
         if head is not None and (head_name == "v_head.weight" or head.shape[:1] == (1,)):  # a score of more rows is a classifier's
@@ -399,6 +403,8 @@ class RewardModel(nn.Module):
         state = {prefix + name: weight.cpu() for name, weight in weights.items()} | {head_name: head}
         hf = config.to_hf() | {
             "vocab_size": rows, "pad_token_id": self.pad_id, "num_padding_at_beginning": self.num_padding_at_beginning}
+        if self.reward_bias:
+            hf["reward_bias"] = self.reward_bias
         if layout == "hf":
             hf |= {"architectures": [family["classifier"]], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         part = file.with_name(file.name + ".part")  # this model may be mapped from the file that it replaces: no writing into it

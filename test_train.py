@@ -169,6 +169,26 @@ def test_weight_decay_is_on_matrices_only(monkeypatch):
     assert "v_head.weight" in {names[id(p)] for p in decayed["params"]}
 
 
+def test_spearman_by_hand():
+    """Of ranks; equal values share the mean of theirs: 1, 2.5, 2.5, 4 and 4, 1, 3, 2 have -3 as the sum of products of deviations."""
+    assert train.spearman([1, 2, 3], [10, 20, 1000]) == pytest.approx(1)
+    assert train.spearman([1, 2, 2, 9], [0.4, 0.1, 0.3, 0.2]) == pytest.approx(-3 / math.sqrt(4.5 * 5))
+
+
+def test_numbers_behind_an_evaluation_are_of_pairs_and_of_responses(monkeypatch):
+    args = flags(monkeypatch)
+    torch.manual_seed(0)
+    model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=300, n_positions=9)), 0)
+    comparisons = [data.Comparison("a", ["b", "c"], [2.0, 1.0]), data.Comparison("a", ["c", "bb", "ccc"], [3.0, 0.5, 1.0])]
+    dataset = data.tokenize_all(comparisons, data.train_tokenizer(["a", "ab", "ac"], 300), 9)
+    metrics, numbers = train.evaluate(model, dataset, args, train.Process(), step=0)
+    (b, c), (_, bb, ccc) = rm.score(model.eval(), [dataset[0], dataset[1]], 8)
+    assert numbers["chosen"] == pytest.approx([b, c, c, bb]) and numbers["rejected"] == pytest.approx([c, bb, ccc, ccc])
+    assert numbers["true_margin"] == [1.0, 2.5, 2.0, -0.5]
+    assert numbers["scores"] == pytest.approx([b, c, c, bb, ccc]) and numbers["rewards"] == [2.0, 1.0, 3.0, 0.5, 1.0]
+    assert metrics["pairs"] == 4
+
+
 def test_evaluation_leaves_the_model_in_training_mode(monkeypatch):
     args = flags(monkeypatch, "--dropout", 0.5)
     model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=300, n_positions=4, dropout=0.5)), 0)
@@ -241,6 +261,7 @@ def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_
     accuracy, place, how = done.stdout.strip().splitlines()[-3:]
     assert f"{events['eval'][0]['accuracy']:.4f} before, {events['eval'][-1]['accuracy']:.4f} after" in accuracy
     assert f"{events['eval'][-1]['bayes_accuracy']:.4f}" in accuracy
+    assert re.search(r"of 128 eval responses' scores with their true rewards: -?0\.\d{4}$", done.stdout, re.M)
     assert str(output_dir) in place and f"python rm.py {output_dir} " in how
 
 
@@ -953,6 +974,8 @@ def test_longer_run_with_a_constant_schedule_goes_on_where_the_shorter_one_ended
     (["--max_seq_len", "63"], "--max_seq_len"),
     (["--dropout", "0.2"], "--dropout"),
     (["--dtype", "bf16"], "--dtype"),
+    (["--loss", "end"], "--loss was 'divergent' and is 'end'"),
+    (["--center_rewards_coefficient", "0.1"], "--center_rewards_coefficient was 0.0 and is 0.1"),
     pytest.param(["--lora_dim", "2"], "--lora_dim", marks=NEEDS_LORA),
     (["--layout", "padded"], "--layout was 'packed'"),
     (["--n_layer", "1"], "--n_layer"),

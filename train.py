@@ -19,7 +19,7 @@ with the weights of a run that was never stopped.
 
 import argparse
 import functools
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -161,6 +161,9 @@ def parse_flags():
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="out", help="(out)")
+    flag("--normalize_rewards", action="store_true", help="after training: zero mean and unit variance of the end scores over the eval responses")
+    flag("--enable_tensorboard", action="store_true", help="write the numbers of metrics.jsonl for TensorBoard, too (pip install tensorboard)")
+    flag("--tensorboard_path", metavar="DIR", default="step2_tensorboard", help="where (step2_tensorboard)")
     flag("--save_interval", type=number(int, 0), default=500, help="optimizer steps between checkpoints (500; 0: only when stopped)")
     flag("--keep_checkpoints", type=count, default=2, help="so many, the newest (2)")
     flag("--resume", action="store_true", help="go on from the newest whole checkpoint in --output_dir, or start where there is none")
@@ -383,14 +386,27 @@ def half_precision(args, process: Process):
     return torch.autocast(process.device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32", cache_enabled=False)
 
 
+def spearman(a: list[float], b: list[float]) -> float:
+    """Spearman's correlation: that of the ranks; equal values share the mean of theirs."""
+    ranks = []
+    for values in (a, b):
+        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[group])
+    return float(np.corrcoef(ranks)[0, 1])
+
+
 @torch.no_grad()
-def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Process, step: int) -> dict:
-    """The metrics of an eval set, each comparison counted once. Every rank computes its part and gets the whole."""
+def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Process, step: int) -> tuple[dict, dict]:
+    """The metrics of an eval set, each comparison counted once. Every rank computes its part and gets the whole.
+
+    Also returns the numbers behind them, as lists: `chosen`, `rejected` (end scores), `true_margin`, of every pair;
+    `scores`, `rewards`, of every response. The true ones are empty where they are not known.
+    """
     n = len(dataset)
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
     at_once, budget = 64 * args.per_device_eval_batch_size * process.world_size, 2 * args.per_device_eval_batch_size * args.max_seq_len
-    loss, chosen, rejected, true_margin = 0.0, [], [], []
+    loss, chosen, rejected, true_margin, scores, rewards = 0.0, [], [], [], [], []
     model.eval()
     for start in tqdm(range(0, n, at_once), desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
         groups = [dataset[i] for i in range(start, min(start + at_once, n))]
@@ -401,13 +417,18 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
                 out = model(*inputs)
             if chunk:
                 loss += out["loss"].item() * len(chunk)
-                chosen += out["chosen_mean_scores"].tolist()
-                rejected += out["rejected_mean_scores"].tolist()
+                ends = list(zip(out["chosen_mean_scores"].tolist(), out["rejected_mean_scores"].tolist()))
             for i in chunk:
-                rewards = dataset.rewards and dataset.rewards[start + i]
-                true_margin += [a - b for a, b in itertools.combinations(rewards or (), 2)]
+                K, true = len(groups[i]), dataset.rewards and dataset.rewards[start + i] or ()
+                pairs, ends = ends[: K * (K - 1) // 2], ends[K * (K - 1) // 2 :]
+                chosen += [a for a, _ in pairs]
+                rejected += [b for _, b in pairs]
+                true_margin += [a - b for a, b in itertools.combinations(true, 2)]
+                scores += [pairs[0][0], *(b for _, b in pairs[: K - 1])]  # the first pairs are those of the first response
+                rewards += true
     model.train()
-    loss, chosen, rejected, true_margin = process.join(loss, chosen, rejected, true_margin)
+    loss, chosen, rejected, true_margin, scores, rewards = process.join(loss, chosen, rejected, true_margin, scores, rewards)
+    numbers = dict(chosen=chosen, rejected=rejected, true_margin=true_margin, scores=scores, rewards=rewards)
     chosen, rejected = torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
     margin = chosen - rejected
     metrics = {"loss": loss / n, "accuracy": (margin > 0).double().mean().item(),
@@ -417,7 +438,7 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
         true_margin = torch.tensor(true_margin, dtype=torch.float64)
         metrics["bayes_accuracy"] = (true_margin > 0).double().mean().item()
         metrics["probability_error"] = (torch.sigmoid(margin) - torch.sigmoid(true_margin)).abs().mean().item()
-    return metrics
+    return metrics, numbers
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -858,6 +879,7 @@ def run(args, process: Process):
             raise ValueError(f"--max_steps: found {total_steps}, and {checkpoints}/step-{done} has gone further; give at least {done}, or "
                              "another --output_dir to start anew")
     metrics_file, evaluations = open_output(model, args, done, process)
+    tensorboard = args.enable_tensorboard and process.rank == 0 and extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
     trained = distribute(model, args, process)
@@ -877,12 +899,16 @@ def run(args, process: Process):
             with said_if_unwritable(checkpoints):
                 metrics_file.write(json.dumps(event) + "\n")
                 metrics_file.flush()
+                if tensorboard:
+                    tensorboard.write(event)
+
+    numbers = {}  # behind the evaluations
 
     def evaluation_is_due(step):
         return step in (0, total_steps) or args.eval_interval and step % args.eval_interval == 0
 
     def run_evaluation(step):
-        metrics = evaluate(model, evaluation, args, process, step)
+        metrics, numbers[step] = evaluate(model, evaluation, args, process, step)
         log(event="eval", step=step, **{name: finite(value) for name, value in metrics.items()})
         process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         evaluations[step] = metrics
@@ -949,7 +975,9 @@ def run(args, process: Process):
         process.print(f"stopped after step {step} of {total_steps}, as asked to; the same command with --resume goes on from "
                       f"{checkpoints}/step-{step}")
     else:
-        finish(model, tokenizer, evaluations, skipped, args, process)
+        if total_steps not in numbers:  # a run that had ended before
+            numbers[total_steps] = evaluate(model, evaluation, args, process, total_steps)[1]
+        finish(model, tokenizer, evaluations, numbers[total_steps], skipped, args, process)
     process.wait()  # nobody leaves before the model is saved
 
 
@@ -1008,18 +1036,27 @@ def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
     with torch.device("meta"):
         plain = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
     plain.load_state_dict(state, assign=True)
+    plain.reward_bias = model.reward_bias
     return plain
 
 
-def finish(model: RewardModel, tokenizer, evaluations: dict, skipped: int, args, process: Process):
-    """Save the model, and say how it went."""
-    model = plain_model(model, args, process)
+def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skipped: int, args, process: Process):
+    """Save the model and a page about the run, and say how it went."""
+    model, output_dir = plain_model(model, args, process), Path(args.output_dir)
     if process.rank != 0:
         return
-    with said_if_unwritable(Path(args.output_dir) / "checkpoints"):
-        model.save_pretrained(args.output_dir, tokenizer=tokenizer)
+    if args.normalize_rewards:
+        print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
+    with said_if_unwritable(output_dir / "checkpoints"):
+        model.save_pretrained(output_dir, tokenizer=tokenizer)
+        if importlib.util.find_spec("extras.report"):  # without extras/ there is no page
+            events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+            extra("report", "").run_page(output_dir / "report.html", events, vars(args), *(numbers[name] for name in ("chosen", "rejected", "true_margin")))
     before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
+    if numbers["rewards"]:
+        print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
+              f"{spearman(numbers['scores'], numbers['rewards']):.4f}")
     if skipped:
         print(f"{skipped} steps were left out, as their gradients were too large for fp16")
     print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
