@@ -7,7 +7,7 @@ A comparison is one prompt and two or more responses, best first. Rows of a data
     the same with chat messages [{"role": "...", "content": "..."}, ...] in place of text
     {"prompt": ..., "responses": [best, ..., worst]}          a ranking
 
-Chat messages become text by this template: a system message's content as it is, then for every turn
+A pair may have a "margin", a number: by how much the chosen response is to be better. Chat messages become text by this template: a system message's content as it is, then for every turn
 "\\n\\nHuman: " or "\\n\\nAssistant: " and its content.
 """
 
@@ -51,6 +51,7 @@ class Comparison:
     prompt: str
     responses: list[str]  # best first
     rewards: list[float] | None = None  # their true rewards, where these are known
+    margin: float = 0.0  # of a pair: by how much the first is to be better (Touvron et al. 2023, Llama 2, eq. 2)
 
 
 def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None) -> Iterator[Comparison]:
@@ -171,7 +172,12 @@ def parse_row(row, min_responses: int = 2) -> Comparison:
         prompt, responses = chat_text(prompt), [chat_text(response) for response in responses]
     for name, text in zip(["prompt", *names], [prompt, *responses]):
         check_text(name, text)
-    return Comparison(prompt, responses)
+    margin = row.get("margin")
+    if margin is not None and len(responses) != 2:
+        raise ValueError(f"margin: found with {len(responses)} responses; a margin is between two")
+    if margin is not None and not (type(margin) in (int, float) and abs(margin) < 1e30):
+        raise ValueError(f"margin: found {margin if type(margin) in (int, float) else json_type(margin)}; expected a finite number")
+    return Comparison(prompt, responses, margin=float(margin or 0.0))
 
 
 def parse_messages(name: str, value, role: str) -> list[tuple[str, str]]:
@@ -408,11 +414,11 @@ class TokenizedFile:
     sequences: (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]].
     rows: (R + 1,) int64. Row r of the file has the sequences rows[r] to rows[r + 1] - 1, best first; none, where all of
     them were (or became by truncation) identical: such a row teaches nothing.
-    lines: (R,) int64, the line of every row.
+    lines: (R,) int64, the line of every row. margins: (R,) float64.
     """
 
-    def __init__(self, path, tokens, sequences, rows, lines, key: str = "", bad_rows: list[str] = ()):
-        self.path, self.tokens, self.sequences, self.rows, self.lines = path, tokens, sequences, rows, lines
+    def __init__(self, path, tokens, sequences, rows, lines, margins, key: str = "", bad_rows: list[str] = ()):
+        self.path, self.tokens, self.sequences, self.rows, self.lines, self.margins = path, tokens, sequences, rows, lines, margins
         self.key, self.bad_rows = key, bad_rows  # a hash of what all this follows from; what is wrong with rows that were left out
 
     def __len__(self) -> int:
@@ -446,8 +452,12 @@ class TokenizedData:
         file, row = self.selected[i]
         return self.files[file][row]
 
+    def margin(self, i: int) -> float:
+        file, row = self.selected[i]
+        return float(self.files[file].margins[row])
+
     def fingerprint(self) -> str:
-        """A hash of all token ids, in their order."""
+        """A hash of all token ids and margins, in their order."""
         return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
 
     def where(self, i: int) -> str:
@@ -460,24 +470,24 @@ def tokenize_all(comparisons: Iterable[Comparison], tokenizer, max_seq_len: int,
     """`tokenize` for comparisons that are in memory."""
     comparisons = list(comparisons)
     groups = [tokenize(comparison, tokenizer, max_seq_len, truncation_side) for comparison in comparisons]
-    tokens, *columns = tokenized_part(range(1, len(groups) + 1), groups)
+    tokens, *columns = tokenized_part(range(1, len(groups) + 1), groups, [comparison.margin for comparison in comparisons])
     rows = np.arange(len(groups))
     return TokenizedData([TokenizedFile("comparison", tokens, *join_columns([columns]))], np.stack((0 * rows, rows), axis=1),
                          [comparison.rewards for comparison in comparisons])
 
 
-def tokenized_part(lines: Iterable[int], groups: list[list[list[int]]]) -> tuple[np.ndarray, ...]:
-    """Some rows of a TokenizedFile: their tokens, the lengths of their sequences, their numbers of sequences, their lines."""
+def tokenized_part(lines: Iterable[int], groups: list[list[list[int]]], margins: list[float]) -> tuple[np.ndarray, ...]:
+    """Some rows of a TokenizedFile: their tokens, the lengths of their sequences, their numbers of sequences, lines, margins."""
     groups = [[] if all(sequence == group[0] for sequence in group) else group for group in groups]
     tokens = np.fromiter((token for group in groups for sequence in group for token in sequence), np.int32)
     lengths = np.fromiter((len(sequence) for group in groups for sequence in group), np.int64)
-    return tokens, lengths, np.fromiter(map(len, groups), np.int64), np.fromiter(lines, np.int64)
+    return tokens, lengths, np.fromiter(map(len, groups), np.int64), np.fromiter(lines, np.int64), np.array(margins, np.float64)
 
 
 def join_columns(parts: list[list[np.ndarray]]) -> tuple[np.ndarray, ...]:
     """The arrays of a TokenizedFile, but for the tokens. Lengths and numbers become positions."""
-    lengths, counts, lines = map(np.concatenate, zip(*parts))
-    return *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines
+    lengths, counts, lines, margins = map(np.concatenate, zip(*parts))
+    return *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines, margins
 
 
 def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
@@ -488,7 +498,7 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
     Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
     """
     content = file_hash(path)
-    key = hash_of("tokens 1", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
+    key = hash_of("tokens 2", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
 
     def build(directory: Path):
         columns, bad_rows = [], []
@@ -497,7 +507,7 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
                 file.write(tokens)
                 columns.append(part)
                 bad_rows += bad
-        sequences, rows, lines = join_columns(columns)
+        sequences, rows, lines, margins = join_columns(columns)
         if len(lines) == 0:
             raise nothing_left(path, bad_rows)
         if rows[-1] == 0:
@@ -505,20 +515,20 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
                              "a comparison needs some that differ")
         if file_hash(path) != content:
             raise ValueError(f"{path}: was changed while it was read; start again when it is complete")
-        for name, array in (("sequences", sequences), ("rows", rows), ("lines", lines)):
+        for name, array in (("sequences", sequences), ("rows", rows), ("lines", lines), ("margins", margins)):
             np.save(directory / f"{name}.npy", array)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
 
     directory = cached(Path(cache_dir) / key, build)
     try:
-        sequences, rows, lines = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines"))
+        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines", "margins")]
         bad_rows = [f"{path}:{row}" for row in json.loads((directory / "bad_rows.json").read_text())]
         tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
-        if len(tokens) != sequences[-1]:
-            raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
+        if len(tokens) != arrays[0][-1]:
+            raise ValueError(f"{len(tokens)} tokens in place of {arrays[0][-1]}")
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{directory}: damaged ({error}); delete it, and it will be made again") from None
-    return TokenizedFile(path, tokens, sequences, rows, lines, key, bad_rows)
+    return TokenizedFile(path, tokens, *arrays, key, bad_rows)
 
 
 BYTES_AT_ONCE = 1 << 20  # of a file, that a process tokenizes; smaller files are not worth other processes
@@ -576,14 +586,16 @@ def tokenize_in_worker(chunk):
 
 
 def tokenize_chunk(chunk, path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
-    lines, groups, bad_rows = [], [], [] if skip_bad_rows else None
+    lines, groups, margins, bad_rows = [], [], [], [] if skip_bad_rows else None
     for line, text in chunk:
         try:
-            groups.append(tokenize(parse_line(text), tokenizer, max_seq_len, truncation_side))
+            comparison = parse_line(text)
+            groups.append(tokenize(comparison, tokenizer, max_seq_len, truncation_side))
             lines.append(line)
+            margins.append(comparison.margin)
         except ValueError as error:
             bad_row(path, line, error, bad_rows)
-    return tokenized_part(lines, groups), bad_rows or []
+    return tokenized_part(lines, groups, margins), bad_rows or []
 
 
 def file_hash(path) -> str:
@@ -665,6 +677,7 @@ class PackedBatch:
     length: int  # of the longest sequence
     pad_id: int
     longest_tail: int | None  # tails are cut to so many tokens
+    margins: list[float] | None = None  # one a comparison; None: 0
 
     @property
     def num_tokens(self) -> int:
@@ -680,18 +693,19 @@ def trunk_length(group: list[list[int]]) -> int:
     return min(shared_prefix(group), min(map(len, group)) - 1)
 
 
-def packed_size(group: list[list[int]]) -> int:
+def packed_size(group: list[list[int]], longest_tail: int | None = None) -> int:
     """How many tokens of a packed batch a comparison is."""
-    trunk = trunk_length(group)
-    return trunk + len(group) * (max(map(len, group)) - trunk)
+    trunk, longest = trunk_length(group), max(map(len, group))
+    return trunk + sum(len(text) - trunk + len(range(len(text), longest)[:longest_tail]) for text in group)
 
 
-def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 2, longest_tail: int | None = None) -> PackedBatch:
+def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 2, longest_tail: int | None = None,
+         margins: list[float] | None = None) -> PackedBatch:
     """Pack comparisons: of each the token ids of its sequences, best first.
 
     A sequence's length is where its text ends; it may contain `pad_id`. longest_tail: 1 is enough where padding has one
-    position of its own, because then all of a tail's tokens are the same (OPT); 0 where scores are read and no loss.
-    Raises ValueError that names the comparison.
+    position of its own, because then all of a tail's tokens are the same (OPT); 0 where only end scores are read.
+    margins: one a comparison, for the loss. Raises ValueError that names the comparison.
     """
     layout = {"trunks": [], "branches": [], "tails": []}
     ids, positions = ({name: [] for name in layout} for _ in range(2))
@@ -711,7 +725,8 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
     if not token_groups:
         raise ValueError("no comparison to pack")
     return PackedBatch(token_groups, *(torch.tensor(sum(column.values(), [])) for column in (ids, positions)), **layout,
-                       length=max(len(sequence) for group in token_groups for sequence in group), pad_id=pad_id, longest_tail=longest_tail)
+                       length=max(len(sequence) for group in token_groups for sequence in group), pad_id=pad_id, longest_tail=longest_tail,
+                       margins=margins)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

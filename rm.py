@@ -24,6 +24,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -38,13 +39,32 @@ from model import FAMILIES, GPT, WEIGHT_FILES, index_of, read_checkpoint, resize
 # The loss
 
 
-def pair_loss(chosen_rewards: torch.Tensor, rejected_rewards: torch.Tensor) -> torch.Tensor:
+LOSSES = ("divergent", "end")
+
+
+def pair_loss(
+    chosen_rewards: torch.Tensor,
+    rejected_rewards: torch.Tensor,
+    ends: tuple[torch.Tensor, torch.Tensor] | None = None,
+    margin: float | torch.Tensor = 0.0,
+    loss: str = "divergent",
+    center_rewards_coefficient: float = 0.0,
+) -> torch.Tensor:
     """The loss of one pair: mean over t of -log sigmoid(r_chosen[t] - r_rejected[t]).
 
     Both (T,), the rewards of the divergent region, float32 or float64. Returns a scalar. It is the negative log
     likelihood of the preference under Bradley & Terry (1952), as in Ouyang et al. (2022), eq. 1, at every token.
+
+    Variants of it, all off by default; the last two read `ends`, the rewards at the two last tokens, scalars:
+    margin: by how much the chosen one is to be better, taken off the difference (Touvron et al. 2023, Llama 2, eq. 2).
+    loss: "end" reads the ends alone (Ouyang et al. 2022, and TRL), in place of the region.
+    center_rewards_coefficient: times the squared sum of the ends, which is added (Eisenstein et al. 2023, and TRL): rewards
+    keep near 0, which differences of rewards alone leave open.
     """
-    return -F.logsigmoid(chosen_rewards - rejected_rewards).mean()
+    if loss == "end":
+        chosen_rewards, rejected_rewards = ends
+    term = -F.logsigmoid(chosen_rewards - rejected_rewards - margin).mean()
+    return term + center_rewards_coefficient * sum(ends) ** 2 if center_rewards_coefficient else term
 
 
 def pairwise_loss(
@@ -53,6 +73,9 @@ def pairwise_loss(
     pad_id: int,
     num_padding_at_beginning: int = 0,
     attention_mask: torch.Tensor | None = None,
+    loss: str = "divergent",
+    margins: Sequence[float] | None = None,
+    center_rewards_coefficient: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """The loss of a batch of pairs, one pair after the other (DeepSpeed-Chat, step 2, `RewardModel.forward`).
 
@@ -60,6 +83,7 @@ def pairwise_loss(
     rewards: (2B, L) float32 or float64.
     num_padding_at_beginning: how many leading `pad_id` belong to the text (OPT: 1, its bos is DeepSpeed-Chat's pad).
     attention_mask: (2B, L), 1 on text. It decides where texts end; without it, the pad id does.
+    loss, margins (B,), center_rewards_coefficient: variants of the pair's term, which `pair_loss` explains.
 
     Returns `loss`, a scalar: the mean over pairs of the mean over the divergent region; `chosen_mean_scores` and
     `rejected_mean_scores`, (B,): the rewards at the last tokens ("mean" is DeepSpeed-Chat's name for these).
@@ -69,10 +93,13 @@ def pairwise_loss(
     if rewards.shape != ids.shape or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"rewards: expected float32 or float64 of shape {list(ids.shape)}, that of input_ids; "
                          f"found {rewards.dtype} of shape {list(rewards.shape)}")
+    if loss not in LOSSES:
+        raise ValueError(f"loss: found {loss!r}; expected {' or '.join(LOSSES)}")
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
     if mask is not None:  # ids in front of a text and behind it are not compared
         ids = ids.masked_fill((mask.cumsum(1) == 0) | (mask.flip(1).cumsum(1).flip(1) == 0), pad_id)
     rows, B = ids.tolist(), len(ids) // 2
+    margins = check_margins(margins, B)
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
         start, stop = divergent_region(rows[chosen][: ends[chosen]], rows[rejected][: ends[rejected]])  # 4. find the divergence
@@ -81,9 +108,11 @@ def pairwise_loss(
                 raise ValueError(f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} ends both texts before "
                                  "they first differ; pass an attention_mask, which tells where texts end")
             start, stop = len(rows[chosen]) - 1, len(rows[chosen])
-        losses.append(pair_loss(rewards[chosen, start:stop], rewards[rejected, start:stop]))  # 5. mean over the region
-        chosen_scores.append(rewards[chosen, ends[chosen] - 1])
-        rejected_scores.append(rewards[rejected, ends[rejected] - 1])
+        scores = rewards[chosen, ends[chosen] - 1], rewards[rejected, ends[rejected] - 1]
+        losses.append(pair_loss(rewards[chosen, start:stop], rewards[rejected, start:stop],  # 5. mean over the region
+                                scores, margins[chosen], loss, center_rewards_coefficient))
+        chosen_scores.append(scores[0])
+        rejected_scores.append(scores[1])
     return {
         "loss": torch.stack(losses).mean(),  # 6. mean over the pairs
         "chosen_mean_scores": torch.stack(chosen_scores),
@@ -126,6 +155,16 @@ def text_ends(ids, pad_id: int, num_padding_at_beginning: int, mask) -> list[int
     return ends
 
 
+def check_margins(margins, B: int) -> list[float]:
+    """Of every pair its margin, 0 where none are given. Raises ValueError that names the pair."""
+    margins = [0.0] * B if margins is None else torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
+    bad = [i for i, margin in enumerate(margins) if not math.isfinite(margin)]
+    if bad or len(margins) != B:
+        raise ValueError(f"margins: found {f'{margins[bad[0]]} for pair {bad[0]}' if bad else len(margins)}; expected a finite number for "
+                         f"each of the {B} pairs")
+    return margins
+
+
 def check_batch(input_ids, pad_id, attention_mask, pairs=False, vocab_size=None):
     """Raise ValueError for a batch of wrong shape or content. Returns ids and mask on the CPU, where ends are searched for."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
@@ -164,6 +203,8 @@ class RewardModel(nn.Module):
 
     pad_id: the id that fills rows up; where no attention_mask is given, it also tells where texts end.
     num_padding_at_beginning: how many leading `pad_id` belong to a text (OPT: 1).
+    objective: `loss` and `center_rewards_coefficient` of `pair_loss`, where they are not the default.
+    reward_bias: is added to every reward; no loss sees it. extras/normalize.py sets it.
     """
 
     def __init__(self, backbone: GPT, pad_id: int, num_padding_at_beginning: int = 0):
@@ -172,9 +213,19 @@ class RewardModel(nn.Module):
         self.v_head = nn.Linear(backbone.config.embed_dim, 1, bias=False)
         self.pad_id = pad_id
         self.num_padding_at_beginning = num_padding_at_beginning
+        self.objective, self.reward_bias = {}, 0.0
         self.has_fresh_head = True  # nothing has trained it
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    @property
+    def longest_tail(self) -> int | None:
+        """How much of the padding in a packed batch (`data.pack`) the loss needs; None: all. OPT's padding has one position."""
+        if self.objective.get("loss") == "end":
+            return 0
+        return 1 if self.backbone.config.position_offset else None
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, margins: Sequence[float] | None = None
+    ) -> dict[str, torch.Tensor]:
         """Rewards and loss of a batch of pairs. Takes, returns and raises what `pairwise_loss` does.
 
         attention_mask: (2B, L), what is attended to and where texts end; without one, both follow from the pad id.
@@ -189,7 +240,7 @@ class RewardModel(nn.Module):
             ends = torch.tensor(text_ends(ids, self.pad_id, self.num_padding_at_beginning, None), device=input_ids.device)
             attended = torch.arange(ids.shape[1], device=input_ids.device) < ends[:, None]
         rewards = self.token_rewards(input_ids, attended)
-        return pairwise_loss(input_ids, rewards, self.pad_id, self.num_padding_at_beginning, attention_mask)
+        return pairwise_loss(input_ids, rewards, self.pad_id, self.num_padding_at_beginning, attention_mask, margins=margins, **self.objective)
 
     def forward_packed(self, batch) -> dict[str, torch.Tensor]:
         """Rewards and loss of a `data.PackedBatch`: the numbers of `forward`, without padding and with each trunk computed once.
@@ -197,19 +248,21 @@ class RewardModel(nn.Module):
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs (i, j), i < j; the loss of the
         batch is the mean over its comparisons (Ouyang et al. 2022, eq. 1 and section 3.5). The scores are those of the pairs.
         """
-        one_is_enough = self.backbone.config.position_offset and batch.longest_tail == 1
-        if batch.longest_tail is not None and not one_is_enough or min(map(len, batch.token_groups)) < 2:
+        needed = math.inf if self.longest_tail is None else self.longest_tail
+        if batch.longest_tail is not None and batch.longest_tail < needed or min(map(len, batch.token_groups)) < 2:
             raise ValueError("the batch was packed for scores alone (longest_tail, min_responses): a loss needs whole tails and pairs; "
                              "pack it without these two")
         losses, chosen_scores, rejected_scores = [], [], []
-        for texts, trunk, rewards in zip(batch.token_groups, batch.trunks, self.packed_rewards(batch)):
+        margins = check_margins(batch.margins, len(batch.token_groups))
+        for texts, trunk, rewards, margin in zip(batch.token_groups, batch.trunks, self.packed_rewards(batch), margins):
             pair_losses = []
             for i, j in itertools.combinations(range(len(texts)), 2):
                 start, stop = divergent_region(texts[i], texts[j])
                 region = slice(min(start, stop - 1) - trunk, stop - trunk)  # of identical texts the last token
-                pair_losses.append(pair_loss(rewards[i][region], rewards[j][region]))
-                chosen_scores.append(rewards[i][len(texts[i]) - 1 - trunk])
-                rejected_scores.append(rewards[j][len(texts[j]) - 1 - trunk])
+                scores = rewards[i][len(texts[i]) - 1 - trunk], rewards[j][len(texts[j]) - 1 - trunk]
+                pair_losses.append(pair_loss(rewards[i][region], rewards[j][region], scores, margin, **self.objective))
+                chosen_scores.append(scores[0])
+                rejected_scores.append(scores[1])
             losses.append(torch.stack(pair_losses).mean())
         return {
             "loss": torch.stack(losses).mean(),

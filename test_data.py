@@ -88,6 +88,29 @@ def test_a_single_response_is_a_row_only_where_asked_for(tmp_path):
         load(tmp_path / "a.jsonl", '{"prompt": "p", "response": "r"}')
 
 
+@pytest.mark.parametrize("row, margin", [('"margin": 1.5', 1.5), ('"margin": -2', -2.0), ('"margin": null', 0.0), ('"other": 1', 0.0)])
+def test_margin_of_a_pair_goes_with_it_to_the_tokens(tmp_path, tokenizer, row, margin):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", %s}\n{"prompt": "a", "chosen": "c", "rejected": "b"}\n' % row)
+    assert [comparison.margin for comparison in data.load_comparisons(file)] == [margin, 0.0]
+    tokens = data.tokenize_file(file, tokenizer, 64, "left", tmp_path / "cache")
+    both = data.TokenizedData([tokens], np.array([[0, 1], [0, 0]]))
+    assert [both.margin(i) for i in range(2)] == [0.0, margin]
+    assert data.tokenize_all(data.load_comparisons(file), tokenizer, 64).margin(0) == margin
+
+
+@pytest.mark.parametrize("row, words", [
+    ('"chosen": "b", "rejected": "c", "margin": "1"', "margin: found text; expected a finite number"),
+    ('"chosen": "b", "rejected": "c", "margin": NaN', "margin: found nan; expected a finite number"),
+    ('"chosen": "b", "rejected": "c", "margin": true', "margin: found true or false; expected a finite number"),
+    ('"responses": ["b", "c", "d"], "margin": 1', "margin: found with 3 responses; a margin is between two"),
+])
+def test_bad_margin(tmp_path, row, words):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", %s}\n' % row)
+    with pytest.raises(ValueError, match=f"rows.jsonl:1: {re.escape(words)}"):
+        list(data.load_comparisons(tmp_path / "rows.jsonl"))
+
+
 def test_a_later_turn_with_the_words_of_the_prompt_does_not_repeat_it(tmp_path):
     (comparison,) = load(tmp_path / "a.jsonl", lines([{"prompt": [U], "chosen": [A, U, B], "rejected": [A, U]}]))
     assert comparison.prompt + comparison.responses[0] == HI + SAYS_A + HI + SAYS_B

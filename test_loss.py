@@ -78,7 +78,7 @@ def last_token_alone(chosen, rejected):
     return stop - 1, stop
 
 
-def summed(chosen_rewards, rejected_rewards):
+def summed(chosen_rewards, rejected_rewards, *_):
     return -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards).sum()
 
 
@@ -233,6 +233,57 @@ def test_dtype_is_kept(dtype):
     ids, rewards = batch([1, 2], [1, 3])
     out = pairwise_loss(ids, rewards.to(dtype), pad_id=0)
     assert {value.dtype for value in out.values()} == {dtype}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Variants of a pair's term
+
+
+def test_variants_by_hand():
+    """In plain Python: the region or the ends alone, less a margin, plus what centers."""
+    ids, rewards = batch([1, 2, 3, 0, 0], [1, 4, 5, 6, 7], [1, 2, 4, 5, 0], [1, 4, 5, 6, 7])
+    ends, regions, margins, center = [(2, 3), (4, 4)], [[2, 3], [4]], [0.7, -0.3], 0.05
+    term = lambda difference: math.log1p(math.exp(-difference))
+    for loss, positions in (("divergent", [[(t, t) for t in region] for region in regions]), ("end", [[pair] for pair in ends])):
+        expected = 0.0
+        for i, places in enumerate(positions):
+            expected += sum(term(rewards[i, a].item() - rewards[2 + i, b].item() - margins[i]) for a, b in places) / len(places) / 2
+            expected += center * (rewards[i, ends[i][0]].item() + rewards[2 + i, ends[i][1]].item()) ** 2 / 2
+        out = pairwise_loss(ids, rewards, 0, loss=loss, margins=torch.tensor(margins), center_rewards_coefficient=center)
+        assert out["loss"].item() == pytest.approx(expected, abs=1e-7)  # margins of float32
+        out = pairwise_loss(ids, rewards, 0, loss=loss, margins=margins, center_rewards_coefficient=center)
+        assert out["loss"].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_loss_of_the_ends_reads_nothing_else():
+    ids, rewards = batch([1, 2, 3, 0, 0], [1, 2, 4, 5, 6])
+    pairwise_loss(ids, rewards, 0, loss="end")["loss"].backward()
+    assert rewards.grad.nonzero().tolist() == [[0, 2], [1, 4]]
+
+
+def test_centering_alone_pulls_the_sum_of_the_ends_to_zero():
+    """Its gradient is 2 c (r_chosen + r_rejected) at both ends, and moves no difference."""
+    ids, rewards = batch([1, 2], [1, 3])
+    gradients = [torch.autograd.grad(pairwise_loss(ids, rewards, 0, center_rewards_coefficient=c)["loss"], rewards)[0] for c in (0.0, 0.5)]
+    expected = torch.zeros_like(rewards)
+    expected[:, 1] = rewards.detach()[:, 1].sum()
+    torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-12, rtol=0)
+
+
+def test_no_margin_and_no_centering_change_no_bit():
+    ids, rewards = batch([1, 2, 3, 0], [1, 2, 4, 5])
+    assert pairwise_loss(ids, rewards, 0, margins=[0.0], center_rewards_coefficient=0.0)["loss"] == pairwise_loss(ids, rewards, 0)["loss"]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
+    ({"margins": [1.0, 2.0]}, ["margins", "found 2", "1 pairs"]),
+    ({"margins": [math.nan]}, ["margins", "nan for pair 0"]),
+], ids=["loss", "number", "nan"])
+def test_bad_variants_are_refused(options, words):
+    with pytest.raises(ValueError) as error:
+        pairwise_loss(*batch([1, 2], [1, 3]), 0, **options)
+    assert all(word in str(error.value) for word in words), error.value
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -390,6 +390,34 @@ def test_packed_layout_has_deepspeed_chats_numbers(name):
     close(torch.stack([p.grad.norm() for p in model.parameters()]).norm(), expected["grad_norm"], name="gradient norm")
 
 
+@pytest.mark.parametrize("loss", ["divergent", "end"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
+    """With margins and centering, on pairs and rankings; for the ends alone no padding is computed."""
+    model = lively(model_type).double()
+    model.objective = {"loss": loss, "center_rewards_coefficient": 0.1}
+    groups = random_groups(1, sizes=(2, 2, 4))
+    margins = [0.5, -1.0, 0.0]
+    batch = data.pack(groups, model.pad_id, longest_tail=model.longest_tail, margins=margins)
+    assert batch.num_tokens == sum(data.packed_size(group, model.longest_tail) for group in groups)
+    if loss == "end":
+        assert not any(batch.tails)
+    expected = []
+    for group, margin in zip(groups, margins):
+        pairs = list(itertools.combinations(group, 2))
+        input_ids, mask = data.pad_rows([a for a, _ in pairs] + [b for _, b in pairs], model.pad_id)
+        expected.append(model(input_ids, mask, [margin] * len(pairs))["loss"])
+    results = [[loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
+               for loss in (model(batch)["loss"], torch.stack(expected).mean())]
+    for packed, reference in zip(*results):
+        if reference is None or packed is None:  # the embedding of OPT's padding positions, say
+            assert (packed if reference is None else reference).abs().max() == 0
+        else:
+            torch.testing.assert_close(packed, reference, atol=1e-10, rtol=1e-10)
+    plain = model.objective = {}
+    assert model(data.pack(groups, model.pad_id))["loss"] != results[0][0], plain
+
+
 def test_packed_batch_by_hand():
     batch = data.pack([[[5, 6, 7, 8], [5, 6, 9]], [[1], [2, 3]]], pad_id=0)
     assert (batch.trunks, batch.branches, batch.tails) == ([2, 0], [2, 1, 1, 2], [0, 1, 1, 0])

@@ -140,7 +140,7 @@ def test_with_sharded_weights_every_rank_has_as_many_micro_batches(layout):
 def test_collate_puts_chosen_rows_before_rejected_rows():
     groups = [[[1, 2], [3]], [[4], [5, 6, 7], [8]]]
     model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
-    (ids, mask), tokens = train.collate(groups, model, "padded", "cpu")
+    (ids, mask, _), tokens = train.collate(groups, model, "padded", "cpu")
     assert ids.tolist() == [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7], [3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0]]
     assert mask.tolist() == (ids != 0).long().tolist() and tokens == 24
     (batch,), tokens = train.collate(groups, model, "packed", "cpu")
@@ -1090,7 +1090,7 @@ def test_loss_that_is_not_finite_is_said_with_step_rank_and_row(processes, layou
     args = train.parse_flags()
     _, tokenizer, dataset, _ = train.prepare(args, train.Process())
     batches = enumerate(train.global_batches(dataset, args, tokenizer, 8, 0), start=1)
-    step, i, batch = next((step, i, batch) for step, (batch, where) in batches for i in range(8) if where(i).endswith(":17"))
+    step, i, batch = next((step, i, batch) for step, (batch, _, where) in batches for i in range(8) if where(i).endswith(":17"))
     rank = next(rank for rank in range(processes) if i in sum(train.divide(batch, 10**6, args, train.Process(rank, processes)), []))
     for line in (text.strip().splitlines()[-1] for text in said):
         assert f"train.py: error: at step {step} the loss is nan (rank {rank}: {with_nan[5]}:17); " in line

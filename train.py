@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import data
 from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of, read_config
-from rm import RewardModel
+from rm import LOSSES, RewardModel
 
 BUILT_IN = dict(train_batch_size=32, max_steps=2000, eval_pairs=4000, tokenizer_pairs=2000)
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
@@ -132,6 +132,8 @@ def parse_flags():
     flag("--per_device_eval_batch_size", type=count, default=16,
          help="comparisons of full length: as many tokens are computed on at once (16)")
     flag("--gradient_accumulation_steps", type=count, default=1, help="(1)")
+    flag("--loss", choices=LOSSES, default="divergent", help="where rewards are compared: from the divergence on, or at the ends alone (divergent)")
+    flag("--center_rewards_coefficient", type=number(float, 0), default=0.0, help="weight of the squared sum of a pair's end scores (0)")
     flag("--layout", choices=("packed", "padded"), default="packed",
          help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference; without dropout the same numbers (packed)")
     flag("--micro_batch_tokens", type=count, help="tokens computed on at once, by each process; a step of more is cut into micro-batches, "
@@ -304,9 +306,11 @@ def batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray
     return epoch_order(n, seed, epoch)[step * global_batch : (step + 1) * global_batch]
 
 
-def size_of(group: list, layout: str) -> tuple[int, int, int]:
+def size_of(group: list, layout: str, longest_tail: int | None = None) -> tuple[int, int, int]:
     """(rows, length, responses) of a comparison. A batch computes on the sum of rows times the largest length; packed: rows of a token."""
-    return (data.packed_size(group), 1, 0) if layout == "packed" else (len(group) * (len(group) - 1), max(map(len, group)), len(group))
+    if layout == "packed":
+        return data.packed_size(group, longest_tail), 1, 0
+    return len(group) * (len(group) - 1), max(map(len, group)), len(group)
 
 
 def shares_of_ranks(sizes: list[tuple], world_size: int) -> list[list[int]]:
@@ -336,31 +340,31 @@ def micro_batches(share: list[int], sizes: list[tuple], budget: int) -> list[lis
     return result
 
 
-def divide(groups: list, budget: int, args, process: Process) -> list[list[int]]:
+def divide(groups: list, budget: int, args, process: Process, longest_tail: int | None = None) -> list[list[int]]:
     """Which of these comparisons, all ranks', this rank computes on, in micro-batches.
 
     At least one, and with sharded weights as many on every rank, because there the ranks wait for each other in each: some
     may be empty.
     """
-    sizes = [size_of(group, args.layout) for group in groups]
+    sizes = [size_of(group, args.layout, longest_tail) for group in groups]
     shares = shares_of_ranks(sizes, process.world_size)
     mine = micro_batches(shares[process.rank], sizes, budget)
     most = max(len(micro_batches(share, sizes, budget)) for share in shares) if args.zero_stage else 1
     return mine + [[]] * (most - len(mine))
 
 
-def collate(groups: list, model: RewardModel, layout: str, device) -> tuple:
+def collate(groups: list, model: RewardModel, layout: str, device, margins: list[float] | None = None) -> tuple:
     """Comparisons as token lists, best first -> what the model is called with, and the number of tokens that it computes on.
 
-    Padded: (2B, L) ids and mask, the chosen rows of all pairs, then the rejected. Packed: a PackedBatch.
+    Padded: (2B, L) ids and mask, the chosen rows of all pairs, then the rejected; the pairs' margins. Packed: a PackedBatch.
     """
     if layout == "packed":
-        batch = data.pack(groups, model.pad_id, longest_tail=1 if model.backbone.config.position_offset else None)
+        batch = data.pack(groups, model.pad_id, longest_tail=model.longest_tail, margins=margins)
         return (batch.to(device),), batch.num_tokens
-    pairs = [pair for group in groups for pair in itertools.combinations(group, 2)]
-    rows = [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
-    input_ids, mask = data.pad_rows(rows, model.pad_id)
-    return (input_ids.to(device), mask.to(device)), input_ids.numel()
+    pairs = [(*pair, margin) for group, margin in zip(groups, margins or itertools.repeat(0.0)) for pair in itertools.combinations(group, 2)]
+    chosen, rejected, margins = zip(*pairs)
+    input_ids, mask = data.pad_rows([*chosen, *rejected], model.pad_id)
+    return (input_ids.to(device), mask.to(device), margins), input_ids.numel()
 
 
 def calibration_error(margin: torch.Tensor) -> float:
@@ -390,8 +394,9 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
     model.eval()
     for start in tqdm(range(0, n, at_once), desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
         groups = [dataset[i] for i in range(start, min(start + at_once, n))]
-        for chunk in divide(groups, budget, args, process):
-            inputs, _ = collate([groups[i] for i in chunk] or groups[:1], model, args.layout, process.device)
+        for chunk in divide(groups, budget, args, process, model.longest_tail):
+            which = chunk or [0]
+            inputs, _ = collate([groups[i] for i in which], model, args.layout, process.device, [dataset.margin(start + i) for i in which])
             with half_precision(args, process):
                 out = model(*inputs)
             if chunk:
@@ -554,8 +559,9 @@ def prepare(args, process: Process):
 
 
 def set_up(model: RewardModel, args) -> int:
-    """Dropout, gradient checkpointing and LoRA as the flags say. Returns beside how many layers LoRA is."""
+    """Dropout, objective, gradient checkpointing and LoRA as the flags say. Returns beside how many layers LoRA is."""
     model.backbone.config.dropout = args.dropout
+    model.objective = {"loss": args.loss, "center_rewards_coefficient": args.center_rewards_coefficient}
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
     if not args.lora_dim:
         return 0
@@ -642,12 +648,12 @@ def make_optimizer(model: RewardModel, args, process: Process) -> torch.optim.Ad
 
 
 def global_batches(train: data.TokenizedData | None, args, tokenizer, global_batch: int, done: int):
-    """Of every optimizer step after the first `done`: its comparisons, all ranks' together, and a function that says where
-    the i-th is from. Without end, and the same on every rank."""
+    """Of every optimizer step after the first `done`: its comparisons, all ranks' together, their margins, and a function that
+    says where the i-th is from. Without end, and the same on every rank."""
     if train:
         for step in itertools.count(done):
             indices = batch_indices(len(train), global_batch, args.seed, step)
-            yield [train[i] for i in indices], lambda i, indices=indices: train.where(indices[i])
+            yield [train[i] for i in indices], [train.margin(i) for i in indices], lambda i, indices=indices: train.where(indices[i])
     stream, fresh = built_in_data(args), []
     for step in itertools.count():
         while len(fresh) < global_batch:
@@ -655,7 +661,7 @@ def global_batches(train: data.TokenizedData | None, args, tokenizer, global_bat
             tokenized = data.tokenize_all(drawn, tokenizer, args.max_seq_len, args.truncation_side)
             fresh += [tokenized[i] for i in range(len(tokenized))]
         if step >= done:
-            yield fresh[:global_batch], lambda i, first=step * global_batch: f"built-in comparison {first + i}"
+            yield fresh[:global_batch], [0.0] * global_batch, lambda i, first=step * global_batch: f"built-in comparison {first + i}"
         fresh = fresh[global_batch:]
 
 
@@ -765,7 +771,7 @@ def load_checkpoint(path: Path, facts: dict, model: RewardModel, optimizer, args
 def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch: int, total_steps: int) -> dict:
     """What the weights of a run follow from, by the flags that decide it. How ranks, rows and accumulation make up a batch doesn't count."""
     names = ("seed", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "num_warmup_steps", "truncation_side", "max_seq_len",
-             "dropout", "dtype", "lora_dim", "lora_module_name", "only_optimize_lora", "lora_learning_rate")
+             "dropout", "dtype", "loss", "center_rewards_coefficient", "lora_dim", "lora_module_name", "only_optimize_lora", "lora_learning_rate")
     facts = {f"--{name}": getattr(args, name) for name in names}
     facts["the batch of all processes (--per_device_train_batch_size, --gradient_accumulation_steps)"] = global_batch
     facts |= {f"{name} of the model's config (--model_name_or_path, --model_type, --n_layer, --n_head, --n_embd)": value
@@ -897,14 +903,14 @@ def run(args, process: Process):
     batches = itertools.islice(global_batches(train, args, tokenizer, global_batch, done), total_steps - done)
     step_ended, stopping = time.perf_counter(), False
     with tqdm(total=total_steps, initial=done, unit=" steps", disable=process.rank != 0) as bar:
-        for step, (batch, where) in enumerate(batches, start=done + 1):
+        for step, (batch, margins, where) in enumerate(batches, start=done + 1):
             lr = functools.partial(learning_rate, args.lr_scheduler_type, step=step - 1, warmup=args.num_warmup_steps, total=total_steps)
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr(peak=peak)
-            chunks, losses, pairs, tokens = divide(batch, args.micro_batch_tokens, args, process), [], 0, 0
+            chunks, losses, pairs, tokens = divide(batch, args.micro_batch_tokens, args, process, model.longest_tail), [], 0, 0
             for i, chunk in enumerate(chunks):
-                # An empty one takes part in the averaging of gradients with a comparison that weighs nothing.
-                inputs, computed = collate([batch[j] for j in chunk] or batch[:1], model, args.layout, process.device)
+                which = chunk or [0]  # an empty one takes part in the averaging of gradients with a comparison that weighs nothing
+                inputs, computed = collate([batch[j] for j in which], model, args.layout, process.device, [margins[j] for j in which])
                 with nullcontext() if i == len(chunks) - 1 or trained is model else trained.no_sync():
                     with half_precision(args, process):
                         out = trained(*inputs)
@@ -921,7 +927,7 @@ def run(args, process: Process):
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
                 skipped, streak = skipped + 1, streak + 1
                 if not scaler.is_enabled() or streak == LONGEST_STREAK:
-                    stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, where, checkpoints, args, process)
+                    stop_at_non_finite(model, step, loss, grad_norm, batch, margins, chunks, losses, where, checkpoints, args, process)
             else:
                 streak = 0
             scaler.step(optimizer)
@@ -969,11 +975,11 @@ def said_if_unwritable(checkpoints: Path):
 
 
 @torch.no_grad()
-def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, where, checkpoints: Path, args, process: Process):
+def stop_at_non_finite(model, step, loss, grad_norm, batch, margins, chunks, losses, where, checkpoints: Path, args, process: Process):
     """End the run with a line that names the step, and of each rank the rows whose loss is not finite."""
     suspects, alone = [i for chunk, chunk_loss in zip(chunks, losses) if not math.isfinite(chunk_loss) for i in chunk], []
     for i in sorted(process.join(suspects)[0]):  # by itself, on every rank; in a packed batch, NaN with an attention of 0 is NaN too
-        inputs, _ = collate([batch[i]], model, args.layout, process.device)
+        inputs, _ = collate([batch[i]], model, args.layout, process.device, [margins[i]])
         with half_precision(args, process):
             alone += [] if math.isfinite(model(*inputs)["loss"]) else [i]
     rows = [i for i in suspects if i in alone or not alone]

@@ -123,9 +123,9 @@ def run_largest(model: RewardModel, groups: list, args) -> tuple[Meter, int, int
     Returns what it took, its tokens, the tokens of the step, and the number of micro-batches.
     """
     if args.layout == "padded":  # its loss reads values, which fake tensors don't have, and takes as much as this mean
-        model.forward = lambda *inputs: {"loss": model.token_rewards(*inputs).mean()}
+        model.forward = lambda ids, mask, margins: {"loss": model.token_rewards(ids, mask).mean()}
     meter, process, resize_ = Meter(model.parameters()), Process(), torch.UntypedStorage.resize_
-    chunks = divide(groups, args.micro_batch_tokens, args, process)
+    chunks = divide(groups, args.micro_batch_tokens, args, process, model.longest_tail)
     batches = [collate([groups[i] for i in chunk], model, args.layout, process.device) for chunk in chunks]
     inputs, tokens = max(batches, key=lambda batch: batch[1])
 
