@@ -14,6 +14,7 @@ import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
@@ -126,7 +127,32 @@ LOSS_CASES = [
     many_pairs("float32: many pairs", 8, 9, pads_inside=True, dtype="float32"),
 ]
 
-OBJECTIVE_CASES = []
+# `options` are keywords that a function may leave out: TRL's and InstructGPT's loss of the ends, Llama 2's margins, and centering.
+OBJECTIVE_CASES = [
+    case("end: ragged both ways", *RAGGED, loss="end"),
+    case("end: one token", [3], [4], loss="end"),
+    case("end: differs in the last token", [1, 2, 3, 4], [1, 2, 3, 5], loss="end"),
+    case("end: chosen is a prefix of rejected", [1, 2, 0, 0, 0], [1, 2, 3, 4, 0], loss="end"),
+    case("end: identical, padded", [1, 2, 3, 0, 0], [1, 2, 3, 0, 0], loss="end"),
+    case("end: leading pad of the text", [2, 5, 6, 2, 2], [2, 5, 7, 8, 2], pad_id=2, n=1, loss="end"),
+    case("end: mask, pad ids at the ends", [1, 2, 3, 0, 0], [1, 2, 4, 5, 0], mask=["11110", "11111"], loss="end"),
+    case("end: mask, padded on the left", [0, 0, 1, 2, 3, 0], [0, 0, 1, 2, 4, 5], mask=["001110", "001111"], loss="end"),
+    case("end: large differences", [1, 2], [1, 3], rewards=[[0.0, -500.0], [0.0, 500.0]], loss="end"),
+    case("end: float32", *RAGGED, dtype="float32", loss="end"),
+    many_pairs("end: many pairs", 16, 9, pads_inside=True, loss="end"),
+    case("margins: at every token", *RAGGED, margins=[0.5, 1.25]),
+    case("margins: below zero", *RAGGED, margins=[-2.0, 0.0]),
+    case("margins: of the ends", *RAGGED, margins=[0.5, 1.25], loss="end"),
+    case("margins: identical", [1, 2, 0], [1, 2, 0], margins=[0.75]),
+    case("margins: zero changes nothing", *RAGGED, rewards=random_rewards("margins: at every token", RAGGED), margins=[0.0, 0.0]),
+    case("centering", *RAGGED, center_rewards_coefficient=0.25),
+    case("centering: of the ends", *RAGGED, center_rewards_coefficient=0.25, loss="end"),
+    case("centering: identical, padded", [1, 2, 0, 0], [1, 2, 0, 0], center_rewards_coefficient=0.5),
+    case("centering: zero changes nothing", *RAGGED, center_rewards_coefficient=0.0),
+    case("all three", *RAGGED, margins=[0.5, 1.25], center_rewards_coefficient=0.125, loss="end"),
+    many_pairs("all three: many pairs", 4, 9, pads_inside=True, margins=[0.25, -1.5, 3.0, 0.0], center_rewards_coefficient=0.125,
+               loss="end"),
+]
 
 PAIR = [1, 2, 3, 4], [1, 2, 5, 6]
 ERROR_CASES = [
@@ -151,6 +177,8 @@ ERROR_CASES = [
     case("refused: no token", [1, 2, 3, 0], [0, 0, 0, 0], error="row 1 is nothing but padding"),
     case("refused: a pad id ends both texts before they differ", [1, 2, 3, 4], [1, 0, 2, 3], [1, 2, 3, 5], [1, 0, 2, 4],
          error="in pair 1 the region is empty, though the rows differ"),
+    case("refused: an unknown loss", *PAIR, loss="last", error="the loss is none of divergent and end"),
+    case("refused: more margins than pairs", *PAIR, margins=[0.5, 0.25], error="there are two margins for one pair"),
 ]
 
 
@@ -180,7 +208,8 @@ MODELS = {
     # heads of 8 in place of 16 / 4, as config.json's head_dim can say
     "llama_gqa": (dict(model_type="llama", n_kv_head=2, head_dim=8, token_ids=BOS_1), 0, 0, [1]),
     # Of its four frequencies one stays, two are blended, and one is stretched.
-    "llama_rope_scaling": (dict(model_type="llama", n_embd=32, n_kv_head=1, rope_theta=100.0, rope_scaling=LLAMA_3, token_ids=BOS_1), 0, 0, [1]),
+    "llama_rope_scaling": (dict(model_type="llama", n_positions=128, n_embd=32, n_kv_head=1, rope_theta=100.0, rope_scaling=LLAMA_3,
+                                token_ids=BOS_1), 0, 0, [1]),
 }
 TRAINED = ("gpt2", "llama_gqa")  # from which 20 steps of training start
 # Adam's eps is PyTorch's default, which make_optimizer takes.
@@ -189,12 +218,12 @@ OPTIMIZER = {"name": "AdamW", "learning_rate": 3e-3, "betas": [0.9, 0.95], "eps"
 
 
 def make_model(name: str) -> RewardModel:
-    """Weights from -0.5 to 0.5 (of norms: around 1), multiples of 1/128: numbers that float16 and bfloat16 hold, too."""
+    """Weights of at most 5/16 (of norms: around 1), multiples of 1/128: numbers that float16 and bfloat16 hold, too."""
     fields, pad_id, n, _ = MODELS[name]
     model = RewardModel(GPT(GPTConfig(**SIZES | fields)), pad_id, n)
     for weight_name, weight in model.named_parameters():
         rng = seeded(name, weight_name)
-        numbers = torch.tensor([rng.randint(-64, 64) / 128 for _ in range(weight.numel())]).view(weight.shape)
+        numbers = torch.tensor([rng.randint(-40, 40) / 128 for _ in range(weight.numel())]).view(weight.shape)
         weight.data = numbers + (1.0 if weight_name.endswith("norm.weight") else 0.0)
     return model
 
@@ -259,11 +288,16 @@ def model_file(name: str, model: RewardModel) -> dict:
 
 
 def trajectory(name: str, model: RewardModel) -> dict:
-    """20 steps of training: loss and gradient norm of each before it (and before clipping), norm of all parameters after it."""
+    """20 steps of training: loss and gradient norm of each before it (and before clipping), norm of all matrices after it.
+
+    Vectors are left out of that one: gpt2's key biases change no output, so their gradient is 0 up to rounding, and Adam makes
+    steps of the rounding.
+    """
     _, pad_id, _, start = MODELS[name]
     rng = seeded("trajectory", name)
     batches = [random_pairs(rng, start, [(rng.randint(2, 5), rng.randint(1, 6), rng.randint(1, 6)) for _ in range(4)]) for _ in range(5)]
-    args = SimpleNamespace(learning_rate=OPTIMIZER["learning_rate"], weight_decay=OPTIMIZER["weight_decay_of_matrices"], lora_learning_rate=0.0)
+    args = SimpleNamespace(learning_rate=OPTIMIZER["learning_rate"], weight_decay=OPTIMIZER["weight_decay_of_matrices"],
+                           lora_learning_rate=0.0)
     optimizer = make_optimizer(model, args, SimpleNamespace(print=lambda words: None))
     steps = []
     for step in range(20):
@@ -272,8 +306,8 @@ def trajectory(name: str, model: RewardModel) -> dict:
         out["loss"].backward()
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER["max_grad_norm"])
         optimizer.step()
-        norm = torch.stack([parameter.detach().norm() for parameter in model.parameters()]).norm()
-        steps.append({"batch": step % 5, "loss": out["loss"].item(), "grad_norm": grad_norm.item(), "parameter_norm_after": norm.item()})
+        norm = torch.stack([parameter.detach().norm() for parameter in model.parameters() if parameter.dim() == 2]).norm()
+        steps.append({"batch": step % 5, "loss": out["loss"].item(), "grad_norm": grad_norm.item(), "matrix_norm_after": norm.item()})
     padded = [dict(zip(("input_ids", "attention_mask"), (x.tolist() for x in data.pad_rows(rows_of(pairs), pad_id)))) for pairs in batches]
     return {"optimizer": OPTIMIZER, "batches": padded, "steps": steps}
 
@@ -301,7 +335,7 @@ def attends(groups, batch: data.PackedBatch) -> list[str]:
 
 
 A, B, C, D, E = [11, 12], [13, 14, 15], [16], [17, 18, 19, 20, 21], [11, 22, 12]
-PACKED_CASES = [  # name, model, groups of texts, the pack's own options
+PACKED_CASES = [  # name, model, groups of texts, longest_tail and margins of data.pack, the loss's other options
     ("a pair", "llama_gqa", [[[1] + A + B, [1] + A + D]], {}),
     ("rejected ends first", "llama_gqa", [[[1] + B + D, [1] + B + C]], {}),
     ("one text a prefix of the other", "llama_gqa", [[[1] + A, [1] + A + B]], {}),
@@ -314,6 +348,10 @@ PACKED_CASES = [  # name, model, groups of texts, the pack's own options
     ("opt", "opt", [[[2] + A + B, [2] + A + D], [[2] + C + D, [2] + C]], {}),
     ("opt, one token for each tail", "opt", [[[2] + A + B, [2] + A + D], [[2] + C + D, [2] + C]], {"longest_tail": 1}),
     ("opt with norms behind", "opt_postnorm_proj", [[[2] + B + A, [2] + B + D, [2] + B + C]], {}),
+    ("margins and centering", "llama_gqa", [[[1] + A + B, [1] + A + D], [[1] + D + A, [1] + D + B]],
+     {"margins": [0.5, 1.25], "center_rewards_coefficient": 0.25}),
+    ("loss of the ends, so no tails", "llama_gqa", [[[1] + A + B, [1] + A + D], [[1] + D + A, [1] + D + B]],
+     {"longest_tail": 0, "loss": "end"}),
 ]
 
 
@@ -321,12 +359,14 @@ def packed_file(models: dict[str, RewardModel]) -> dict:
     cases = []
     for name, model_name, groups, options in PACKED_CASES:
         model = models[model_name]
-        batch = data.pack(groups, model.pad_id, **options)
-        out = model(batch)
+        batch = data.pack(groups, model.pad_id, longest_tail=options.get("longest_tail"), margins=options.get("margins"))
+        with mock.patch.object(model, "objective", {key: options[key] for key in ("loss", "center_rewards_coefficient") if key in options}):
+            out = model(batch)
         cases.append({
-            "name": name, "model": model_name, "pad_id": model.pad_id, "longest_tail": batch.longest_tail, "token_groups": groups,
-            "input_ids": batch.input_ids.tolist(), "positions": batch.positions.tolist(), "trunks": batch.trunks, "branches": batch.branches,
-            "tails": batch.tails, "attends": attends(groups, batch), **{key: value.tolist() for key, value in out.items()},
+            "name": name, "model": model_name, "pad_id": model.pad_id, "longest_tail": batch.longest_tail,
+            "options": {key: value for key, value in options.items() if key != "longest_tail"}, "token_groups": groups,
+            "input_ids": batch.input_ids.tolist(), "positions": batch.positions.tolist(), "trunks": batch.trunks,
+            "branches": batch.branches, "tails": batch.tails, "attends": attends(groups, batch), **{key: value.tolist() for key, value in out.items()},
             **backward_norms(model, out["loss"])})
     return {"cases": cases}
 
@@ -368,18 +408,20 @@ def rankings_file(models: dict[str, RewardModel]) -> dict:
 USER = {"role": "user", "content": "What is a young cat called?"}
 GOOD, BAD = ({"role": "assistant", "content": f"A young cat is called a {name}."} for name in ("kitten", "puppy"))
 SYSTEM = {"role": "system", "content": "Answer in one sentence."}
-PROMPT, RIGHT, WRONG = "\n\nHuman: What is the capital of Italy?\n\nAssistant:", " The capital of Italy is Rome.", " The capital of Italy is Oslo."
+PROMPT = "\n\nHuman: What is the capital of Italy?\n\nAssistant:"
+RIGHT, WRONG = " The capital of Italy is Rome.", " The capital of Italy is Oslo."
 ROW = {"prompt": PROMPT, "chosen": RIGHT, "rejected": WRONG}
 
 TOKEN_CASES = [  # name, row, max_seq_len, truncation_side
     ("prompt and responses", ROW, 99, "left"),
     ("whole dialogues", {"chosen": PROMPT + RIGHT, "rejected": PROMPT + WRONG}, 99, "left"),
-    ("encoded as one string: a token may reach over the border", {"prompt": "The cap", "chosen": "ital of Italy", "rejected": " of Italy"}, 99, "left"),
+    ("encoded as one string: a token may reach over the border", {"prompt": "The cap", "chosen": "ital of Italy", "rejected": " of Italy"},
+     99, "left"),
     ("messages", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, 99, "left"),
     ("messages, whole dialogues", {"chosen": [USER, GOOD], "rejected": [USER, BAD]}, 99, "left"),
     ("messages that repeat the prompt", {"prompt": USER["content"], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, 99, "left"),
-    ("messages that repeat the prompt behind a system message", {"prompt": [USER], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]},
-     99, "left"),
+    ("messages that repeat the prompt behind a system message",
+     {"prompt": [USER], "chosen": [SYSTEM, USER, GOOD], "rejected": [SYSTEM, USER, BAD]}, 99, "left"),
     ("a system message in the prompt", {"prompt": [SYSTEM, USER], "chosen": [GOOD], "rejected": [BAD]}, 99, "left"),
     ("a prompt of messages, responses of text", {"prompt": [USER], "chosen": GOOD["content"], "rejected": BAD["content"]}, 99, "left"),
     ("several turns", {"chosen": [USER, BAD, USER, GOOD], "rejected": [USER, BAD, USER, BAD]}, 99, "left"),
@@ -388,11 +430,12 @@ TOKEN_CASES = [  # name, row, max_seq_len, truncation_side
     ("characters outside of the vocabulary", {"prompt": "Où est-ce ? ", "chosen": "À Rome 🙂", "rejected": "東京\t\n  ."}, 99, "left"),
     ("no prompt and an empty response", {"prompt": "", "chosen": "Rome", "rejected": ""}, 99, "left"),
     ("left: the start of the prompt goes", ROW, 24, "left"),
-    ("left: fits exactly", ROW, 37, "left"),
-    ("left: what is not shared stays, and then the end is cut before eos", ROW, 8, "left"),
+    ("left: fits exactly", ROW, 31, "left"),
+    ("left: what is not shared stays, and then the end is cut before eos", ROW, 6, "left"),
     ("left: of a prefix", {"prompt": PROMPT, "chosen": "", "rejected": RIGHT}, 24, "left"),
     ("left: a ranking", {"prompt": PROMPT, "responses": [RIGHT, WRONG, " Rome."]}, 20, "left"),
-    ("right: the end goes, eos too", ROW, 34, "right"),
+    ("right: the end goes, eos too", ROW, 29, "right"),
+    ("a margin", ROW | {"margin": 1.5}, 99, "left"),
     ("right: identical then, so the row is dropped", ROW, 20, "right"),
 ]
 BAD_ROWS = [
@@ -400,6 +443,7 @@ BAD_ROWS = [
     ("a ranking of one", {"prompt": "", "responses": ["Rome"]}), ("a ranking without a prompt", {"responses": ["Rome", "Oslo"]}),
     ("text is a number", {"prompt": "", "chosen": 1, "rejected": "Oslo"}),
     ("an unknown role", {"chosen": [{"role": "tool", "content": ""}], "rejected": [USER]}), ("a row that is a list", ["Rome", "Oslo"]),
+    ("a margin among three", {"prompt": "", "responses": ["Rome", "Oslo", "Cairo"], "margin": 1.0}),
 ]
 
 
@@ -410,7 +454,7 @@ def tokens_file(tokenizer: data.Tokenizer) -> dict:
         tokens = data.tokenize(comparison, tokenizer, max_seq_len, side)
         cases.append({"name": name, "max_seq_len": max_seq_len, "truncation_side": side, "row": row,
                       "texts": [comparison.prompt + response for response in comparison.responses], "tokens": tokens,
-                      "dropped": all(sequence == tokens[0] for sequence in tokens)})
+                      "margin": comparison.margin, "dropped": all(sequence == tokens[0] for sequence in tokens)})
     return {"pad_id": tokenizer.pad_id, "bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id, "cases": cases,
             "bad_rows": [{"name": name, "row": row} for name, row in BAD_ROWS]}
 
@@ -448,8 +492,8 @@ def write(directory: Path):
     write_json("rankings.json", rankings_file(models))
     for name in TRAINED:
         write_json(f"models/{name}/trajectory.json", trajectory(name, models[name]))  # trains the model, so it comes last
-    texts = (comparison.prompt + response for comparison in itertools.islice(data.known_rewards(SEED), 200) for response in comparison.responses)
-    tokenizer = data.train_tokenizer(texts, 400)
+    comparisons = itertools.islice(data.known_rewards(SEED), 200)
+    tokenizer = data.train_tokenizer((comparison.prompt + response for comparison in comparisons for response in comparison.responses), 400)
     (directory / "tokens").mkdir(exist_ok=True)
     (directory / "tokens" / "tokenizer.model").write_bytes(tokenizer.model_proto)
     write_json("tokens/rows.json", tokens_file(tokenizer))
