@@ -4,14 +4,14 @@
 
 vectors/README.md tells what the files hold. All inputs follow from SEED and the lists below, and are exact in every format: rewards
 are multiples of 1/64 and weights multiples of 1/128. All expected numbers are computed in float64 by the functions of rm.py, model.py,
-data.py and train.py. So two runs on a machine write the same bytes; on another machine, computed numbers may differ in their
-last bits (sums in another order, another libm), and nothing else may.
+data.py and train.py. So two runs on a machine write the same bytes; on another one, or with other versions of PyTorch, computed
+numbers may differ in their last bits (sums in another order, another libm), and nothing else may.
 """
 
+import argparse
 import itertools
 import json
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -366,7 +366,8 @@ def packed_file(models: dict[str, RewardModel]) -> dict:
             "name": name, "model": model_name, "pad_id": model.pad_id, "longest_tail": batch.longest_tail,
             "options": {key: value for key, value in options.items() if key != "longest_tail"}, "token_groups": groups,
             "input_ids": batch.input_ids.tolist(), "positions": batch.positions.tolist(), "trunks": batch.trunks,
-            "branches": batch.branches, "tails": batch.tails, "attends": attends(groups, batch), **{key: value.tolist() for key, value in out.items()},
+            "branches": batch.branches, "tails": batch.tails, "attends": attends(groups, batch),
+            **{key: value.tolist() for key, value in out.items()},
             **backward_norms(model, out["loss"])})
     return {"cases": cases}
 
@@ -500,6 +501,7 @@ def write(directory: Path):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2 or sys.argv[1:] and sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    write(Path(sys.argv[1]) if sys.argv[1:] else DIRECTORY)
+    parser = argparse.ArgumentParser("make_vectors", description="Write the conformance kit.")
+    parser.add_argument("directory", nargs="?", type=Path, default=DIRECTORY, help="where to (default: vectors/)")
+    torch.set_num_threads(1)  # the order of sums depends on their number
+    write(parser.parse_args().directory)
