@@ -38,6 +38,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -86,7 +87,7 @@ def nothing_left(path, bad_rows: list[str]) -> ValueError:
     return ValueError(f"{path}: no row of it is a comparison, for example {path}:{bad_rows[-1]}")
 
 
-def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
+def read_rows(path) -> Iterator[tuple[int, bytes]]:
     """(line number, JSON) for every row of a file. Raises ValueError that names the file and the line."""
     path, line, empty = Path(path), 0, True
     if not path.is_file():
@@ -99,18 +100,17 @@ def read_rows(path) -> Iterator[tuple[int, bytes | str]]:
                 if text.strip():
                     empty = False
                     yield line, text
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: {not_json(error)}") from None
-    except UnicodeDecodeError as error:
-        line = 1 + error.object.count(b"\n", 0, error.start)
-        raise ValueError(f"{path}:{line}: {not_utf8(error)}") from None
+    except (ValueError, RecursionError) as error:  # of an array
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        line += error.object.count(b"\n", 0, error.start) if isinstance(error, UnicodeDecodeError) else 0
+        raise ValueError(f"{path}:{line}: {not_json(error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
     if empty:
         raise ValueError(f"{path}: no row in it; expected one JSON object a line")
 
 
-def array_items(text: bytes) -> Iterator[tuple[int, str]]:
+def array_items(text: bytes) -> Iterator[tuple[int, bytes]]:
     """(line number, JSON) for every item of a JSON array."""
     text = text.decode("utf-8-sig")
     json.loads(text)  # says what is wrong with the syntax, if anything; but not on which line an item stands
@@ -119,28 +119,24 @@ def array_items(text: bytes) -> Iterator[tuple[int, str]]:
     while text[start := gap.match(text, position).end()] != "]":
         line, counted = line + text.count("\n", counted, start), start
         _, position = decoder.raw_decode(text, start)
-        yield line, text[start:position]
+        yield line, text[start:position].encode()
 
 
-def parse_line(text: bytes | str, min_responses: int = 2) -> Comparison:
-    """JSON text -> Comparison. Raises ValueError that says what is wrong."""
+def parse_line(text: bytes, min_responses: int = 2) -> Comparison:
+    """JSON -> Comparison. Raises ValueError that says what is wrong."""
     try:
-        row = json.loads((text if isinstance(text, str) else text.decode()).rstrip())
-    except json.JSONDecodeError as error:
+        row = json.loads(text.decode().rstrip())
+    except (ValueError, RecursionError) as error:
         raise ValueError(not_json(error)) from None
-    except UnicodeDecodeError as error:
-        raise ValueError(not_utf8(error)) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists nested thousands deep
-        raise ValueError(f"not JSON that a row could be ({error})") from None
     return parse_row(row, min_responses)
 
 
-def not_json(error: json.JSONDecodeError) -> str:
-    return f"not JSON ({error.msg}, column {error.colno}); expected one object a line, or in .json one array of objects"
-
-
-def not_utf8(error: UnicodeDecodeError) -> str:
-    return f"not UTF-8 ({error.reason}); save the file as UTF-8"
+def not_json(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8 ({error.reason}); save the file as UTF-8"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON ({error.msg}, column {error.colno}); expected one object a line, or in .json one array of objects"
+    return f"not JSON that a row could be ({error})"  # a number of thousands of digits, lists nested thousands deep
 
 
 def parse_row(row, min_responses: int = 2) -> Comparison:
@@ -409,87 +405,77 @@ def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, tru
     return [bos + text + eos for text in texts]
 
 
+def teaches_nothing(sequences: list[list[int]]) -> bool:
+    """Whether all sequences of a comparison are, or became by truncation, the same."""
+    return all(sequence == sequences[0] for sequence in sequences)
+
+
+class Tokenized(NamedTuple):
+    """A comparison as token ids."""
+
+    sequences: list[list[int]]  # best first
+    where: str = ""  # it is from: the file and the line
+    margin: float = 0.0
+    rewards: list[float] | None = None  # of the responses, where they are known
+
+
+@dataclass
 class TokenizedFile:
-    """The comparisons of one file as token ids, in arrays that may be mapped from a file on the disk.
+    """The comparisons of one file, in arrays that are mapped from the disk. Item r: that of row r."""
 
-    tokens: (number of tokens,), those of all sequences, one behind the other.
-    sequences: (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]].
-    rows: (R + 1,) int64. Row r of the file has the sequences rows[r] to rows[r + 1] - 1, best first; none, where all of
-    them were (or became by truncation) identical: such a row teaches nothing.
-    lines: (R,) int64, the line of every row. margins: (R,) float64.
-    """
-
-    def __init__(self, path, tokens, sequences, rows, lines, margins, key: str = "", bad_rows: list[str] = ()):
-        self.path, self.tokens, self.sequences, self.rows, self.lines, self.margins = path, tokens, sequences, rows, lines, margins
-        self.key, self.bad_rows = key, bad_rows  # a hash of what all this follows from; what is wrong with rows that were left out
+    path: str
+    key: str  # a hash of what all this follows from
+    bad_rows: list[str]  # where a row was left out, and what is wrong with it
+    tokens: np.ndarray  # (number of tokens,) int32, those of all sequences, one behind the other
+    sequences: np.ndarray  # (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]]
+    rows: np.ndarray  # (R + 1,) int64. Row r has the sequences rows[r] to rows[r + 1] - 1; none, where it teaches nothing
+    lines: np.ndarray  # (R,) int64, where the rows stand
+    margins: np.ndarray  # (R,) float64
 
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, row: int) -> list[list[int]]:
+    def __getitem__(self, row: int) -> Tokenized:
         bounds = self.sequences[self.rows[row] : self.rows[row + 1] + 1].tolist()
-        return [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
+        sequences = [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
+        return Tokenized(sequences, f"{self.path}:{self.lines[row]}", float(self.margins[row]))
 
 
+@dataclass
 class TokenizedData:
-    """A selection of rows of tokenized files. Item i: the token ids of comparison i's sequences, best first.
+    """Comparisons to train or to evaluate on, which all teach something. Item i: row `selected[i, 1]` of `files[selected[i, 0]]`."""
 
-    rewards: of every comparison the true rewards, where these are known. dropped: how many of the selected rows are left
-    out, because all of their sequences are the same.
-    """
-
-    def __init__(self, files: list[TokenizedFile], selected: np.ndarray, rewards: list | None = None):
-        """selected: (n, 2) int64, numbers of files and of rows in them."""
-        kept = np.zeros(len(selected), dtype=bool)
-        for i, file in enumerate(files):
-            of_file = selected[:, 0] == i
-            kept[of_file] = np.diff(file.rows)[selected[of_file, 1]] > 0
-        self.files, self.selected, self.dropped = files, selected[kept], int((~kept).sum())
-        self.rewards = rewards and [reward for reward, is_kept in zip(rewards, kept) if is_kept]
+    files: list[TokenizedFile] | list[list[Tokenized]]
+    selected: np.ndarray  # (n, 2) int64
+    dropped: int  # how many more were selected, and left out, as they teach nothing
 
     def __len__(self) -> int:
         return len(self.selected)
 
-    def __getitem__(self, i: int) -> list[list[int]]:
+    def __getitem__(self, i: int) -> Tokenized:
         file, row = self.selected[i]
         return self.files[file][row]
-
-    def margin(self, i: int) -> float:
-        file, row = self.selected[i]
-        return float(self.files[file].margins[row])
 
     def fingerprint(self) -> str:
         """A hash of all token ids and margins, in their order."""
         return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
 
-    def where(self, i: int) -> str:
-        """The file and the line of comparison i."""
-        file, row = self.selected[i]
-        return f"{self.files[file].path}:{self.files[file].lines[row]}"
+
+def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
+    """selected: (n, 2) int64, numbers of files and of rows in them."""
+    kept = np.zeros(len(selected), dtype=bool)
+    for i, file in enumerate(files):
+        of_file = selected[:, 0] == i
+        kept[of_file] = np.diff(file.rows)[selected[of_file, 1]] > 0
+    return TokenizedData(files, selected[kept], int((~kept).sum()))
 
 
 def tokenize_all(comparisons: Iterable[Comparison], tokenizer, max_seq_len: int, truncation_side: str = "left") -> TokenizedData:
     """`tokenize` for comparisons that are in memory."""
-    comparisons = list(comparisons)
-    groups = [tokenize(comparison, tokenizer, max_seq_len, truncation_side) for comparison in comparisons]
-    tokens, *columns = tokenized_part(range(1, len(groups) + 1), groups, [comparison.margin for comparison in comparisons])
-    rows = np.arange(len(groups))
-    return TokenizedData([TokenizedFile("comparison", tokens, *join_columns([columns]))], np.stack((0 * rows, rows), axis=1),
-                         [comparison.rewards for comparison in comparisons])
-
-
-def tokenized_part(lines: Iterable[int], groups: list[list[list[int]]], margins: list[float]) -> tuple[np.ndarray, ...]:
-    """Some rows of a TokenizedFile: their tokens, the lengths of their sequences, their numbers of sequences, lines, margins."""
-    groups = [[] if all(sequence == group[0] for sequence in group) else group for group in groups]
-    tokens = np.fromiter((token for group in groups for sequence in group for token in sequence), np.int32)
-    lengths = np.fromiter((len(sequence) for group in groups for sequence in group), np.int64)
-    return tokens, lengths, np.fromiter(map(len, groups), np.int64), np.fromiter(lines, np.int64), np.array(margins, np.float64)
-
-
-def join_columns(parts: list[list[np.ndarray]]) -> tuple[np.ndarray, ...]:
-    """The arrays of a TokenizedFile, but for the tokens. Lengths and numbers become positions."""
-    lengths, counts, lines, margins = map(np.concatenate, zip(*parts))
-    return *(np.concatenate(([0], column.cumsum())) for column in (lengths, counts)), lines, margins
+    every = [Tokenized(tokenize(comparison, tokenizer, max_seq_len, truncation_side), f"comparison {number}", comparison.margin, comparison.rewards)
+             for number, comparison in enumerate(comparisons, start=1)]
+    kept = [comparison for comparison in every if not teaches_nothing(comparison.sequences)]
+    return TokenizedData([kept], np.array([(0, row) for row in range(len(kept))]), len(every) - len(kept))
 
 
 def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
@@ -499,17 +485,18 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
     there again by a hash of what they follow from: the content of the file, the tokenizer, and the other arguments.
     Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
     """
-    content = file_hash(path)
+    content, names = file_hash(path), ("sequences", "rows", "lines", "margins")
     key = hash_of("tokens 2", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
 
     def build(directory: Path):
         columns, bad_rows = [], []
         with open(directory / "tokens.bin", "wb") as file:
-            for (tokens, *part), bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+            for bad, tokens, *part in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
                 file.write(tokens)
                 columns.append(part)
                 bad_rows += bad
-        sequences, rows, lines, margins = join_columns(columns)
+        lengths, counts, lines, margins = map(np.concatenate, zip(*columns))
+        sequences, rows = (np.concatenate(([0], column.cumsum())) for column in (lengths, counts))
         if len(lines) == 0:
             raise nothing_left(path, bad_rows)
         if rows[-1] == 0:
@@ -517,27 +504,27 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
                              "a comparison needs some that differ")
         if file_hash(path) != content:
             raise ValueError(f"{path}: was changed while it was read; start again when it is complete")
-        for name, array in (("sequences", sequences), ("rows", rows), ("lines", lines), ("margins", margins)):
+        for name, array in zip(names, (sequences, rows, lines, margins)):
             np.save(directory / f"{name}.npy", array)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
 
     directory = cached(Path(cache_dir) / key, build)
     try:
-        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("sequences", "rows", "lines", "margins")]
+        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in names]
         bad_rows = [f"{path}:{row}" for row in json.loads((directory / "bad_rows.json").read_text())]
         tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
         if len(tokens) != arrays[0][-1]:
             raise ValueError(f"{len(tokens)} tokens in place of {arrays[0][-1]}")
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{directory}: damaged ({error}); delete it, and it will be made again") from None
-    return TokenizedFile(path, tokens, *arrays, key, bad_rows)
+    return TokenizedFile(path, key, bad_rows, tokens, *arrays)
 
 
 BYTES_AT_ONCE = 1 << 20  # of a file, that a process tokenizes; smaller files are not worth other processes
 
 
-def tokenize_rows(path, *how) -> Iterator[tuple[tuple, list[str]]]:
-    """The parts of a file in its order, made by as many processes as there are cores; and what is wrong with bad rows."""
+def tokenize_rows(path, *how) -> Iterator[tuple]:
+    """`tokenize_chunk` of all chunks of a file, in its order, by as many processes as there are cores."""
     chunks = divide_rows(read_rows(path))
     first = list(itertools.islice(chunks, 2))
     if len(first) == 1:
@@ -562,7 +549,7 @@ def tokenize_rows(path, *how) -> Iterator[tuple[tuple, list[str]]]:
             raise ValueError(f"{path}: a process that tokenized it was killed; give them more memory, or fewer cores (taskset)") from None
 
 
-def divide_rows(rows: Iterable[tuple[int, bytes | str]]) -> Iterator[list[tuple[int, bytes | str]]]:
+def divide_rows(rows: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
     """Lists of rows; each but the last has BYTES_AT_ONCE, and no row more than it takes for that."""
     chunk, size = [], 0
     for line, text in rows:
@@ -587,17 +574,22 @@ def tokenize_in_worker(chunk):
     return tokenize_chunk(chunk, *how_a_worker_tokenizes)
 
 
-def tokenize_chunk(chunk, path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
-    lines, groups, margins, bad_rows = [], [], [], [] if skip_bad_rows else None
+def tokenize_chunk(chunk: list[tuple[int, bytes]], path, tokenizer, max_seq_len, truncation_side, skip_bad_rows) -> tuple:
+    """What is wrong with bad rows; the tokens; of all sequences, their lengths; of all rows, how many sequences, lines and margins."""
+    bad_rows, groups, lines, margins = [], [], [], []
     for line, text in chunk:
         try:
             comparison = parse_line(text)
-            groups.append(tokenize(comparison, tokenizer, max_seq_len, truncation_side))
-            lines.append(line)
-            margins.append(comparison.margin)
+            group = tokenize(comparison, tokenizer, max_seq_len, truncation_side)
         except ValueError as error:
-            bad_row(path, line, error, bad_rows)
-    return tokenized_part(lines, groups, margins), bad_rows or []
+            bad_row(path, line, error, bad_rows if skip_bad_rows else None)
+            continue
+        groups.append([] if teaches_nothing(group) else group)
+        lines.append(line)
+        margins.append(comparison.margin)
+    sequences = list(itertools.chain(*groups))
+    tokens = np.fromiter(itertools.chain(*sequences), np.int32)
+    return bad_rows, tokens, *(np.array(column, np.int64) for column in ([*map(len, sequences)], [*map(len, groups)], lines)), np.array(margins)
 
 
 def file_hash(path) -> str:
@@ -643,12 +635,7 @@ def cached(directory: Path, build) -> Path:
 
 def shared_prefix(sequences: list[list[int]]) -> int:
     """How many tokens all sequences have in common at their start."""
-    count = 0
-    for tokens in zip(*sequences):
-        if len(set(tokens)) > 1:
-            break
-        count += 1
-    return count
+    return next((i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1), min(map(len, sequences)))
 
 
 def pad_rows(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -684,7 +671,7 @@ class PackedBatch:
     @property
     def num_tokens(self) -> int:
         """Tokens computed on."""
-        return sum(self.trunks) + sum(self.branches) + sum(self.tails)
+        return len(self.input_ids)
 
     def to(self, device) -> "PackedBatch":
         return replace(self, input_ids=self.input_ids.to(device), positions=self.positions.to(device))

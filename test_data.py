@@ -94,9 +94,9 @@ def test_margin_of_a_pair_goes_with_it_to_the_tokens(tmp_path, tokenizer, row, m
     file.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", %s}\n{"prompt": "a", "chosen": "c", "rejected": "b"}\n' % row)
     assert [comparison.margin for comparison in data.load_comparisons(file)] == [margin, 0.0]
     tokens = data.tokenize_file(file, tokenizer, 64, "left", tmp_path / "cache")
-    both = data.TokenizedData([tokens], np.array([[0, 1], [0, 0]]))
-    assert [both.margin(i) for i in range(2)] == [0.0, margin]
-    assert data.tokenize_all(data.load_comparisons(file), tokenizer, 64).margin(0) == margin
+    both = data.select([tokens], np.array([[0, 1], [0, 0]]))
+    assert [both[i].margin for i in range(2)] == [0.0, margin]
+    assert data.tokenize_all(data.load_comparisons(file), tokenizer, 64)[0].margin == margin
 
 
 @pytest.mark.parametrize("row, words", [
@@ -448,8 +448,9 @@ def test_tokenize_all_drops_and_counts_identical_sequences():
         Comparison("p", ["a", "a", "b"]),  # two of a ranking are the same, and not all
     ]
     kept = data.tokenize_all(comparisons, Letters(), 6, "right")
-    assert letters(kept) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
-    assert (kept.rewards, kept.dropped, [kept.where(i) for i in range(2)]) == ([[2.0, 1.0], None], 2, ["comparison:2", "comparison:4"])
+    assert letters(groups_of(kept)) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
+    assert (len(kept), kept.dropped) == (2, 2)
+    assert [(kept[i].rewards, kept[i].where) for i in range(2)] == [([2.0, 1.0], "comparison 2"), (None, "comparison 4")]
     assert data.tokenize_all(comparisons, Letters(), 6, "left").dropped == 1
 
 
@@ -470,7 +471,7 @@ def built_in(n: int, seed: int = 3) -> list[Comparison]:
 
 
 def groups_of(file) -> list[list[list[int]]]:
-    return [file[row] for row in range(len(file))]
+    return [file[row].sequences for row in range(len(file))]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
@@ -490,14 +491,14 @@ def test_data_of_two_files_drops_and_counts_among_the_selected_rows(tmp_path):
     same = Comparison("p", ["x", "x"])
     files = [data.tokenize_file(write(tmp_path / name, comparisons), Letters(), 99, "left", tmp_path / "cache") for name, comparisons in [
         ("a.jsonl", [same, Comparison("p", ["a", "b"]), same]), ("b.jsonl", [Comparison("q", ["c", "d"]), same, Comparison("r", ["e", "f"])])]]
-    kept = data.TokenizedData(files, np.array([[1, 2], [0, 1], [1, 1], [1, 0], [0, 2]]), rewards=list("uvwxy"))
-    assert letters(kept) == [["<re>", "<rf>"], ["<pa>", "<pb>"], ["<qc>", "<qd>"]]
-    assert (kept.dropped, kept.rewards) == (2, ["u", "v", "x"])
-    assert [kept.where(i) for i in range(3)] == [f"{tmp_path}/b.jsonl:5", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:1"]
-    other = [data.TokenizedData(files, np.array(rows)).fingerprint() for rows in ([[1, 2], [0, 1], [1, 0]], [[0, 1], [1, 2], [1, 0]])]
+    kept = data.select(files, np.array([[1, 2], [0, 1], [1, 1], [1, 0], [0, 2]]))
+    assert letters(groups_of(kept)) == [["<re>", "<rf>"], ["<pa>", "<pb>"], ["<qc>", "<qd>"]]
+    assert kept.dropped == 2
+    assert [kept[i].where for i in range(3)] == [f"{tmp_path}/b.jsonl:5", f"{tmp_path}/a.jsonl:3", f"{tmp_path}/b.jsonl:1"]
+    other = [data.select(files, np.array(rows)).fingerprint() for rows in ([[1, 2], [0, 1], [1, 0]], [[0, 1], [1, 2], [1, 0]])]
     assert other[0] == kept.fingerprint() != other[1]
     like_a = data.tokenize_file(write(tmp_path / "c.jsonl", [same, Comparison("p", ["a", "c"]), same]), Letters(), 99, "left", tmp_path / "cache")
-    assert data.TokenizedData([like_a, files[1]], kept.selected).fingerprint() != kept.fingerprint()
+    assert data.select([like_a, files[1]], kept.selected).fingerprint() != kept.fingerprint()
 
 
 def test_tokens_are_found_again_by_what_they_follow_from(tmp_path, monkeypatch, tokenizer):
