@@ -103,11 +103,12 @@ def test_micro_batches_hold_every_comparison_once_within_the_budget(layout, budg
     batches = train.micro_batches(range(30), sizes, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(30))
     model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
-    tokens = [train.collate([groups[i] for i in batch], model, layout, "cpu")[1] for batch in batches]
+    tokens = [train.collate([data.Tokenized(groups[i]) for i in batch], model, layout, "cpu")[1] for batch in batches]
     assert all(n <= budget or len(batch) == 1 for n, batch in zip(tokens, batches))
     for batch, following in zip(batches, batches[1:]):
-        one_more = [groups[i] for i in [*batch, following[0]]]
-        assert train.collate(one_more, model, layout, "cpu")[1] > budget or layout == "padded" and len({len(g) for g in one_more}) > 1
+        one_more = [data.Tokenized(groups[i]) for i in [*batch, following[0]]]
+        sizes_differ = len({len(comparison.sequences) for comparison in one_more}) > 1
+        assert train.collate(one_more, model, layout, "cpu")[1] > budget or layout == "padded" and sizes_differ
     if layout == "padded":
         assert all(len({len(groups[i]) for i in batch}) == 1 for batch in batches)
 
@@ -127,26 +128,26 @@ def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_with_sharded_weights_every_rank_has_as_many_micro_batches(layout):
     """One large comparison on a rank alone, many small ones in micro-batches on the other; each is computed once."""
-    groups = [[[1] * 200, [2] * 200]] + [[[1] * 6, [2] * 5]] * 20
+    batch = [data.Tokenized([[1] * 200, [2] * 200])] + [data.Tokenized([[1] * 6, [2] * 5])] * 20
     for stage, empty in ((0, 0), (3, 1)):
         args = train.argparse.Namespace(layout=layout, zero_stage=stage)
-        parts = [train.divide(groups, 100, args, train.Process(rank, 2)) for rank in range(2)]
+        parts = [train.divide(batch, 100, args, train.Process(rank, 2)) for rank in range(2)]
         assert sorted(i for part in parts for chunk in part for i in chunk) == list(range(21))
         assert (len({len(part) for part in parts}) == 1) == bool(stage)
         assert any([] in part for part in parts) == bool(stage)
-    assert train.divide(groups[:1], 100, train.argparse.Namespace(layout=layout, zero_stage=0), train.Process(1, 2)) == [[]]
+    assert train.divide(batch[:1], 100, train.argparse.Namespace(layout=layout, zero_stage=0), train.Process(1, 2)) == [[]]
 
 
 def test_collate_puts_chosen_rows_before_rejected_rows():
-    groups = [[[1, 2], [3]], [[4], [5, 6, 7], [8]]]
+    comparisons = [data.Tokenized([[1, 2], [3]], margin=0.5), data.Tokenized([[4], [5, 6, 7], [8]])]
     model = rm.RewardModel(train.GPT(train.GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)), 0)
-    (ids, mask, _), tokens = train.collate(groups, model, "padded", "cpu")
+    (ids, mask, margins), tokens = train.collate(comparisons, model, "padded", "cpu")
     assert ids.tolist() == [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7], [3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0]]
-    assert mask.tolist() == (ids != 0).long().tolist() and tokens == 24
-    (batch,), tokens = train.collate(groups, model, "packed", "cpu")
-    assert batch.num_tokens == tokens == 13
+    assert mask.tolist() == (ids != 0).long().tolist() and tokens == 24 and list(margins) == [0.5, 0.0, 0.0, 0.0]
+    (batch,), tokens = train.collate(comparisons, model, "packed", "cpu")
+    assert batch.num_tokens == tokens == 13 and list(batch.margins) == [0.5, 0.0]
     model.backbone.config.position_offset = 2  # as in OPT, where a tail is computed once
-    assert train.collate(groups, model, "packed", "cpu")[1] == 11
+    assert train.collate(comparisons, model, "packed", "cpu")[1] == 11
 
 
 def test_calibration_error_by_hand():
@@ -182,7 +183,7 @@ def test_numbers_behind_an_evaluation_are_of_pairs_and_of_responses(monkeypatch)
     comparisons = [data.Comparison("a", ["b", "c"], [2.0, 1.0]), data.Comparison("a", ["c", "bb", "ccc"], [3.0, 0.5, 1.0])]
     dataset = data.tokenize_all(comparisons, data.train_tokenizer(["a", "ab", "ac"], 300), 9)
     metrics, numbers = train.evaluate(model, dataset, args, train.Process(), step=0)
-    (b, c), (_, bb, ccc) = rm.score(model.eval(), [dataset[0], dataset[1]], 8)
+    (b, c), (_, bb, ccc) = rm.score(model.eval(), [dataset[i].sequences for i in range(2)], 8)
     assert numbers["chosen"] == pytest.approx([b, c, c, bb]) and numbers["rejected"] == pytest.approx([c, bb, ccc, ccc])
     assert numbers["true_margin"] == [1.0, 2.5, 2.0, -0.5]
     assert numbers["scores"] == pytest.approx([b, c, c, bb, ccc]) and numbers["rewards"] == [2.0, 1.0, 3.0, 0.5, 1.0]
@@ -207,7 +208,7 @@ def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_
         path.write_text("".join(json.dumps({**row, "prompt": f"{path.stem}{i} "}) + "\n" for i, row in enumerate(rows)))
     args = flags(monkeypatch, "--data_path", *paths, "--data_split", "1,2,1", "--eval_fraction", 0.2, "--seed", 3, "--max_seq_len", 512)
     tokenizer = data.train_tokenizer(["a 0123456789 b"], 400)
-    training, held_out = ([tokenizer.decode(part[i][0]).split()[0] for i in range(len(part))]
+    training, held_out = ([tokenizer.decode(part[i].sequences[0]).split()[0] for i in range(len(part))]
                           for part in train.load_data(args, tokenizer, train.Process()))
     share = set()
     for path, n in zip(paths, (40, 60)):
@@ -401,7 +402,7 @@ def test_micro_batches_and_layout_do_not_change_the_curve(files, one_process, tm
 def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files):
     """Pairs and a ranking; in the padded layout in micro-batches that add up."""
     tokenizer = data.train_tokenizer(["a b c d e"], 300)
-    groups = list(data.tokenize_all(data.load_comparisons(files[0]), tokenizer, 64))
+    comparisons = list(data.tokenize_all(data.load_comparisons(files[0]), tokenizer, 64))
     curves = {}
     for layout in ("packed", "padded"):
         torch.manual_seed(0)
@@ -410,9 +411,10 @@ def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), fused=True)
         curves[layout] = []
         for step in range(20):
-            batch = [groups[i] for i in train.batch_indices(len(groups), 8, seed=0, step=step)]
+            batch = [comparisons[i] for i in train.batch_indices(len(comparisons), 8, seed=0, step=step)]
             curves[layout].append(0.0)
-            for chunk in train.micro_batches(range(len(batch)), [train.size_of(group, layout) for group in batch], 1000):
+            sizes = [train.size_of(comparison.sequences, layout) for comparison in batch]
+            for chunk in train.micro_batches(range(len(batch)), sizes, 1000):
                 inputs, _ = train.collate([batch[i] for i in chunk], model, layout, "cpu")
                 loss = model(*inputs)["loss"] * len(chunk) / len(batch)
                 loss.backward()
@@ -891,7 +893,10 @@ def test_killed_at_any_time(small, undisturbed, tmp_path):
     (lambda step: flip(step / "facts.json", 24), "facts.json is not what was written"),
     (lambda step: os.truncate(step / "facts.json", 300), "facts.json is not what was written"),
     (lambda step: (step / "facts.json").write_text("{}"), "facts.json is not what was written"),
-    (lambda step: (step / "facts.json").unlink(), "facts.json"),
+    (lambda step: (step / "facts.json").unlink(), "facts.json is missing"),
+    (lambda step: (step / "sha256.json").unlink(), "sha256.json"),
+    (lambda step: (step / "sha256.json").write_text("{}"), "is not what was written"),
+    (lambda step: (step / "sha256.json").write_text("[]"), "step-12"),
     (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing")])
 def test_damaged_checkpoint_is_skipped_for_the_one_before_it(damage, words, undisturbed, tmp_path, capsys):
     checkpoints = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
@@ -907,13 +912,13 @@ def flip(path, position):
     path.write_bytes(content)
 
 
-def test_every_byte_of_facts_counts(undisturbed, tmp_path, capsys):
+@pytest.mark.parametrize("name, every", [("facts.json", 41), ("sha256.json", 1)])
+def test_every_byte_of_facts_and_of_hashes_counts(name, every, undisturbed, tmp_path, capsys):
     step = shutil.copytree(undisturbed / "checkpoints" / "step-4", tmp_path / "step-4")
-    size = (step / "facts.json").stat().st_size
-    for position in range(0, size, 41):
-        flip(step / "facts.json", position)
+    for position in range(0, (step / name).stat().st_size, every):
+        flip(step / name, position)
         assert train.newest_checkpoint(tmp_path, train.Process()) == (0, {}), position
-        flip(step / "facts.json", position)
+        flip(step / name, position)
     assert train.newest_checkpoint(tmp_path, train.Process())[0] == 4
 
 
@@ -1139,7 +1144,7 @@ def test_loss_that_is_not_finite_is_said_with_step_rank_and_row(processes, layou
     args = train.parse_flags()
     _, tokenizer, dataset, _ = train.prepare(args, train.Process())
     batches = enumerate(train.global_batches(dataset, args, tokenizer, 8, 0), start=1)
-    step, i, batch = next((step, i, batch) for step, (batch, _, where) in batches for i in range(8) if where(i).endswith(":17"))
+    step, i, batch = next((step, i, batch) for step, batch in batches for i in range(8) if batch[i].where.endswith(":17"))
     rank = next(rank for rank in range(processes) if i in sum(train.divide(batch, 10**6, args, train.Process(rank, processes)), []))
     for line in (text.strip().splitlines()[-1] for text in said):
         assert f"train.py: error: at step {step} the loss is nan (rank {rank}: {with_nan[5]}:17); " in line

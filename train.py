@@ -17,6 +17,8 @@ SIGTERM or SIGINT the step is finished and a checkpoint saved; the same command 
 with the weights of a run that was never stopped.
 """
 
+from __future__ import annotations  # the loop comes first, and what it uses below it
+
 import argparse
 import functools
 import importlib.util
@@ -32,6 +34,7 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -59,6 +62,7 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said at every checkpoint of a single process
 LONGEST_STREAK = 25  # of steps skipped in fp16: the scaler has then gone from 65536 to 0.002, so it is not the scale
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
@@ -208,80 +212,113 @@ def extra(name: str, flag: str):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Parts of the loop
+# The loop
 
 
-@dataclass
-class Process:
-    """This process among those that torchrun started, or alone."""
+def run(args, process: Process):
+    model, tokenizer, train, evaluation = prepare(args, process)
+    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * process.world_size
+    total_steps = args.max_steps or BUILT_IN["max_steps"]
+    if train and not args.max_steps:
+        total_steps = args.num_train_epochs * math.ceil(len(train) / global_batch)
+    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; "
+                  f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
+    checkpoints = Path(args.output_dir) / "checkpoints"
+    same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
+    done, facts = step_to_go_on_from(checkpoints, args, same_run, total_steps, process)
+    metrics_file, evaluations = open_output(model, args, done, process)
+    tensorboard = args.enable_tensorboard and process.rank == 0 and extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
+    # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
+    # method of it, or `model` itself, would train each rank on its own, without a word.
+    trained = distribute(model, args, process)
+    optimizer = make_optimizer(model, args, process)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    scaler = torch.amp.GradScaler(process.device.type, enabled=args.dtype == "fp16")
+    skipped, streak = 0, 0  # steps that fp16's scaler left out; of these, those up to now without one between them
+    torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
+    if done:
+        load_checkpoint(checkpoints / f"step-{done}", facts, model, optimizer, args, process)
+        scaler.load_state_dict(facts["scaler"])
+        skipped, streak = facts["skipped"]
+        process.print(f"going on after step {done}, from {checkpoints}/step-{done}")
 
-    rank: int = 0
-    world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    def log(**event):
+        if process.rank == 0:
+            event = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in event.items()}
+            with said_if_unwritable(checkpoints):
+                metrics_file.write(json.dumps(event) + "\n")  # JSON has no NaN and no infinity
+                metrics_file.flush()
+                if tensorboard:
+                    tensorboard.write(event)
 
-    @classmethod
-    def start(cls, args) -> "Process":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else cls.device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if "RANK" not in os.environ and not args.zero_stage:
-            return cls(device=device)
-        timeout, store, rank, world_size = timedelta(seconds=args.process_timeout), dist.HashStore(), 0, 1
-        if "RANK" in os.environ:
-            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-            store.set_timeout(timeout)
-            store = dist.PrefixStore(agree_on_name(store, rank, world_size, args.process_timeout), store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-        return cls(rank, world_size, device)
+    def evaluation_is_due(step):
+        return step in (0, total_steps) or args.eval_interval and step % args.eval_interval == 0
 
-    def wait(self):
-        """For all ranks to be here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def run_evaluation(step):
+        evaluations[step], numbers = evaluate(model, evaluation, args, process, step)
+        log(event="eval", step=step, **evaluations[step])
+        process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluations[step].items()))
+        return numbers
 
-    def print(self, text: str):
-        if self.rank == 0:
-            tqdm.write(text)
+    def save(step):
+        facts = {"step": step, "processes": process.kind, "scaler": scaler.state_dict(), "skipped": [skipped, streak], "same_run": same_run}
+        with said_if_unwritable(checkpoints):
+            if process.rank == 0:
+                os.fsync(metrics_file.fileno())  # its lines up to here are of the checkpoint
+            save_checkpoint(checkpoints, step, training_state(model, optimizer, process), facts, args.keep_checkpoints, process)
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Every number added up over the ranks."""
-        values = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(values)
-        return values.tolist()
-
-    def share(self, value):
-        """Rank 0's value, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values)
-        return values[0]
-
-    def join(self, *values) -> list:
-        """Every value added up over the ranks; lists are joined."""
-        if self.world_size == 1:
-            return list(values)
-        parts = [None] * self.world_size
-        dist.all_gather_object(parts, values)
-        return [functools.reduce(operator.add, column) for column in zip(*parts)]
-
-
-def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
-    """One that the processes give their meeting. After a restart by torchrun, its store still has the addresses of the processes
-    before them (pytorch issue 135712); under a new name nobody finds those. Rank 0 answers all greetings, old ones too."""
-    mine, absent, end = secrets.token_hex(8), set(range(1, world_size)), time.monotonic() + seconds
-    if rank:
-        store.set(f"greeting of {rank}", mine)
-        name = store.get(f"answer to {mine}").decode()
-        store.set(f"{rank} in {name}", "")
-        return name
-    while absent and time.monotonic() < end:
-        for other in absent:
-            store.set(f"answer to {store.get(f'greeting of {other}').decode()}", mine)
-        absent = {other for other in absent if not store.check([f"{other} in {mine}"])}
-        time.sleep(0.01)
-    return mine
+    stopped_by, stopping = [], False
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: stopped_by.append(number))
+    numbers = run_evaluation(done) if evaluation_is_due(done) and done not in evaluations else None
+    batches, step_ended = global_batches(train, args, tokenizer, global_batch, done), time.perf_counter()
+    with tqdm(range(done + 1, total_steps + 1), initial=done, total=total_steps, unit=" steps", disable=process.rank != 0) as bar:
+        for step, batch in zip(bar, batches):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = learning_rate(args.lr_scheduler_type, peak, step - 1, args.num_warmup_steps, total_steps)
+            chunks, losses, pairs, tokens = divide(batch, args.micro_batch_tokens, args, process, model.longest_tail), [], 0, 0
+            for i, chunk in enumerate(chunks):  # an empty one takes part in the averaging of gradients, with a loss that weighs nothing
+                inputs, computed = collate([batch[j] for j in chunk or [0]], model, args.layout, process.device)
+                with nullcontext() if i == len(chunks) - 1 or trained is model else trained.no_sync():
+                    with half_precision(args, process):
+                        out = trained(*inputs)
+                    loss = out["loss"] * (len(chunk) / len(batch))  # summed over micro-batches and ranks: the mean over the batch
+                    scaler.scale(loss * process.world_size).backward()  # DistributedDataParallel and FSDP take the mean over ranks
+                losses.append(loss.detach())
+                pairs += len(out["chosen_mean_scores"]) if chunk else 0
+                tokens += computed
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+            grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
+            loss = torch.stack(losses).double().sum().item()
+            loss, pairs, tokens, stopping = process.sum([loss, pairs, tokens, len(stopped_by)])
+            if math.isfinite(loss) and math.isfinite(grad_norm):  # the same on every rank, so all of them leave, or none
+                streak = 0
+            else:
+                skipped, streak = skipped + 1, streak + 1
+                if not scaler.is_enabled() or streak == LONGEST_STREAK:
+                    stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, checkpoints, args, process)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            began, step_ended = step_ended, time.perf_counter()
+            log(event="step", step=step, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm, pairs=int(pairs),
+                tokens=int(tokens), seconds=step_ended - began)
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            if evaluation_is_due(step) and (not stopping or step == total_steps):
+                numbers = run_evaluation(step)
+            if stopping or args.save_interval and (step % args.save_interval == 0 or step == total_steps):
+                save(step)
+            if stopping:
+                break
+    if stopping and step < total_steps:
+        process.print(f"stopped after step {step} of {total_steps}, as asked to; the same command with --resume goes on from "
+                      f"{checkpoints}/step-{step}")
+    else:
+        if numbers is None:  # of a run that had ended before
+            _, numbers = evaluate(model, evaluation, args, process, total_steps)
+        finish(model, tokenizer, evaluations, numbers, skipped, args, process)
+    process.wait()  # nobody leaves before the model is saved
 
 
 def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) -> float:
@@ -307,6 +344,20 @@ def batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray
     """The comparisons of optimizer step `step` (from 0): a function of its arguments alone. An epoch's last may be smaller."""
     epoch, step = divmod(step, math.ceil(n / global_batch))
     return epoch_order(n, seed, epoch)[step * global_batch : (step + 1) * global_batch]
+
+
+def global_batches(train: data.TokenizedData | None, args, tokenizer, global_batch: int, done: int) -> Iterator[list[data.Tokenized]]:
+    """Of every optimizer step after the first `done`, its comparisons, all ranks' together. Without end, and the same on every rank."""
+    if train:
+        for step in itertools.count(done):
+            yield [train[i] for i in batch_indices(len(train), global_batch, args.seed, step)]
+    stream, fresh = built_in_data(args), []
+    for step in itertools.count():
+        while len(fresh) < global_batch:
+            fresh += data.tokenize_all(itertools.islice(stream, global_batch), tokenizer, args.max_seq_len, args.truncation_side)
+        if step >= done:
+            yield fresh[:global_batch]
+        fresh = fresh[global_batch:]
 
 
 def size_of(group: list, layout: str, longest_tail: int | None = None) -> tuple[int, int, int]:
@@ -343,42 +394,32 @@ def micro_batches(share: list[int], sizes: list[tuple], budget: int) -> list[lis
     return result
 
 
-def divide(groups: list, budget: int, args, process: Process, longest_tail: int | None = None) -> list[list[int]]:
+def divide(batch: list[data.Tokenized], budget: int, args, process: Process, longest_tail: int | None = None) -> list[list[int]]:
     """Which of these comparisons, all ranks', this rank computes on, in micro-batches.
 
     At least one, and with sharded weights as many on every rank, because there the ranks wait for each other in each: some
     may be empty.
     """
-    sizes = [size_of(group, args.layout, longest_tail) for group in groups]
+    sizes = [size_of(comparison.sequences, args.layout, longest_tail) for comparison in batch]
     shares = shares_of_ranks(sizes, process.world_size)
     mine = micro_batches(shares[process.rank], sizes, budget)
     most = max(len(micro_batches(share, sizes, budget)) for share in shares) if args.zero_stage else 1
     return mine + [[]] * (most - len(mine))
 
 
-def collate(groups: list, model: RewardModel, layout: str, device, margins: list[float] | None = None) -> tuple:
-    """Comparisons as token lists, best first -> what the model is called with, and the number of tokens that it computes on.
+def collate(comparisons: list[data.Tokenized], model: RewardModel, layout: str, device) -> tuple[tuple, int]:
+    """What the model is called with, and the number of tokens that it computes on.
 
     Padded: (2B, L) ids and mask, the chosen rows of all pairs, then the rejected; the pairs' margins. Packed: a PackedBatch.
     """
     if layout == "packed":
-        batch = data.pack(groups, model.pad_id, longest_tail=model.longest_tail, margins=margins)
+        sequences, _, margins, _ = zip(*comparisons)
+        batch = data.pack(sequences, model.pad_id, longest_tail=model.longest_tail, margins=margins)
         return (batch.to(device),), batch.num_tokens
-    pairs = [(*pair, margin) for group, margin in zip(groups, margins or itertools.repeat(0.0)) for pair in itertools.combinations(group, 2)]
+    pairs = [(*pair, comparison.margin) for comparison in comparisons for pair in itertools.combinations(comparison.sequences, 2)]
     chosen, rejected, margins = zip(*pairs)
     input_ids, mask = data.pad_rows([*chosen, *rejected], model.pad_id)
     return (input_ids.to(device), mask.to(device), margins), input_ids.numel()
-
-
-def calibration_error(margin: torch.Tensor) -> float:
-    """Expected calibration error (Naeini et al. 2015) of sigmoid(margin) as the probability that the first is better.
-
-    margin: (N,), chosen minus rejected end score. 10 equal bins of the confidence max(p, 1 - p) over [0.5, 1].
-    """
-    confidence, right = torch.sigmoid(margin.abs()), (margin > 0).double()
-    bins = torch.bucketize(confidence, torch.linspace(0.5, 1, 11, dtype=confidence.dtype)[1:-1], right=True)
-    gaps = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, right - confidence.double())
-    return float(gaps.abs().sum()) / len(margin)
 
 
 def half_precision(args, process: Process):
@@ -386,13 +427,70 @@ def half_precision(args, process: Process):
     return torch.autocast(process.device.type, DTYPES[args.dtype], enabled=args.dtype != "fp32", cache_enabled=False)
 
 
-def spearman(a: list[float], b: list[float]) -> float:
-    """Spearman's correlation: that of the ranks; equal values share the mean of theirs."""
-    ranks = []
-    for values in (a, b):
-        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[group])
-    return float(np.corrcoef(ranks)[0, 1])
+@torch.no_grad()
+def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, checkpoints: Path, args, process: Process):
+    """End the run with a line that names the step, and of each rank the rows whose loss is not finite."""
+    suspects, alone = [i for chunk, chunk_loss in zip(chunks, losses) if not math.isfinite(chunk_loss) for i in chunk], []
+    for i in sorted(process.join(suspects)[0]):  # by itself, on every rank; in a packed batch, NaN with an attention of 0 is NaN too
+        inputs, _ = collate([batch[i]], model, args.layout, process.device)
+        with half_precision(args, process):
+            alone += [] if math.isfinite(model(*inputs)["loss"]) else [i]
+    rows = [batch[i].where for i in sorted(suspects) if i in alone or not alone]
+    said = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+    (ranks,) = process.join([f"rank {process.rank}: {said}"] if rows else [])
+    first = f"{batch[0].where} and {len(batch) - 1} more" if len(batch) > 1 else batch[0].where
+    streak = f", after {LONGEST_STREAK - 1} that were not finite either and were left out" if args.dtype == "fp16" else ""
+    what = f"the loss is {loss:g} ({'; '.join(ranks)})" if ranks else f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {first})"
+    last = checkpoint_steps(checkpoints)
+    raise ValueError(f"at step {step} {what}{streak}; training cannot go on from there, and the optimizer did not step. "
+                     f"{f'The last checkpoint is {checkpoints}/step-{last[0]}. ' if last else ''}A smaller --learning_rate than "
+                     f"{args.learning_rate:g}, or more --num_warmup_steps, may help")
+
+
+def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skipped: int, args, process: Process):
+    """Save the model and a page about the run, and say how it went."""
+    model, output_dir = plain_model(model, args, process), Path(args.output_dir)
+    if process.rank != 0:
+        return
+    if args.normalize_rewards:
+        print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
+    with said_if_unwritable(output_dir / "checkpoints"):
+        model.save_pretrained(output_dir, tokenizer=tokenizer)
+        if importlib.util.find_spec("extras.report"):  # without extras/ there is no page
+            events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+            extra("report", "").run_page(output_dir / "report.html", events, vars(args), *(numbers[name] for name in ("chosen", "rejected", "true_margin")))
+    before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
+    best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
+    if numbers["rewards"]:
+        print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
+              f"{spearman(numbers['scores'], numbers['rewards']):.4f}")
+    if skipped:
+        print(f"{skipped} steps were left out, as their gradients were too large for fp16")
+    print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
+          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl\n"
+          f"score with it: python rm.py {args.output_dir} FILE.jsonl")
+
+
+def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
+    """On rank 0 the model with all its weights, and LoRA merged into them."""
+    if not args.zero_stage and not args.lora_dim:
+        return model
+    state = model.state_dict()
+    if args.zero_stage:
+        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if process.rank != 0:
+        return model
+    if args.lora_dim:
+        state = extra("lora", "--lora_dim").merge(state)
+    with torch.device("meta"):
+        plain = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
+    plain.load_state_dict(state, assign=True)
+    plain.reward_bias = model.reward_bias
+    return plain
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
 
 
 @torch.no_grad()
@@ -406,144 +504,64 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
     at_once, budget = 64 * args.per_device_eval_batch_size * process.world_size, 2 * args.per_device_eval_batch_size * args.max_seq_len
-    loss, chosen, rejected, true_margin, scores, rewards = 0.0, [], [], [], [], []
+    loss, numbers = 0.0, {name: [] for name in ("chosen", "rejected", "true_margin", "scores", "rewards")}
     model.eval()
     for start in tqdm(range(0, n, at_once), desc=f"eval at step {step}", leave=False, disable=process.rank != 0):
-        groups = [dataset[i] for i in range(start, min(start + at_once, n))]
-        for chunk in divide(groups, budget, args, process, model.longest_tail):
-            which = chunk or [0]
-            inputs, _ = collate([groups[i] for i in which], model, args.layout, process.device, [dataset.margin(start + i) for i in which])
+        batch = [dataset[i] for i in range(start, min(start + at_once, n))]
+        for chunk in divide(batch, budget, args, process, model.longest_tail):
+            inputs, _ = collate([batch[i] for i in chunk or [0]], model, args.layout, process.device)
             with half_precision(args, process):
                 out = model(*inputs)
-            if chunk:
-                loss += out["loss"].item() * len(chunk)
-                ends = list(zip(out["chosen_mean_scores"].tolist(), out["rejected_mean_scores"].tolist()))
-            for i in chunk:
-                K, true = len(groups[i]), dataset.rewards and dataset.rewards[start + i] or ()
-                pairs, ends = ends[: K * (K - 1) // 2], ends[K * (K - 1) // 2 :]
-                chosen += [a for a, _ in pairs]
-                rejected += [b for _, b in pairs]
-                true_margin += [a - b for a, b in itertools.combinations(true, 2)]
-                scores += [pairs[0][0], *(b for _, b in pairs[: K - 1])]  # the first pairs are those of the first response
-                rewards += true
+            loss += out["loss"].item() * len(chunk)
+            pairs = zip(out["chosen_mean_scores"].tolist(), out["rejected_mean_scores"].tolist())
+            for comparison in (batch[i] for i in chunk):
+                K, true = len(comparison.sequences), comparison.rewards or []
+                chosen, rejected = zip(*itertools.islice(pairs, K * (K - 1) // 2))
+                numbers["chosen"] += chosen
+                numbers["rejected"] += rejected
+                numbers["true_margin"] += [a - b for a, b in itertools.combinations(true, 2)]
+                numbers["scores"] += [chosen[0], *rejected[: K - 1]]  # the first pairs are those of the first response
+                numbers["rewards"] += true
     model.train()
-    loss, chosen, rejected, true_margin, scores, rewards = process.join(loss, chosen, rejected, true_margin, scores, rewards)
-    numbers = dict(chosen=chosen, rejected=rejected, true_margin=true_margin, scores=scores, rewards=rewards)
-    chosen, rejected = torch.tensor(chosen, dtype=torch.float64), torch.tensor(rejected, dtype=torch.float64)
+    loss, *lists = process.join(loss, *numbers.values())
+    numbers = dict(zip(numbers, lists))
+    chosen, rejected, true_margin = (torch.tensor(numbers[name], dtype=torch.float64) for name in ("chosen", "rejected", "true_margin"))
     margin = chosen - rejected
     metrics = {"loss": loss / n, "accuracy": (margin > 0).double().mean().item(),
                "chosen_score": chosen.mean().item(), "rejected_score": rejected.mean().item(), "margin": margin.mean().item(),
                "ece": calibration_error(margin), "pairs": len(margin), "dropped": dataset.dropped}
-    if true_margin:
-        true_margin = torch.tensor(true_margin, dtype=torch.float64)
+    if len(true_margin):
         metrics["bayes_accuracy"] = (true_margin > 0).double().mean().item()
         metrics["probability_error"] = (torch.sigmoid(margin) - torch.sigmoid(true_margin)).abs().mean().item()
     return metrics, numbers
+
+
+def calibration_error(margin: torch.Tensor) -> float:
+    """Expected calibration error (Naeini et al. 2015) of sigmoid(margin) as the probability that the first is better.
+
+    margin: (N,), chosen minus rejected end score. 10 equal bins of the confidence max(p, 1 - p) over [0.5, 1].
+    """
+    confidence, right = torch.sigmoid(margin.abs()), (margin > 0).double()
+    bins = torch.bucketize(confidence, torch.linspace(0.5, 1, 11, dtype=confidence.dtype)[1:-1], right=True)
+    gaps = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, right - confidence.double())
+    return float(gaps.abs().sum()) / len(margin)
+
+
+def spearman(a: list[float], b: list[float]) -> float:
+    """Spearman's correlation: that of the ranks; equal values share the mean of theirs."""
+    ranks = []
+    for values in (a, b):
+        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[group])
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Preparation: everything that can be wrong with flags, files and models shows here, before the first step
 
 
-def built_in_data(args):
-    """The endless built-in training data of a --seed, which is never that of the eval set."""
-    return data.known_rewards(EVAL_SEED + 1 + args.seed)
-
-
-def tokenized_files(paths, args, tokenizer, process: Process) -> list[data.TokenizedFile]:
-    files = [data.tokenize_file(path, tokenizer, args.max_seq_len, args.truncation_side, args.data_output_path, args.skip_bad_rows)
-             for path in paths]
-    for file in files:
-        if file.bad_rows:
-            process.print(f"{file.path}: {len(file.bad_rows)} rows left out, as they are no comparison; the first: {file.bad_rows[0]}")
-    return files
-
-
-def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | None, data.TokenizedData]:
-    """Training and eval data. Training is None for the built-in data, whose comparisons are drawn as they are needed."""
-    if not args.data_path:
-        comparisons = itertools.islice(data.known_rewards(EVAL_SEED), BUILT_IN["eval_pairs"])
-        return None, data.tokenize_all(comparisons, tokenizer, args.max_seq_len, args.truncation_side)
-    files, selected = tokenized_files(args.data_path, args, tokenizer, process), []
-    for i, file in enumerate(files):
-        share = data.split_indices(len(file), args.data_split, stage=1, seed=args.seed)
-        if len(share) == 0:
-            raise ValueError(f"--data_split: the second share of the {len(file)} rows of {file.path} is no row; give a larger one")
-        selected.append(np.stack((np.full(len(share), i), share), axis=1))
-    selected = np.concatenate(selected)
-    if args.eval_path:
-        held_out = tokenized_files(args.eval_path, args, tokenizer, process)
-        rows = [np.stack((np.full(len(file), i), np.arange(len(file))), axis=1) for i, file in enumerate(held_out)]
-        return data.TokenizedData(files, selected), data.TokenizedData(held_out, np.concatenate(rows))
-    selected = np.random.RandomState(args.seed).permutation(selected)
-    held_out = max(1, round(args.eval_fraction * len(selected)))
-    if held_out >= len(selected):
-        raise ValueError(f"--data_path: {len(selected)} comparisons (after --data_split); too few to hold some out for evaluation; "
-                         "give more, or an --eval_path")
-    return data.TokenizedData(files, selected[:-held_out]), data.TokenizedData(files, selected[-held_out:])
-
-
-def load_model(args, tokenizer) -> RewardModel:
-    """The pre-trained model, with what the flags say about padding."""
-    model = RewardModel.from_pretrained(args.model_name_or_path, tokenizer.pad_id, leading_pads(args, tokenizer))
-    rows = read_config(args.model_name_or_path)["vocab_size"]
-    if tokenizer.text_size > rows:
-        raise ValueError(f"--model_name_or_path {args.model_name_or_path}: the model has {rows} token ids, the tokenizer "
-                         f"{tokenizer.text_size}; give the tokenizer that belongs to it (--tokenizer_path)")
-    check_positions(model.backbone.config, args)
-    return model
-
-
-def check_positions(config: GPTConfig, args):
-    if args.max_seq_len > config.n_positions:
-        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {config.n_positions} positions, "
-                         "so give at most that")
-
-
-def new_model(args, tokenizer) -> RewardModel:
-    """A model from scratch."""
-    config = GPTConfig(
-        args.model_type, vocab_size=tokenizer.vocab_size, n_positions=args.max_seq_len, n_layer=args.n_layer, n_head=args.n_head,
-        n_embd=args.n_embd, token_ids={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
-    return RewardModel(GPT(config), tokenizer.pad_id, leading_pads(args, tokenizer))
-
-
-def leading_pads(args, tokenizer) -> int:
-    given = args.num_padding_at_beginning
-    return int(tokenizer.bos_id == tokenizer.pad_id) if given is None else given
-
-
-def new_tokenizer(args) -> data.Tokenizer:
-    """A tokenizer trained on the text of --data_path, once for the same files, or on built-in data. Every process gets the same."""
-
-    def train(texts) -> bytes:
-        try:
-            return data.train_tokenizer(texts, args.vocab_size).model_proto
-        except ValueError as error:
-            raise ValueError(f"--vocab_size: {error}") from None
-
-    def build(directory: Path):
-        tqdm.write("training a tokenizer")
-        sample = []
-        for path in args.data_path:
-            room = TOKENIZER_CHARACTERS // len(args.data_path)
-            for comparison in data.load_comparisons(path, bad_rows=[] if args.skip_bad_rows else None):  # all rows: the data comes first
-                texts = [comparison.prompt + response for response in comparison.responses if room > 0]
-                sample += texts
-                room -= sum(map(len, texts))
-        (directory / "tokenizer.model").write_bytes(train(sample))
-
-    if not args.data_path:
-        comparisons = itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])
-        model_proto = train(comparison.prompt + response for comparison in comparisons for response in comparison.responses)
-    else:
-        key = data.hash_of("tokenizer 1", [data.file_hash(path) for path in args.data_path], args.vocab_size, args.skip_bad_rows)
-        model_proto = (data.cached(Path(args.data_output_path) / key, build) / "tokenizer.model").read_bytes()
-    return data.Tokenizer(model_proto, args.pad_id)
-
-
 def prepare(args, process: Process):
-    """The model, on the CPU; its tokenizer; tokenized training (None: built-in) and eval data.
+    """The model, on the CPU; its tokenizer; tokenized training data (None: the built-in data, drawn as needed) and eval data.
 
     The order is that of the cost of a mistake: the model directory, the data, and only then is a tokenizer trained.
     """
@@ -557,7 +575,12 @@ def prepare(args, process: Process):
         except ValueError as error:
             raise ValueError(f"{error}; --tokenizer_path says where one is") from None
     if pretrained:
-        model = load_model(args, tokenizer)
+        model = RewardModel.from_pretrained(pretrained, tokenizer.pad_id, leading_pads(args, tokenizer))
+        rows = read_config(pretrained)["vocab_size"]
+        if tokenizer.text_size > rows:
+            raise ValueError(f"--model_name_or_path {pretrained}: the model has {rows} token ids, the tokenizer {tokenizer.text_size}; "
+                             "give the tokenizer that belongs to it (--tokenizer_path)")
+        check_positions(model.backbone.config, args)
     for path in [*(args.data_path or ()), *(args.eval_path or ())]:
         data.file_hash(path)
     try:
@@ -579,6 +602,25 @@ def prepare(args, process: Process):
     return model, tokenizer, train, evaluation
 
 
+def check_positions(config: GPTConfig, args):
+    if args.max_seq_len > config.n_positions:
+        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {config.n_positions} positions, "
+                         "so give at most that")
+
+
+def new_model(args, tokenizer) -> RewardModel:
+    """A model from scratch."""
+    config = GPTConfig(
+        args.model_type, vocab_size=tokenizer.vocab_size, n_positions=args.max_seq_len, n_layer=args.n_layer, n_head=args.n_head,
+        n_embd=args.n_embd, token_ids={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    return RewardModel(GPT(config), tokenizer.pad_id, leading_pads(args, tokenizer))
+
+
+def leading_pads(args, tokenizer) -> int:
+    given = args.num_padding_at_beginning
+    return int(tokenizer.bos_id == tokenizer.pad_id) if given is None else given
+
+
 def set_up(model: RewardModel, args) -> int:
     """Dropout, objective, gradient checkpointing and LoRA as the flags say. Returns beside how many layers LoRA is."""
     model.backbone.config.dropout = args.dropout
@@ -587,6 +629,68 @@ def set_up(model: RewardModel, args) -> int:
     if not args.lora_dim:
         return 0
     return extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
+
+
+def new_tokenizer(args) -> data.Tokenizer:
+    """A tokenizer trained on the text of --data_path, once for the same files, or on built-in data. Every process gets the same."""
+
+    def train() -> bytes:
+        if args.data_path:
+            tqdm.write("training a tokenizer")
+            texts = []
+            for path in args.data_path:
+                room = TOKENIZER_CHARACTERS // len(args.data_path)
+                for comparison in data.load_comparisons(path, bad_rows=[] if args.skip_bad_rows else None):  # all rows: the data comes first
+                    added = [comparison.prompt + response for response in comparison.responses if room > 0]
+                    texts += added
+                    room -= sum(map(len, added))
+        else:
+            comparisons = itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])
+            texts = [comparison.prompt + response for comparison in comparisons for response in comparison.responses]
+        try:
+            return data.train_tokenizer(texts, args.vocab_size).model_proto
+        except ValueError as error:
+            raise ValueError(f"--vocab_size: {error}") from None
+
+    if not args.data_path:
+        return data.Tokenizer(train(), args.pad_id)
+    key = data.hash_of("tokenizer 1", [data.file_hash(path) for path in args.data_path], args.vocab_size, args.skip_bad_rows)
+    directory = data.cached(Path(args.data_output_path) / key, lambda directory: (directory / "tokenizer.model").write_bytes(train()))
+    return data.Tokenizer((directory / "tokenizer.model").read_bytes(), args.pad_id)
+
+
+def built_in_data(args):
+    """The endless built-in training data of a --seed, which is never that of the eval set."""
+    return data.known_rewards(EVAL_SEED + 1 + args.seed)
+
+
+def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | None, data.TokenizedData]:
+    """Training and eval data. Training is None for the built-in data, whose comparisons are drawn as they are needed."""
+    how = tokenizer, args.max_seq_len, args.truncation_side
+    if not args.data_path:
+        return None, data.tokenize_all(itertools.islice(data.known_rewards(EVAL_SEED), BUILT_IN["eval_pairs"]), *how)
+
+    def load(paths, share_of) -> tuple[list[data.TokenizedFile], np.ndarray]:
+        """Files, and which rows of them: (n, 2) int64, numbers of files and of rows."""
+        files, selected = [data.tokenize_file(path, *how, args.data_output_path, args.skip_bad_rows) for path in paths], []
+        for i, file in enumerate(files):
+            if file.bad_rows:
+                process.print(f"{file.path}: {len(file.bad_rows)} rows left out, as they are no comparison; the first: {file.bad_rows[0]}")
+            share = share_of(len(file))
+            if len(share) == 0:
+                raise ValueError(f"--data_split: the second share of the {len(file)} rows of {file.path} is no row; give a larger one")
+            selected.append(np.stack((np.full(len(share), i), share), axis=1))
+        return files, np.concatenate(selected)
+
+    files, selected = load(args.data_path, lambda n: data.split_indices(n, args.data_split, stage=1, seed=args.seed))
+    if args.eval_path:
+        return data.select(files, selected), data.select(*load(args.eval_path, np.arange))
+    selected = np.random.RandomState(args.seed).permutation(selected)
+    held_out = max(1, round(args.eval_fraction * len(selected)))
+    if held_out >= len(selected):
+        raise ValueError(f"--data_path: {len(selected)} comparisons (after --data_split); too few to hold some out for evaluation; "
+                         "give more, or an --eval_path")
+    return data.select(files, selected[:-held_out]), data.select(files, selected[-held_out:])
 
 
 def distribute(model: RewardModel, args, process: Process):
@@ -602,54 +706,6 @@ def distribute(model: RewardModel, args, process: Process):
     for module in (*model.backbone.blocks, model):  # the root takes what the blocks leave: embeddings, norm and head
         fully_shard(module, **options)
     return model
-
-
-def open_output(model: RewardModel, args, step: int, process: Process):
-    """Make the output directory and open its metrics.jsonl, on rank 0, to go on after `step`: what was written since then is
-    taken out. At step 0 the files of an earlier run are moved to earlier-N. Returns the file, and the evaluations in it."""
-    path, lines, evaluations, metrics_file = Path(args.output_dir), [], {}, None
-    metrics = path / "metrics.jsonl"
-    if process.rank == 0:
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if step and metrics.exists():
-                for line in metrics.read_text().splitlines(keepends=True):
-                    event = json.loads(line) if line.endswith("\n") else {"step": math.inf}  # one that the end of the run cut
-                    if event["step"] <= step:
-                        lines.append(line)
-                        evaluations |= {event["step"]: event} if event["event"] == "eval" else {}
-            elif not step:
-                move_earlier_run(path, process)
-            check_room(path, model, args)
-            (path / "metrics.jsonl.part").write_text("".join(lines))
-            (path / "metrics.jsonl.part").rename(metrics)
-            metrics_file = open(metrics, "a")
-        except OSError as error:
-            raise ValueError(f"--output_dir {path}: cannot be written to ({error.strerror}); give another directory") from None
-    return metrics_file, process.share(evaluations)
-
-
-def move_earlier_run(path: Path, process: Process):
-    """Checkpoints go first: what is left, should this be interrupted, is not taken for a run to go on with."""
-    files = ("checkpoints", "metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
-             *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
-    if earlier := [path / name for name in files if (path / name).exists()]:
-        number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
-        (path / f"earlier-{number}").mkdir()
-        for file in earlier:
-            file.rename(path / f"earlier-{number}" / file.name)
-        process.print(f"{path} held the files of an earlier run; they are in {path}/earlier-{number} now")
-
-
-def check_room(path: Path, model: RewardModel, args):
-    """Raise ValueError where the disk has no room for what the run will write: the model, and checkpoints, one of them half-written."""
-    size = sum(4 * parameter.numel() for parameter in model.parameters())  # bytes; a checkpoint also has the two moments of AdamW
-    checkpoints = args.keep_checkpoints + 1 if args.save_interval else 1
-    needed, free = size * (1 + 3 * checkpoints), shutil.disk_usage(path).free
-    free += sum(file.stat().st_size for file in (path / "checkpoints").rglob("*"))  # of this run, and counted in what is needed
-    if free < needed:
-        raise ValueError(f"--output_dir {path}: {free / 1e9:.1f} GB are free there; the model and {checkpoints} checkpoints of it "
-                         f"(--keep_checkpoints, and the one being written) take {needed / 1e9:.1f} GB; give another directory")
 
 
 def make_optimizer(model: RewardModel, args, process: Process) -> torch.optim.AdamW:
@@ -668,26 +724,64 @@ def make_optimizer(model: RewardModel, args, process: Process) -> torch.optim.Ad
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
-def global_batches(train: data.TokenizedData | None, args, tokenizer, global_batch: int, done: int):
-    """Of every optimizer step after the first `done`: its comparisons, all ranks' together, their margins, and a function that
-    says where the i-th is from. Without end, and the same on every rank."""
-    if train:
-        for step in itertools.count(done):
-            indices = batch_indices(len(train), global_batch, args.seed, step)
-            yield [train[i] for i in indices], [train.margin(i) for i in indices], lambda i, indices=indices: train.where(indices[i])
-    stream, fresh = built_in_data(args), []
-    for step in itertools.count():
-        while len(fresh) < global_batch:
-            drawn = itertools.islice(stream, global_batch)
-            tokenized = data.tokenize_all(drawn, tokenizer, args.max_seq_len, args.truncation_side)
-            fresh += [tokenized[i] for i in range(len(tokenized))]
-        if step >= done:
-            yield fresh[:global_batch], [0.0] * global_batch, lambda i, first=step * global_batch: f"built-in comparison {first + i}"
-        fresh = fresh[global_batch:]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints: output_dir/checkpoints/step-N, each whole or not there
+# The output directory, and checkpoints/step-N in it, each whole or not there
+
+
+def open_output(model: RewardModel, args, step: int, process: Process):
+    """Make the output directory ready, on rank 0, for a run that goes on after `step`.
+
+    At step 0 the files of an earlier run are moved to earlier-N; later, what metrics.jsonl has of later steps is taken out.
+    Returns metrics.jsonl, open on rank 0, and the evaluations in it, by their step. Raises ValueError where the disk has no
+    room for what the run will write: the model, and checkpoints, one of them half-written.
+    """
+    path, metrics, metrics_file, events = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl", None, []
+    # Checkpoints go first: what is left, should this be interrupted, is not taken for a run to go on with.
+    names = ("checkpoints", "metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
+             *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
+    try:
+        if process.rank == 0:
+            path.mkdir(parents=True, exist_ok=True)
+            if not step and (earlier := [path / name for name in names if (path / name).exists()]):
+                aside = next(aside for n in itertools.count(1) if not (aside := path / f"earlier-{n}").exists())
+                aside.mkdir()
+                for file in earlier:
+                    file.rename(aside / file.name)
+                process.print(f"{path} held the files of an earlier run; they are in {aside} now")
+
+            size = sum(4 * parameter.numel() for parameter in model.parameters())  # bytes; a checkpoint also has the two moments of AdamW
+            checkpoints = args.keep_checkpoints + 1 if args.save_interval else 1
+            needed, free = size * (1 + 3 * checkpoints), shutil.disk_usage(path).free
+            free += sum(file.stat().st_size for file in (path / "checkpoints").rglob("*"))  # of this run, and counted in what is needed
+            if free < needed:
+                raise ValueError(f"--output_dir {path}: {free / 1e9:.1f} GB are free there; the model and {checkpoints} checkpoints of it "
+                                 f"(--keep_checkpoints, and the one being written) take {needed / 1e9:.1f} GB; give another directory")
+
+            lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+            events = [json.loads(line) for line in lines if line.endswith("\n")]  # not one that the end of the run cut
+            events = [event for event in events if event["step"] <= step]
+            (path / "metrics.jsonl.part").write_text("".join(json.dumps(event) + "\n" for event in events))
+            (path / "metrics.jsonl.part").rename(metrics)
+            metrics_file = open(metrics, "a")
+    except OSError as error:
+        raise ValueError(f"--output_dir {path}: cannot be written to ({error.strerror}); give another directory") from None
+    return metrics_file, process.share({event["step"]: event for event in events if event["event"] == "eval"})
+
+
+@contextmanager
+def said_if_unwritable(checkpoints: Path):
+    """An error of writing becomes a ValueError that says what is left."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):  # of several ranks
+            error, _ = next(iter(error.failures.values()))
+        if lost_process(error):
+            raise error
+        last = checkpoint_steps(checkpoints)
+        left = f"the last whole checkpoint is {checkpoints}/step-{last[0]}" if last else "there is no earlier checkpoint"
+        raise ValueError(f"--output_dir {checkpoints.parent}: cannot be written to ({str(error).partition(chr(10))[0]}); {left}. Make room, and "
+                         "the same command with --resume goes on from there") from None
 
 
 def training_state(model: RewardModel, optimizer, process: Process) -> dict:
@@ -713,12 +807,10 @@ def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: 
     dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())  # every rank its shards, synced to the disk
     process.wait()
     if process.rank == 0:
-        with open(part / "facts.json", "w") as file:
-            sha256 = {path.name: data.file_hash(path) for path in sorted(part.iterdir()) if path.name != "facts.json"}
-            json.dump(facts | {"sha256": sha256 | {"facts.json": data.hash_of(json.dumps(facts))}}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        sync(part)
+        (part / "facts.json").write_text(json.dumps(facts))
+        (part / "sha256.json").write_text(json.dumps(hashes(part)))
+        for path in (part / "facts.json", part / "sha256.json", part):
+            sync(path)
         if whole.exists():  # a damaged one
             whole.rename(directory / f".step-{step}.old")
         part.rename(whole)
@@ -731,11 +823,16 @@ def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: 
     process.wait()
 
 
-def sync(directory: Path):
-    """Have the disk know of the files that are in a directory, and of their names."""
-    descriptor = os.open(directory, os.O_RDONLY)
+def sync(path: Path):
+    """Have the disk know of a file's content, or of a directory's names."""
+    descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def hashes(checkpoint: Path) -> dict[str, str]:
+    """What sha256.json says of a checkpoint's other files, if they are as they were written."""
+    return {path.name: data.file_hash(path) for path in sorted(checkpoint.iterdir()) if path.name != "sha256.json"}
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -743,40 +840,27 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted((int(path.name[5:]) for path in directory.glob("step-*") if path.name[5:].isdecimal()), reverse=True)
 
 
-def facts_of(path: Path) -> dict:
-    """Those of a checkpoint. Raises ValueError or OSError that says which file of it is not what was written."""
-    try:
-        facts = json.loads((path / "facts.json").read_text())
-        sha256 = facts.pop("sha256")
-        if sha256.pop("facts.json") != data.hash_of(json.dumps(facts)):
-            raise ValueError
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError("facts.json is not what was written") from None
-    for name, expected in sha256.items():
-        if not (path / name).is_file():
-            raise ValueError(f"{name} is missing")
-        if data.file_hash(path / name) != expected:
-            raise ValueError(f"{name} is not what was written (sha256)")
-    return facts
-
-
 def newest_checkpoint(directory: Path, process: Process) -> tuple[int, dict]:
     """The step and the facts of the newest checkpoint that is whole, (0, {}) where there is none. Says which it skips, and why."""
-    found = 0, {}
+    newest = 0, {}
     for step in checkpoint_steps(directory) if process.rank == 0 else ():
         path = directory / f"step-{step}"
         try:
-            found = step, facts_of(path)
+            written, found = json.loads((path / "sha256.json").read_text()), hashes(path)
+            for name in written | found:
+                if written.get(name) != found.get(name):
+                    raise ValueError(f"{name} is not what was written" if name in found else f"{name} is missing")
+            newest = step, json.loads((path / "facts.json").read_text())
             break
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             process.print(f"{path}: skipped, as it is damaged: {error}")
-    return process.share(found)
+    return process.share(newest)
 
 
 def load_checkpoint(path: Path, facts: dict, model: RewardModel, optimizer, args, process: Process):
     """Model, optimizer and random states as they were. With another number or kind of processes random states begin anew."""
     state = training_state(model, optimizer, process)
-    if facts["processes"] != f"{process.world_size} x {process.device.type}":
+    if facts["processes"] != process.kind:
         del state["random"]
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -807,16 +891,102 @@ def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch
     return facts
 
 
-def check_same_run(path: Path, ours: dict, theirs: dict):
-    """Raise ValueError that names what of this run differs from that of a checkpoint."""
-    others = [f"{name} was {theirs[name]!r} and is {ours[name]!r}" for name in ours if name in theirs and ours[name] != theirs[name]]
+def step_to_go_on_from(checkpoints: Path, args, same_run: dict, total_steps: int, process: Process) -> tuple[int, dict]:
+    """The step and the facts of the checkpoint that --resume finds; (0, {}): start. Raises ValueError where it is of another run."""
+    done, facts = newest_checkpoint(checkpoints, process) if args.resume else (0, {})
+    before = facts.get("same_run", {})
+    others = [f"{name} was {before[name]!r} and is {same_run[name]!r}" for name in same_run if name in before and same_run[name] != before[name]]
     if others:
-        raise ValueError(f"--resume: {path} is of a run with other flags: {'; '.join(others)}; give the same ones, or another --output_dir "
-                         "to start anew")
+        raise ValueError(f"--resume: {checkpoints}/step-{done} is of a run with other flags: {'; '.join(others)}; give the same ones, or "
+                         "another --output_dir to start anew")
+    if done > total_steps:
+        raise ValueError(f"--max_steps: found {total_steps}, and {checkpoints}/step-{done} has gone further; give at least {done}, or "
+                         "another --output_dir to start anew")
+    return done, facts
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The loop
+# Processes
+
+
+@dataclass
+class Process:
+    """This process among those that torchrun started, or alone."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def start(cls, args) -> "Process":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else cls.device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if "RANK" not in os.environ and not args.zero_stage:
+            return cls(device=device)
+        timeout, store, rank, world_size = timedelta(seconds=args.process_timeout), dist.HashStore(), 0, 1
+        if "RANK" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+            store.set_timeout(timeout)
+            store = dist.PrefixStore(agree_on_name(store, rank, world_size, args.process_timeout), store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        return cls(rank, world_size, device)
+
+    @property
+    def kind(self) -> str:
+        """What random states belong to."""
+        return f"{self.world_size} x {self.device.type}"
+
+    def wait(self):
+        """For all ranks to be here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def print(self, text: str):
+        if self.rank == 0:
+            tqdm.write(text)
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Every number added up over the ranks."""
+        values = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def join(self, *values) -> list:
+        """The same for what is no number: lists are joined. Slower."""
+        parts = [values] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(parts, values)
+        return [functools.reduce(operator.add, column) for column in zip(*parts)]
+
+    def share(self, value):
+        """Rank 0's value, on every rank."""
+        return self.join([value])[0][0]
+
+
+def agree_on_name(store: dist.Store, rank: int, world_size: int, seconds: float) -> str:
+    """One that the processes give their meeting. After a restart by torchrun, its store still has the addresses of the processes
+    before them (pytorch issue 135712); under a new name nobody finds those. Rank 0 answers all greetings, old ones too."""
+    mine, absent, end = secrets.token_hex(8), set(range(1, world_size)), time.monotonic() + seconds
+    if rank:
+        store.set(f"greeting of {rank}", mine)
+        name = store.get(f"answer to {mine}").decode()
+        store.set(f"{rank} in {name}", "")
+        return name
+    while absent and time.monotonic() < end:
+        for other in absent:
+            store.set(f"answer to {store.get(f'greeting of {other}').decode()}", mine)
+        absent = {other for other in absent if not store.check([f"{other} in {mine}"])}
+        time.sleep(0.01)
+    return mine
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether another process did not answer: NCCL has exceptions of its own for that, gloo has not."""
+    signs = ("gloo", "Connection", "Timed out", "timeout")
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
 def main():
@@ -854,214 +1024,6 @@ def main():
         os._exit(complaint is not None)
     if complaint:
         sys.exit(complaint)
-
-
-def lost_process(error: BaseException) -> bool:
-    """Whether another process did not answer: NCCL has exceptions of its own for that, gloo has not."""
-    signs = ("gloo", "Connection", "Timed out", "timeout")
-    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def run(args, process: Process):
-    model, tokenizer, train, evaluation = prepare(args, process)
-    global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * process.world_size
-    total_steps = args.max_steps or BUILT_IN["max_steps"]
-    if train and not args.max_steps:
-        total_steps = args.num_train_epochs * math.ceil(len(train) / global_batch)
-    process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; "
-                  f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
-    checkpoints = Path(args.output_dir) / "checkpoints"
-    done, facts = newest_checkpoint(checkpoints, process) if args.resume else (0, {})
-    same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
-    if done:
-        check_same_run(checkpoints / f"step-{done}", same_run, facts["same_run"])
-        if done > total_steps:
-            raise ValueError(f"--max_steps: found {total_steps}, and {checkpoints}/step-{done} has gone further; give at least {done}, or "
-                             "another --output_dir to start anew")
-    metrics_file, evaluations = open_output(model, args, done, process)
-    tensorboard = args.enable_tensorboard and process.rank == 0 and extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
-    # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
-    # method of it, or `model` itself, would train each rank on its own, without a word.
-    trained = distribute(model, args, process)
-    optimizer = make_optimizer(model, args, process)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    scaler = torch.amp.GradScaler(process.device.type, enabled=args.dtype == "fp16")
-    skipped, streak = 0, 0  # steps that fp16's scaler left out; of these, those up to now without one between them
-    torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
-    if done:
-        load_checkpoint(checkpoints / f"step-{done}", facts, model, optimizer, args, process)
-        scaler.load_state_dict(facts["scaler"])
-        skipped, streak = facts["skipped"]
-        process.print(f"going on after step {done}, from {checkpoints}/step-{done}")
-
-    def log(**event):
-        if process.rank == 0:
-            with said_if_unwritable(checkpoints):
-                metrics_file.write(json.dumps(event) + "\n")
-                metrics_file.flush()
-                if tensorboard:
-                    tensorboard.write(event)
-
-    numbers = {}  # behind the evaluations
-
-    def evaluation_is_due(step):
-        return step in (0, total_steps) or args.eval_interval and step % args.eval_interval == 0
-
-    def run_evaluation(step):
-        metrics, numbers[step] = evaluate(model, evaluation, args, process, step)
-        log(event="eval", step=step, **{name: finite(value) for name, value in metrics.items()})
-        process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        evaluations[step] = metrics
-
-    def save(step):
-        facts = {"step": step, "processes": f"{process.world_size} x {process.device.type}", "scaler": scaler.state_dict(),
-                 "skipped": [skipped, streak], "same_run": same_run}
-        with said_if_unwritable(checkpoints):
-            if process.rank == 0:
-                os.fsync(metrics_file.fileno())  # its lines up to here are of the checkpoint
-            save_checkpoint(checkpoints, step, training_state(model, optimizer, process), facts, args.keep_checkpoints, process)
-
-    stopped_by = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopped_by.append(number))
-    if evaluation_is_due(done) and done not in evaluations:
-        run_evaluation(done)
-    batches = itertools.islice(global_batches(train, args, tokenizer, global_batch, done), total_steps - done)
-    step_ended, stopping = time.perf_counter(), False
-    with tqdm(total=total_steps, initial=done, unit=" steps", disable=process.rank != 0) as bar:
-        for step, (batch, margins, where) in enumerate(batches, start=done + 1):
-            lr = functools.partial(learning_rate, args.lr_scheduler_type, step=step - 1, warmup=args.num_warmup_steps, total=total_steps)
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = lr(peak=peak)
-            chunks, losses, pairs, tokens = divide(batch, args.micro_batch_tokens, args, process, model.longest_tail), [], 0, 0
-            for i, chunk in enumerate(chunks):
-                which = chunk or [0]  # an empty one takes part in the averaging of gradients with a comparison that weighs nothing
-                inputs, computed = collate([batch[j] for j in which], model, args.layout, process.device, [margins[j] for j in which])
-                with nullcontext() if i == len(chunks) - 1 or trained is model else trained.no_sync():
-                    with half_precision(args, process):
-                        out = trained(*inputs)
-                    loss = out["loss"] * (len(chunk) / len(batch))  # summed over micro-batches and ranks: the mean over the batch
-                    scaler.scale(loss * process.world_size).backward()  # DistributedDataParallel and FSDP take the mean over ranks
-                losses.append(loss.detach())
-                pairs += len(out["chosen_mean_scores"]) if chunk else 0
-                tokens += computed
-            scaler.unscale_(optimizer)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
-            loss = torch.stack(losses).double().sum().item()
-            loss, pairs, tokens, stopping = process.sum([loss, pairs, tokens, len(stopped_by)])
-            if not (math.isfinite(loss) and math.isfinite(grad_norm)):  # the same on every rank, so all of them leave, or none
-                skipped, streak = skipped + 1, streak + 1
-                if not scaler.is_enabled() or streak == LONGEST_STREAK:
-                    stop_at_non_finite(model, step, loss, grad_norm, batch, margins, chunks, losses, where, checkpoints, args, process)
-            else:
-                streak = 0
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            now = time.perf_counter()
-            log(event="step", step=step, loss=finite(loss), lr=lr(peak=args.learning_rate), grad_norm=finite(grad_norm), pairs=int(pairs),
-                tokens=int(tokens), seconds=now - step_ended)
-            step_ended = now
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update()
-            if evaluation_is_due(step) and (not stopping or step == total_steps):
-                run_evaluation(step)
-            if stopping or args.save_interval and (step % args.save_interval == 0 or step == total_steps):
-                save(step)
-            if stopping:
-                break
-    if stopping and step < total_steps:
-        process.print(f"stopped after step {step} of {total_steps}, as asked to; the same command with --resume goes on from "
-                      f"{checkpoints}/step-{step}")
-    else:
-        if total_steps not in numbers:  # a run that had ended before
-            numbers[total_steps] = evaluate(model, evaluation, args, process, total_steps)[1]
-        finish(model, tokenizer, evaluations, numbers[total_steps], skipped, args, process)
-    process.wait()  # nobody leaves before the model is saved
-
-
-def finite(value: float) -> float | None:
-    """JSON has no NaN and no infinity."""
-    return value if math.isfinite(value) else None
-
-
-@contextmanager
-def said_if_unwritable(checkpoints: Path):
-    """An error of writing becomes a ValueError that says what is left."""
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):  # of several ranks
-            error, _ = next(iter(error.failures.values()))
-        if lost_process(error):
-            raise error
-        last = checkpoint_steps(checkpoints)
-        left = f"the last whole checkpoint is {checkpoints}/step-{last[0]}" if last else "there is no earlier checkpoint"
-        raise ValueError(f"--output_dir {checkpoints.parent}: cannot be written to ({str(error).partition(chr(10))[0]}); {left}. Make room, and "
-                         "the same command with --resume goes on from there") from None
-
-
-@torch.no_grad()
-def stop_at_non_finite(model, step, loss, grad_norm, batch, margins, chunks, losses, where, checkpoints: Path, args, process: Process):
-    """End the run with a line that names the step, and of each rank the rows whose loss is not finite."""
-    suspects, alone = [i for chunk, chunk_loss in zip(chunks, losses) if not math.isfinite(chunk_loss) for i in chunk], []
-    for i in sorted(process.join(suspects)[0]):  # by itself, on every rank; in a packed batch, NaN with an attention of 0 is NaN too
-        inputs, _ = collate([batch[i]], model, args.layout, process.device, [margins[i]])
-        with half_precision(args, process):
-            alone += [] if math.isfinite(model(*inputs)["loss"]) else [i]
-    rows = [i for i in suspects if i in alone or not alone]
-    said = ", ".join(where(i) for i in sorted(rows)[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    (ranks,) = process.join([f"rank {process.rank}: {said}"] if rows else [])
-    first = f"{where(0)} and {len(batch) - 1} more" if len(batch) > 1 else where(0)
-    streak = f", after {LONGEST_STREAK - 1} that were not finite either and were left out" if args.dtype == "fp16" else ""
-    what = f"the loss is {loss:g} ({'; '.join(ranks)})" if ranks else f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {first})"
-    last = checkpoint_steps(checkpoints)
-    raise ValueError(f"at step {step} {what}{streak}; training cannot go on from there, and the optimizer did not step. "
-                     f"{f'The last checkpoint is {checkpoints}/step-{last[0]}. ' if last else ''}A smaller --learning_rate than "
-                     f"{args.learning_rate:g}, or more --num_warmup_steps, may help")
-
-
-def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
-    """On rank 0 the model with all its weights, and LoRA merged into them."""
-    if not args.zero_stage and not args.lora_dim:
-        return model
-    state = model.state_dict()
-    if args.zero_stage:
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if process.rank != 0:
-        return model
-    if args.lora_dim:
-        state = extra("lora", "--lora_dim").merge(state)
-    with torch.device("meta"):
-        plain = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
-    plain.load_state_dict(state, assign=True)
-    plain.reward_bias = model.reward_bias
-    return plain
-
-
-def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skipped: int, args, process: Process):
-    """Save the model and a page about the run, and say how it went."""
-    model, output_dir = plain_model(model, args, process), Path(args.output_dir)
-    if process.rank != 0:
-        return
-    if args.normalize_rewards:
-        print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
-    with said_if_unwritable(output_dir / "checkpoints"):
-        model.save_pretrained(output_dir, tokenizer=tokenizer)
-        if importlib.util.find_spec("extras.report"):  # without extras/ there is no page
-            events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-            extra("report", "").run_page(output_dir / "report.html", events, vars(args), *(numbers[name] for name in ("chosen", "rejected", "true_margin")))
-    before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
-    best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
-    if numbers["rewards"]:
-        print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
-              f"{spearman(numbers['scores'], numbers['rewards']):.4f}")
-    if skipped:
-        print(f"{skipped} steps were left out, as their gradients were too large for fp16")
-    print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
-          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl\n"
-          f"score with it: python rm.py {args.output_dir} FILE.jsonl")
 
 
 if __name__ == "__main__":

@@ -186,7 +186,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True)
 
     def inputs(self, groups):
-        inputs, _ = train.collate(groups, self.model, self.layout, "cpu")
+        inputs, _ = train.collate([data.Tokenized(group) for group in groups], self.model, self.layout, "cpu")
         if self.pad_to:
             inputs = [torch.nn.functional.pad(x, (0, self.pad_to - x.shape[1])) for x in inputs]
         return inputs
@@ -335,7 +335,7 @@ process = train.Process.start(args)
 ours, batches = Ours("packed"), random_batches(8, 16)
 trained = train.distribute(ours.model, args, process)
 def step(batch):
-    (chunk,) = train.divide(batch, 10**9, args, process)
+    (chunk,) = train.divide([data.Tokenized(pair) for pair in batch], 10**9, args, process)
     loss = trained(*ours.inputs([batch[i] for i in chunk]))["loss"] * (len(chunk) / len(batch) * process.world_size)
     ours.update(loss)
 step(batches[0]), step(batches[1])

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from data import Tokenized
 from model import GPT, GPTConfig, read_config
 from rm import RewardModel
 from train import DTYPES, Process, check_positions, collate, distribute, divide, half_precision, set_up
@@ -110,11 +111,11 @@ def make_model(args) -> RewardModel:
     return model
 
 
-def assumed_step(args) -> list[list[list[int]]]:
+def assumed_step(args) -> list[Tokenized]:
     """A rank's comparisons of one step: pairs of --max_seq_len tokens whose first half is shared. Real texts are mostly shorter."""
     shared = args.max_seq_len // 2
     pair = [[1] * shared + [i] * (args.max_seq_len - shared) for i in (2, 3)]
-    return [pair] * (args.per_device_train_batch_size * args.gradient_accumulation_steps)
+    return [Tokenized(pair)] * (args.per_device_train_batch_size * args.gradient_accumulation_steps)
 
 
 def run_largest(model: RewardModel, groups: list, args) -> tuple[Meter, int, int, int]:
