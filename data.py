@@ -295,8 +295,7 @@ def refuse_others(kind: str, files: Iterable[Path]):
     """Raise ValueError where one of `files` exists, which are not those that a `kind` is to be saved in."""
     for file in files:
         if file.exists():
-            raise ValueError(f"{file}: another {kind} lies there, which could be read in place of the one to be saved; "
-                             "give another directory, or move that file")
+            raise ValueError(f"{file}: another {kind}, which could be read in place of the one to save; move it, or give another directory")
 
 
 def write_json(directory, files: dict[str, dict]):
@@ -317,8 +316,8 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     path = Path(path)
     file = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path) if path.is_dir() else path
     if not file.is_file():
-        raise ValueError(f"{path}: no {'tokenizer in this directory' if path.is_dir() else 'such file'}; expected tokenizer.model, "
-                         "tokenizer.json, or vocab.json and merges.txt")
+        missing = "tokenizer in this directory" if path.is_dir() else "such file"
+        raise ValueError(f"{path}: no {missing}; expected tokenizer.model, tokenizer.json, or vocab.json and merges.txt")
     config, beside = read_config(file.with_name("tokenizer_config.json")), file.with_name("tokenizer.model")
     # tokenizer.model needs no other library; but only of one that we saved do we know that tokenizer.json adds nothing to it.
     if path.is_dir() and beside.is_file() and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers")):
@@ -419,6 +418,10 @@ class Tokenized(NamedTuple):
     rewards: list[float] | None = None  # of the responses, where they are known
 
 
+# Of a row of a file: its line, its margin, and which sequences it has: so many from the first one on, best first.
+ROW = np.dtype([("line", np.int64), ("margin", np.float64), ("first", np.int64), ("count", np.int64)])
+
+
 @dataclass
 class TokenizedFile:
     """The comparisons of one file, in arrays that are mapped from the disk. Item r: that of row r."""
@@ -428,17 +431,15 @@ class TokenizedFile:
     bad_rows: list[str]  # where a row was left out, and what is wrong with it
     tokens: np.ndarray  # (number of tokens,) int32, those of all sequences, one behind the other
     sequences: np.ndarray  # (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]]
-    rows: np.ndarray  # (R + 1,) int64. Row r has the sequences rows[r] to rows[r + 1] - 1; none, where it teaches nothing
-    lines: np.ndarray  # (R,) int64, where the rows stand
-    margins: np.ndarray  # (R,) float64
+    rows: np.ndarray  # (R,) ROW. One that teaches nothing has no sequences
 
     def __len__(self) -> int:
-        return len(self.lines)
+        return len(self.rows)
 
     def __getitem__(self, row: int) -> Tokenized:
-        bounds = self.sequences[self.rows[row] : self.rows[row + 1] + 1].tolist()
-        sequences = [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
-        return Tokenized(sequences, f"{self.path}:{self.lines[row]}", float(self.margins[row]))
+        line, margin, first, count = self.rows[row].tolist()
+        bounds = self.sequences[first : first + count + 1].tolist()
+        return Tokenized([self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])], f"{self.path}:{line}", margin)
 
 
 @dataclass
@@ -466,16 +467,22 @@ def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
     kept = np.zeros(len(selected), dtype=bool)
     for i, file in enumerate(files):
         of_file = selected[:, 0] == i
-        kept[of_file] = np.diff(file.rows)[selected[of_file, 1]] > 0
+        kept[of_file] = file.rows["count"][selected[of_file, 1]] > 0
     return TokenizedData(files, selected[kept], int((~kept).sum()))
 
 
-def tokenize_all(comparisons: Iterable[Comparison], tokenizer, max_seq_len: int, truncation_side: str = "left") -> TokenizedData:
-    """`tokenize` for comparisons that are in memory."""
-    every = [Tokenized(tokenize(comparison, tokenizer, max_seq_len, truncation_side), f"comparison {number}", comparison.margin, comparison.rewards)
-             for number, comparison in enumerate(comparisons, start=1)]
-    kept = [comparison for comparison in every if not teaches_nothing(comparison.sequences)]
-    return TokenizedData([kept], np.array([(0, row) for row in range(len(kept))]), len(every) - len(kept))
+def tokenize_each(comparisons: Iterable[Comparison], *how) -> Iterator[Tokenized]:
+    """`tokenize` for a stream of comparisons, like `known_rewards`. Those that teach nothing are left out."""
+    for number, comparison in enumerate(comparisons, start=1):
+        if not teaches_nothing(sequences := tokenize(comparison, *how)):
+            yield Tokenized(sequences, f"built-in comparison {number}", comparison.margin, comparison.rewards)
+
+
+def tokenize_all(comparisons: Iterable[Comparison], *how) -> TokenizedData:
+    """The same for a number of comparisons that are in memory."""
+    comparisons = list(comparisons)
+    kept = list(tokenize_each(comparisons, *how))
+    return TokenizedData([kept], np.array([(0, row) for row in range(len(kept))]), len(comparisons) - len(kept))
 
 
 def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
@@ -485,39 +492,39 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
     there again by a hash of what they follow from: the content of the file, the tokenizer, and the other arguments.
     Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
     """
-    content, names = file_hash(path), ("sequences", "rows", "lines", "margins")
-    key = hash_of("tokens 2", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
+    content = file_hash(path)
+    key = hash_of("tokens 3", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
 
     def build(directory: Path):
-        columns, bad_rows = [], []
+        lengths, rows, bad_rows = [], [], []
         with open(directory / "tokens.bin", "wb") as file:
-            for bad, tokens, *part in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
-                file.write(tokens)
-                columns.append(part)
-                bad_rows += bad
-        lengths, counts, lines, margins = map(np.concatenate, zip(*columns))
-        sequences, rows = (np.concatenate(([0], column.cumsum())) for column in (lengths, counts))
-        if len(lines) == 0:
+            for part in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+                file.write(part[0])
+                lengths.append(part[1])
+                rows.append(part[2])
+                bad_rows += part[3]
+        sequences, rows = np.cumsum(np.concatenate(([0], *lengths))), np.concatenate(rows)
+        rows["first"] = rows["count"].cumsum() - rows["count"]
+        if len(rows) == 0:
             raise nothing_left(path, bad_rows)
-        if rows[-1] == 0:
-            raise ValueError(f"{path}: in all {len(lines)} rows the responses are identical (as far as --max_seq_len {max_seq_len} reaches); "
-                             "a comparison needs some that differ")
+        if len(sequences) == 1:
+            raise ValueError(f"{path}: in all {len(rows)} rows the responses are identical (at --max_seq_len {max_seq_len}); some must differ")
         if file_hash(path) != content:
             raise ValueError(f"{path}: was changed while it was read; start again when it is complete")
-        for name, array in zip(names, (sequences, rows, lines, margins)):
-            np.save(directory / f"{name}.npy", array)
+        np.save(directory / "sequences.npy", sequences)
+        np.save(directory / "rows.npy", rows)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
 
     directory = cached(Path(cache_dir) / key, build)
     try:
-        arrays = [np.load(directory / f"{name}.npy", mmap_mode="r") for name in names]
+        sequences, rows = (np.load(directory / name, mmap_mode="r") for name in ("sequences.npy", "rows.npy"))
         bad_rows = [f"{path}:{row}" for row in json.loads((directory / "bad_rows.json").read_text())]
         tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
-        if len(tokens) != arrays[0][-1]:
-            raise ValueError(f"{len(tokens)} tokens in place of {arrays[0][-1]}")
+        if len(tokens) != sequences[-1]:
+            raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{directory}: damaged ({error}); delete it, and it will be made again") from None
-    return TokenizedFile(path, key, bad_rows, tokens, *arrays)
+    return TokenizedFile(path, key, bad_rows, tokens, sequences, rows)
 
 
 BYTES_AT_ONCE = 1 << 20  # of a file, that a process tokenizes; smaller files are not worth other processes
@@ -575,21 +582,20 @@ def tokenize_in_worker(chunk):
 
 
 def tokenize_chunk(chunk: list[tuple[int, bytes]], path, tokenizer, max_seq_len, truncation_side, skip_bad_rows) -> tuple:
-    """What is wrong with bad rows; the tokens; of all sequences, their lengths; of all rows, how many sequences, lines and margins."""
-    bad_rows, groups, lines, margins = [], [], [], []
+    """The tokens (int32) of some rows; the lengths of their sequences (int64); the rows (ROW); what is wrong with bad ones."""
+    sequences, rows, bad_rows = [], [], []
     for line, text in chunk:
         try:
             comparison = parse_line(text)
             group = tokenize(comparison, tokenizer, max_seq_len, truncation_side)
         except ValueError as error:
             bad_row(path, line, error, bad_rows if skip_bad_rows else None)
-            continue
-        groups.append([] if teaches_nothing(group) else group)
-        lines.append(line)
-        margins.append(comparison.margin)
-    sequences = list(itertools.chain(*groups))
-    tokens = np.fromiter(itertools.chain(*sequences), np.int32)
-    return bad_rows, tokens, *(np.array(column, np.int64) for column in ([*map(len, sequences)], [*map(len, groups)], lines)), np.array(margins)
+        else:
+            group = [] if teaches_nothing(group) else group
+            rows.append((line, comparison.margin, 0, len(group)))  # which is the first is known when all are together
+            sequences += group
+    tokens, lengths = np.fromiter(itertools.chain(*sequences), np.int32), np.fromiter(map(len, sequences), np.int64)
+    return tokens, lengths, np.array(rows, ROW), bad_rows
 
 
 def file_hash(path) -> str:
@@ -700,8 +706,7 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
     ids, positions = ({name: [] for name in layout} for _ in range(2))
     for i, group in enumerate(token_groups):
         if len(group) < min_responses or not all(group):
-            raise ValueError(f"comparison {i}: {len(group)} sequences of {[len(sequence) for sequence in group]} tokens; expected "
-                             f"{min_responses} or more, of one token or more")
+            raise ValueError(f"comparison {i}: {len(group)} sequences, of {[*map(len, group)]} tokens; expected {min_responses} or more, none empty")
         trunk, longest = trunk_length(group), max(map(len, group))
         parts = [("trunks", group[0][:trunk], 0)]
         for sequence in group:

@@ -450,7 +450,7 @@ def test_tokenize_all_drops_and_counts_identical_sequences():
     kept = data.tokenize_all(comparisons, Letters(), 6, "right")
     assert letters(groups_of(kept)) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
     assert (len(kept), kept.dropped) == (2, 2)
-    assert [(kept[i].rewards, kept[i].where) for i in range(2)] == [([2.0, 1.0], "comparison 2"), (None, "comparison 4")]
+    assert [(kept[i].rewards, kept[i].where) for i in range(2)] == [([2.0, 1.0], "built-in comparison 2"), (None, "built-in comparison 4")]
     assert data.tokenize_all(comparisons, Letters(), 6, "left").dropped == 1
 
 
@@ -482,8 +482,8 @@ def test_token_file_is_mapped_and_has_what_tokenize_gives(tmp_path, tokenizer, n
     file = data.tokenize_file(path, tokenizer, 90, "left", tmp_path / "cache")
     assert groups_of(file) == [data.tokenize(c, tokenizer, 90) if i != 5 else [] for i, c in enumerate(comparisons)]
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    assert file.lines.tolist() == [i for i, line in enumerate(text.split(b"\n"), start=1) if line.lstrip().startswith(b"{")]
-    assert all(isinstance(array, np.memmap) and array.mode == "r" for array in (file.tokens, file.sequences, file.rows, file.lines))
+    assert file.rows["line"].tolist() == [i for i, line in enumerate(text.split(b"\n"), start=1) if line.lstrip().startswith(b"{")]
+    assert all(isinstance(array, np.memmap) and array.mode == "r" for array in (file.tokens, file.sequences, file.rows))
     assert file.tokens.dtype == np.int32 and len(file.tokens) == sum(len(sequence) for group in groups_of(file) for sequence in group)
 
 
@@ -551,7 +551,7 @@ def test_bad_rows_of_a_token_file(tmp_path):
     with pytest.raises(ValueError, match=f"^{path}:3: fields found: prompt; expected"):
         data.tokenize_file(path, Letters(None, None), 99, "left", cache)
     file = data.tokenize_file(path, Letters(None, None), 99, "left", cache, skip_bad_rows=True)
-    assert letters(groups_of(file)) == [["pa", "pb"], ["pa", "pc"]] and file.lines.tolist() == [1, 5]
+    assert letters(groups_of(file)) == [["pa", "pb"], ["pa", "pc"]] and file.rows["line"].tolist() == [1, 5]
     assert [re.match(f"{path}:.: ......", row)[0] for row in file.bad_rows] == [f"{path}:3: fields", f"{path}:7: respon"]
     write(path, [good, Comparison("", ["a", ""])])
     with pytest.raises(ValueError, match=f"^{path}:3: responses.1. .* empty"):
@@ -574,7 +574,7 @@ def test_bad_rows_of_a_token_file(tmp_path):
 
 @pytest.mark.parametrize("name, change", [
     ("tokens.bin", lambda content: content[:-4]), ("tokens.bin", lambda content: content[:-1]), ("tokens.bin", lambda content: b""),
-    ("tokens.bin", None), ("rows.npy", lambda content: content[:-1]), ("lines.npy", lambda content: b""), ("bad_rows.json", lambda content: b"[")])
+    ("tokens.bin", None), ("rows.npy", lambda content: content[:-1]), ("sequences.npy", lambda content: b""), ("bad_rows.json", lambda content: b"[")])
 def test_damaged_token_file_is_said_and_can_be_deleted(tmp_path, name, change):
     path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])])
     how = (path, Letters(), 99, "left", tmp_path / "cache")
@@ -618,12 +618,12 @@ def test_processes_tokenize_as_one_does(tmp_path, monkeypatch, tokenizer, capfd)
         monkeypatch.setattr(data, "BYTES_AT_ONCE", chunk)
         try:
             file = data.tokenize_file(path, tokenizer, 50, "left", tmp_path / f"cache {chunk}", skip)
-            found.append([*(array.tolist() for array in (file.tokens, file.sequences, file.rows, file.lines)), file.bad_rows])
+            found.append([*(array.tolist() for array in (file.tokens, file.sequences, file.rows)), file.bad_rows])
         except ValueError as error:
             found.append(str(error))
         bar = capfd.readouterr().err
         assert ("tokenize a.jsonl: " in bar) == (chunk == 1500) and ("150 rows" in bar) == (chunk == 1500 and skip)
-    assert found[:2] == found[2:] and len(found[0][3]) == 148 and len(found[0][4]) == 2 and found[1].startswith(f"{path}:121: fields found")
+    assert found[:2] == found[2:] and len(found[0][2]) == 148 and len(found[0][3]) == 2 and found[1].startswith(f"{path}:121: fields found")
 
 
 def test_a_process_that_tokenizes_and_is_killed_is_said(tmp_path, monkeypatch):

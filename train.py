@@ -93,8 +93,7 @@ def shares(text):
     except argparse.ArgumentTypeError:
         values = []
     if len(values) != 3 or values[1] == 0:
-        raise argparse.ArgumentTypeError(f"found {text!r}; expected three numbers from 0, like 2,4,4; the second is the share of "
-                                         "reward-model training, above 0")
+        raise argparse.ArgumentTypeError(f"found {text!r}; expected three numbers from 0, like 2,4,4; the second, our share, above 0")
     return values
 
 
@@ -106,14 +105,12 @@ def parse_flags():
     flag("--data_split", type=shares, default=[0.0, 1.0, 0.0], metavar="A,B,C",
          help="shares of the three RLHF stages; B's rows are used, the same as in DeepSpeed-Chat (0,1,0: all)")
     flag("--eval_path", nargs="+", metavar="FILE", help="comparisons to evaluate on (default: a part of --data_path)")
-    flag("--eval_fraction", type=number(float, 0, 0.9, above=True), default=0.05,
-         help="that part: the last of the shuffled data (0.05)")
+    flag("--eval_fraction", type=number(float, 0, 0.9, above=True), default=0.05, help="that part: the last of the shuffled data (0.05)")
     flag("--max_seq_len", type=number(int, 2, 2**20), default=512, help="tokens; longer sequences are truncated (512)")
     flag("--truncation_side", choices=("left", "right"), default="left", help="right is DeepSpeed-Chat's (left)")
     flag("--tokenizer_path", metavar="PATH", help="a tokenizer (default: the model's; from scratch, one trained on the data)")
     flag("--pad_id", type=number(int, 0, 2**24), help="padding's id (default: the tokenizer's own, or a new one)")
-    flag("--num_padding_at_beginning", type=number(int, 0),
-         help="leading pad ids that belong to a text (default: 1 where bos is the pad, else 0)")
+    flag("--num_padding_at_beginning", type=number(int, 0), help="leading pad ids that belong to a text (default: 1 where bos is pad, else 0)")
     flag("--skip_bad_rows", action="store_true", help="leave out and count rows that are no comparison (default: the first one is an error)")
     flag("--data_output_path", metavar="DIR", default=str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "reward-model"),
          help="where text is kept as tokens, to be found again by its hash; on a disk of each machine (~/.cache/reward-model)")
@@ -133,15 +130,13 @@ def parse_flags():
 
     flag = parser.add_argument_group("training").add_argument
     flag("--per_device_train_batch_size", type=count, help=f"comparisons (16; built-in data: {BUILT_IN['train_batch_size']})")
-    flag("--per_device_eval_batch_size", type=count, default=16,
-         help="comparisons of full length: as many tokens are computed on at once (16)")
+    flag("--per_device_eval_batch_size", type=count, default=16, help="comparisons of full length: so many tokens are computed on at once (16)")
     flag("--gradient_accumulation_steps", type=count, default=1, help="(1)")
     flag("--loss", choices=LOSSES, default="divergent", help="where rewards are compared: from the divergence on, or at the ends alone (divergent)")
     flag("--center_rewards_coefficient", type=number(float, 0), default=0.0, help="weight of the squared sum of a pair's end scores (0)")
     flag("--layout", choices=("packed", "padded"), default="packed",
          help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference; without dropout the same numbers (packed)")
-    flag("--micro_batch_tokens", type=count, help="tokens computed on at once, by each process; a step of more is cut into micro-batches, "
-         "to the same result (2 x per_device_train_batch_size x max_seq_len)")
+    flag("--micro_batch_tokens", type=count, help="computed on at once; more of them are cut (2 x per_device_train_batch_size x max_seq_len)")
     flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
     flag("--weight_decay", type=number(float, 0), default=0.0, help="on matrices only (0)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(1.0)")
@@ -159,7 +154,8 @@ def parse_flags():
     flag("--zero_stage", type=int, choices=(0, 2, 3), default=0,
          help="0: each process has all weights; 2 and 3: FSDP2 shards them, 3 also between forward and backward (0)")
     flag("--offload", action="store_true", help="with --zero_stage 2 or 3: weights, gradients and optimizer states on the CPU")
-    flag("--process_timeout", type=number(float, 0, 1e6, above=True), default=1800.0, help="seconds after which processes give up waiting for each other (1800)")
+    flag("--process_timeout", type=number(float, 0, 1e6, above=True), default=1800.0,
+         help="seconds after which processes give up waiting for each other (1800)")
     flag("--dry_run", action="store_true", help="only say what memory and time these flags take, on as many processes as there are")
     flag("--flops", type=positive, help="FLOP/s of a process, for --dry_run (default: measured)")
 
@@ -180,20 +176,18 @@ def parse_flags():
             parser.error(f"argument --{name}: found beside --model_name_or_path, whose config.json decides this; give one of them")
         if getattr(args, name) is None:
             setattr(args, name, default)
-    if args.n_embd % args.n_head:
-        parser.error(f"argument --n_head: found {args.n_head}, which does not divide --n_embd {args.n_embd}")
-    if args.model_type == "llama" and args.n_embd // args.n_head % 2:
-        parser.error(f"argument --n_head: found {args.n_head} for --n_embd {args.n_embd}; rotary positions need heads of even width")
-    model_dir = args.model_name_or_path and Path(args.model_name_or_path).resolve()
-    if not args.output_dir or Path(args.output_dir).resolve() == model_dir:
-        parser.error(f"argument --output_dir: found {args.output_dir!r}; expected a directory, and not that of --model_name_or_path")
-    if args.offload and not args.zero_stage:
-        parser.error("argument --offload: found with --zero_stage 0, which has nothing to offload; give --zero_stage 2 or 3")
-    for name in ("lora_module_name", "only_optimize_lora"):
-        if getattr(args, name) and not args.lora_dim:
-            parser.error(f"argument --{name}: found without --lora_dim; give its rank")
-    if args.eval_path and not args.data_path:
-        parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
+    heads, model_dir = f"{args.n_head} for --n_embd {args.n_embd}", args.model_name_or_path and Path(args.model_name_or_path).resolve()
+    for is_wrong, name, found in (
+        (args.n_embd % args.n_head, "n_head", f"{heads}; expected a divisor"),
+        (args.model_type == "llama" and args.n_embd // args.n_head % 2, "n_head", f"{heads}; rotary positions need heads of even width"),
+        (not args.output_dir or Path(args.output_dir).resolve() == model_dir, "output_dir",
+         f"{args.output_dir!r}; expected a directory, and not that of --model_name_or_path"),
+        (args.offload and not args.zero_stage, "offload", "with --zero_stage 0, which has nothing to offload; give --zero_stage 2 or 3"),
+        (args.lora_module_name and not args.lora_dim, "lora_module_name", "without --lora_dim; give its rank"),
+        (args.only_optimize_lora and not args.lora_dim, "only_optimize_lora", "without --lora_dim; give its rank"),
+        (args.eval_path and not args.data_path, "eval_path", "without --data_path; the built-in data has its own eval set")):
+        if is_wrong:
+            parser.error(f"argument --{name}: found {found}")
     if args.per_device_train_batch_size is None:
         args.per_device_train_batch_size = 16 if args.data_path else BUILT_IN["train_batch_size"]
     if args.micro_batch_tokens is None:
@@ -218,16 +212,17 @@ def extra(name: str, flag: str):
 def run(args, process: Process):
     model, tokenizer, train, evaluation = prepare(args, process)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * process.world_size
-    total_steps = args.max_steps or BUILT_IN["max_steps"]
-    if train and not args.max_steps:
-        total_steps = args.num_train_epochs * math.ceil(len(train) / global_batch)
+    epochs = args.num_train_epochs * math.ceil(len(train) / global_batch) if train else BUILT_IN["max_steps"]  # in steps
+    total_steps = args.max_steps or epochs
     process.print(f"{model.backbone.config.model_type} backbone, {sum(p.numel() for p in model.parameters()):,} parameters; "
                   f"{process.world_size} x {process.device}; {total_steps} steps of {global_batch} comparisons")
     checkpoints = Path(args.output_dir) / "checkpoints"
     same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
     done, facts = step_to_go_on_from(checkpoints, args, same_run, total_steps, process)
     metrics_file, evaluations = open_output(model, args, done, process)
-    tensorboard = args.enable_tensorboard and process.rank == 0 and extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
+    tensorboard = None
+    if args.enable_tensorboard and process.rank == 0:
+        tensorboard = extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
     trained = distribute(model, args, process)
@@ -267,9 +262,9 @@ def run(args, process: Process):
                 os.fsync(metrics_file.fileno())  # its lines up to here are of the checkpoint
             save_checkpoint(checkpoints, step, training_state(model, optimizer, process), facts, args.keep_checkpoints, process)
 
-    stopped_by, stopping = [], False
+    signals, stopping = [], False
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: stopped_by.append(number))
+        signal.signal(number, lambda number, frame: signals.append(number))
     numbers = run_evaluation(done) if evaluation_is_due(done) and done not in evaluations else None
     batches, step_ended = global_batches(train, args, tokenizer, global_batch, done), time.perf_counter()
     with tqdm(range(done + 1, total_steps + 1), initial=done, total=total_steps, unit=" steps", disable=process.rank != 0) as bar:
@@ -291,7 +286,7 @@ def run(args, process: Process):
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
             grad_norm = (grad_norm.full_tensor() if args.zero_stage else grad_norm).item()
             loss = torch.stack(losses).double().sum().item()
-            loss, pairs, tokens, stopping = process.sum([loss, pairs, tokens, len(stopped_by)])
+            loss, pairs, tokens, stopping = process.sum([loss, pairs, tokens, len(signals)])
             if math.isfinite(loss) and math.isfinite(grad_norm):  # the same on every rank, so all of them leave, or none
                 streak = 0
             else:
@@ -351,13 +346,11 @@ def global_batches(train: data.TokenizedData | None, args, tokenizer, global_bat
     if train:
         for step in itertools.count(done):
             yield [train[i] for i in batch_indices(len(train), global_batch, args.seed, step)]
-    stream, fresh = built_in_data(args), []
+    stream = data.tokenize_each(built_in_data(args), tokenizer, args.max_seq_len, args.truncation_side)
     for step in itertools.count():
-        while len(fresh) < global_batch:
-            fresh += data.tokenize_all(itertools.islice(stream, global_batch), tokenizer, args.max_seq_len, args.truncation_side)
+        batch = list(itertools.islice(stream, global_batch))
         if step >= done:
-            yield fresh[:global_batch]
-        fresh = fresh[global_batch:]
+            yield batch
 
 
 def size_of(group: list, layout: str, longest_tail: int | None = None) -> tuple[int, int, int]:
@@ -578,8 +571,8 @@ def prepare(args, process: Process):
         model = RewardModel.from_pretrained(pretrained, tokenizer.pad_id, leading_pads(args, tokenizer))
         rows = read_config(pretrained)["vocab_size"]
         if tokenizer.text_size > rows:
-            raise ValueError(f"--model_name_or_path {pretrained}: the model has {rows} token ids, the tokenizer {tokenizer.text_size}; "
-                             "give the tokenizer that belongs to it (--tokenizer_path)")
+            raise ValueError(f"--model_name_or_path {pretrained}: has {rows} token ids, the tokenizer {tokenizer.text_size}; give the one of "
+                             "the model (--tokenizer_path)")
         check_positions(model.backbone.config, args)
     for path in [*(args.data_path or ()), *(args.eval_path or ())]:
         data.file_hash(path)
@@ -593,8 +586,7 @@ def prepare(args, process: Process):
         if dataset is not None:
             process.print(f"{name}: {len(dataset)} comparisons; {dataset.dropped} dropped, because their sequences are identical")
             if not len(dataset):
-                raise ValueError(f"{name} data: all {dataset.dropped} comparisons have identical sequences at --max_seq_len "
-                                 f"{args.max_seq_len}; a comparison needs responses that differ")
+                raise ValueError(f"{name} data: no comparison is left at --max_seq_len {args.max_seq_len}; it needs responses that differ")
     if model is None:
         model = new_model(args, tokenizer)
     if lora_layers := set_up(model, args):
@@ -604,8 +596,7 @@ def prepare(args, process: Process):
 
 def check_positions(config: GPTConfig, args):
     if args.max_seq_len > config.n_positions:
-        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {config.n_positions} positions, "
-                         "so give at most that")
+        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; the model has {config.n_positions} positions (--model_name_or_path), so at most that")
 
 
 def new_model(args, tokenizer) -> RewardModel:
@@ -688,8 +679,7 @@ def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | N
     selected = np.random.RandomState(args.seed).permutation(selected)
     held_out = max(1, round(args.eval_fraction * len(selected)))
     if held_out >= len(selected):
-        raise ValueError(f"--data_path: {len(selected)} comparisons (after --data_split); too few to hold some out for evaluation; "
-                         "give more, or an --eval_path")
+        raise ValueError(f"--data_path: {len(selected)} comparisons (after --data_split), too few to hold some out; give more, or --eval_path")
     return data.select(files, selected[:-held_out]), data.select(files, selected[-held_out:])
 
 
@@ -816,8 +806,8 @@ def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: 
         part.rename(whole)
         sync(directory)
         steps = checkpoint_steps(directory)
-        for old in [*(later for later in steps if later > step), *[earlier for earlier in steps if earlier <= step][keep:]]:
-            (directory / f"step-{old}").rename(directory / f".step-{old}.old")  # later ones were damaged when this run began
+        for old in set(steps) - set([earlier for earlier in steps if earlier <= step][:keep]):  # later ones were damaged when this run began
+            (directory / f"step-{old}").rename(directory / f".step-{old}.old")
         for old in directory.glob(".step-*.old"):
             shutil.rmtree(old)
     process.wait()
@@ -894,14 +884,12 @@ def result_follows_from(args, model: RewardModel, tokenizer, train, global_batch
 def step_to_go_on_from(checkpoints: Path, args, same_run: dict, total_steps: int, process: Process) -> tuple[int, dict]:
     """The step and the facts of the checkpoint that --resume finds; (0, {}): start. Raises ValueError where it is of another run."""
     done, facts = newest_checkpoint(checkpoints, process) if args.resume else (0, {})
-    before = facts.get("same_run", {})
+    path, before = checkpoints / f"step-{done}", facts.get("same_run", {})
     others = [f"{name} was {before[name]!r} and is {same_run[name]!r}" for name in same_run if name in before and same_run[name] != before[name]]
     if others:
-        raise ValueError(f"--resume: {checkpoints}/step-{done} is of a run with other flags: {'; '.join(others)}; give the same ones, or "
-                         "another --output_dir to start anew")
+        raise ValueError(f"--resume: {path} is of a run with other flags: {'; '.join(others)}; give the same ones, or another --output_dir")
     if done > total_steps:
-        raise ValueError(f"--max_steps: found {total_steps}, and {checkpoints}/step-{done} has gone further; give at least {done}, or "
-                         "another --output_dir to start anew")
+        raise ValueError(f"--max_steps: found {total_steps}; {path} has gone further; give at least {done}, or another --output_dir")
     return done, facts
 
 
