@@ -219,7 +219,7 @@ def run(args, process: Process):
     checkpoints = Path(args.output_dir) / "checkpoints"
     same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
     done, facts = step_to_go_on_from(checkpoints, args, same_run, total_steps, process)
-    metrics_file, evaluations = open_output(model, args, done, process)
+    metrics_file, is_evaluated = open_output(model, args, done, process)
     tensorboard = None
     if args.enable_tensorboard and process.rank == 0:
         tensorboard = extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
@@ -250,9 +250,9 @@ def run(args, process: Process):
         return step in (0, total_steps) or args.eval_interval and step % args.eval_interval == 0
 
     def run_evaluation(step):
-        evaluations[step], numbers = evaluate(model, evaluation, args, process, step)
-        log(event="eval", step=step, **evaluations[step])
-        process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in evaluations[step].items()))
+        metrics, numbers = evaluate(model, evaluation, args, process, step)
+        log(event="eval", step=step, **metrics)
+        process.print(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
         return numbers
 
     def save(step):
@@ -265,10 +265,10 @@ def run(args, process: Process):
     signals, stopping = [], False
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, frame: signals.append(number))
-    numbers = run_evaluation(done) if evaluation_is_due(done) and done not in evaluations else None
+    numbers = run_evaluation(done) if evaluation_is_due(done) and not is_evaluated else None
     batches, step_ended = global_batches(train, args, tokenizer, global_batch, done), time.perf_counter()
-    with tqdm(range(done + 1, total_steps + 1), initial=done, total=total_steps, unit=" steps", disable=process.rank != 0) as bar:
-        for step, batch in zip(bar, batches):
+    with tqdm(total=total_steps, initial=done, unit=" steps", disable=process.rank != 0) as bar:
+        for step, batch in zip(range(done + 1, total_steps + 1), batches):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = learning_rate(args.lr_scheduler_type, peak, step - 1, args.num_warmup_steps, total_steps)
             chunks, losses, pairs, tokens = divide(batch, args.micro_batch_tokens, args, process, model.longest_tail), [], 0, 0
@@ -300,6 +300,7 @@ def run(args, process: Process):
             log(event="step", step=step, loss=loss, lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm, pairs=int(pairs),
                 tokens=int(tokens), seconds=step_ended - began)
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
             if evaluation_is_due(step) and (not stopping or step == total_steps):
                 numbers = run_evaluation(step)
             if stopping or args.save_interval and (step % args.save_interval == 0 or step == total_steps):
@@ -312,7 +313,7 @@ def run(args, process: Process):
     else:
         if numbers is None:  # of a run that had ended before
             _, numbers = evaluate(model, evaluation, args, process, total_steps)
-        finish(model, tokenizer, evaluations, numbers, skipped, args, process)
+        finish(model, tokenizer, numbers, skipped, args, process)
     process.wait()  # nobody leaves before the model is saved
 
 
@@ -440,19 +441,20 @@ def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, chec
                      f"{args.learning_rate:g}, or more --num_warmup_steps, may help")
 
 
-def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skipped: int, args, process: Process):
-    """Save the model and a page about the run, and say how it went."""
+def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, process: Process):
+    """Save the model and a page about the run, and say how it went. numbers: behind the last evaluation."""
     model, output_dir = plain_model(model, args, process), Path(args.output_dir)
     if process.rank != 0:
         return
+    events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [event for event in events if event["event"] == "eval"]
+    before, after = evaluations[0], evaluations[-1]
     if args.normalize_rewards:
         print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
         if importlib.util.find_spec("extras.report"):  # without extras/ there is no page
-            events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
             extra("report", "").run_page(output_dir / "report.html", events, vars(args), *(numbers[name] for name in ("chosen", "rejected", "true_margin")))
-    before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
     if numbers["rewards"]:
         print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
@@ -466,11 +468,7 @@ def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skip
 
 def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
     """On rank 0 the model with all its weights, and LoRA merged into them."""
-    if not args.zero_stage and not args.lora_dim:
-        return model
-    state = model.state_dict()
-    if args.zero_stage:
-        state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if process.rank != 0:
         return model
     if args.lora_dim:
@@ -722,8 +720,8 @@ def open_output(model: RewardModel, args, step: int, process: Process):
     """Make the output directory ready, on rank 0, for a run that goes on after `step`.
 
     At step 0 the files of an earlier run are moved to earlier-N; later, what metrics.jsonl has of later steps is taken out.
-    Returns metrics.jsonl, open on rank 0, and the evaluations in it, by their step. Raises ValueError where the disk has no
-    room for what the run will write: the model, and checkpoints, one of them half-written.
+    Returns metrics.jsonl, open on rank 0, and whether the evaluation of `step` is in it. Raises ValueError where the disk has
+    no room for what the run will write: the model, and checkpoints, one of them half-written.
     """
     path, metrics, metrics_file, events = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl", None, []
     # Checkpoints go first: what is left, should this be interrupted, is not taken for a run to go on with.
@@ -755,7 +753,7 @@ def open_output(model: RewardModel, args, step: int, process: Process):
             metrics_file = open(metrics, "a")
     except OSError as error:
         raise ValueError(f"--output_dir {path}: cannot be written to ({error.strerror}); give another directory") from None
-    return metrics_file, process.share({event["step"]: event for event in events if event["event"] == "eval"})
+    return metrics_file, process.share(any(event["event"] == "eval" and event["step"] == step for event in events))
 
 
 @contextmanager
