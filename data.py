@@ -100,10 +100,9 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
                 if text.strip():
                     empty = False
                     yield line, text
-    except (ValueError, RecursionError) as error:  # of an array
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        line += error.object.count(b"\n", 0, error.start) if isinstance(error, UnicodeDecodeError) else 0
-        raise ValueError(f"{path}:{line}: {not_json(error)}") from None
+    except (ValueError, RecursionError) as error:  # of an array; where neither gives a place, it is the array's first line
+        before = error.object[: error.start].count(b"\n") if isinstance(error, UnicodeDecodeError) else getattr(error, "lineno", 1) - 1
+        raise ValueError(f"{path}:{before + 1}: {not_json(error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
     if empty:
@@ -498,11 +497,11 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
     def build(directory: Path):
         lengths, rows, bad_rows = [], [], []
         with open(directory / "tokens.bin", "wb") as file:
-            for part in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
-                file.write(part[0])
-                lengths.append(part[1])
-                rows.append(part[2])
-                bad_rows += part[3]
+            for tokens, *part, bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+                file.write(tokens)
+                lengths.append(part[0])
+                rows.append(part[1])
+                bad_rows += bad
         sequences, rows = np.cumsum(np.concatenate(([0], *lengths))), np.concatenate(rows)
         rows["first"] = rows["count"].cumsum() - rows["count"]
         if len(rows) == 0:

@@ -162,6 +162,7 @@ BAD = {  # name: (file name, content, line or None, what was found)
 @pytest.mark.parametrize("file, content, line, found", [
     *(pytest.param(*case, id=name) for name, case in BAD.items()),
     ("a.json", b"[" + GOOD + b",]", 2, "not JSON"),
+    ("a.json", b"[" * 100_000, 1, "not JSON"),
     ("a.jsonl", GOOD + b"[" * 100_000, 2, "not JSON"),
     ("a.jsonl", GOOD + b"9" * 5000, 2, "not JSON")])
 def test_bad_file(tmp_path, file, content, line, found):

@@ -256,7 +256,8 @@ def run(args, process: Process):
         return numbers
 
     def save(step):
-        facts = {"step": step, "processes": process.kind, "scaler": scaler.state_dict(), "skipped": [skipped, streak], "same_run": same_run}
+        facts = {"step": step, "processes": [process.world_size, process.device.type], "scaler": scaler.state_dict(),
+                 "skipped": [skipped, streak], "same_run": same_run}
         with said_if_unwritable(checkpoints):
             if process.rank == 0:
                 os.fsync(metrics_file.fileno())  # its lines up to here are of the checkpoint
@@ -594,7 +595,8 @@ def prepare(args, process: Process):
 
 def check_positions(config: GPTConfig, args):
     if args.max_seq_len > config.n_positions:
-        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; the model has {config.n_positions} positions (--model_name_or_path), so at most that")
+        raise ValueError(f"--max_seq_len: found {args.max_seq_len}; {args.model_name_or_path} has {config.n_positions} positions, "
+                         "so give at most that")
 
 
 def new_model(args, tokenizer) -> RewardModel:
@@ -848,7 +850,7 @@ def newest_checkpoint(directory: Path, process: Process) -> tuple[int, dict]:
 def load_checkpoint(path: Path, facts: dict, model: RewardModel, optimizer, args, process: Process):
     """Model, optimizer and random states as they were. With another number or kind of processes random states begin anew."""
     state = training_state(model, optimizer, process)
-    if facts["processes"] != process.kind:
+    if facts["processes"] != [process.world_size, process.device.type]:
         del state["random"]
     dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
@@ -918,11 +920,6 @@ class Process:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return cls(rank, world_size, device)
-
-    @property
-    def kind(self) -> str:
-        """What random states belong to."""
-        return f"{self.world_size} x {self.device.type}"
 
     def wait(self):
         """For all ranks to be here."""

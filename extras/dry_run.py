@@ -129,6 +129,8 @@ def run_largest(model: RewardModel, groups: list, args) -> tuple[Meter, int, int
     chunks = divide(groups, args.micro_batch_tokens, args, process, model.longest_tail)
     batches = [collate([groups[i] for i in chunk], model, args.layout, process.device) for chunk in chunks]
     inputs, tokens = max(batches, key=lambda batch: batch[1])
+    if args.layout == "packed":
+        inputs[0].margins = None  # 0, too, and no values to read
 
     def resize_and_count(storage, size):
         resize_(storage, size)
