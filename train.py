@@ -617,27 +617,23 @@ def set_up(model: RewardModel, args) -> int:
     model.backbone.config.dropout = args.dropout
     model.objective = {"loss": args.loss, "center_rewards_coefficient": args.center_rewards_coefficient}
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
-    if not args.lora_dim:
-        return 0
-    return extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
+    return extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora) if args.lora_dim else 0
 
 
 def new_tokenizer(args) -> data.Tokenizer:
     """A tokenizer trained on the text of --data_path, once for the same files, or on built-in data. Every process gets the same."""
 
     def train() -> bytes:
+        sources, texts = [itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])], []
         if args.data_path:
             tqdm.write("training a tokenizer")
-            texts = []
-            for path in args.data_path:
-                room = TOKENIZER_CHARACTERS // len(args.data_path)
-                for comparison in data.load_comparisons(path, bad_rows=[] if args.skip_bad_rows else None):  # all rows: the data comes first
-                    added = [comparison.prompt + response for response in comparison.responses if room > 0]
-                    texts += added
-                    room -= sum(map(len, added))
-        else:
-            comparisons = itertools.islice(built_in_data(args), BUILT_IN["tokenizer_pairs"])
-            texts = [comparison.prompt + response for comparison in comparisons for response in comparison.responses]
+            sources = [data.load_comparisons(path, bad_rows=[] if args.skip_bad_rows else None) for path in args.data_path]
+        for comparisons in sources:
+            room = TOKENIZER_CHARACTERS // len(sources)
+            for comparison in comparisons:  # to the last row, also without room: the data comes before the tokenizer
+                added = [comparison.prompt + response for response in comparison.responses if room > 0]
+                texts += added
+                room -= sum(map(len, added))
         try:
             return data.train_tokenizer(texts, args.vocab_size).model_proto
         except ValueError as error:
