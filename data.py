@@ -7,7 +7,9 @@ A comparison is one prompt and two or more responses, best first. Rows of a data
     the same with chat messages [{"role": "...", "content": "..."}, ...] in place of text
     {"prompt": ..., "responses": [best, ..., worst]}          a ranking
 
-A pair may have a "margin", a number: by how much the chosen response is to be better. Chat messages become text by this template: a system message's content as it is, then for every turn
+A pair may have a "margin", a number: by how much the chosen response is to be better.
+
+Chat messages become text by this template: a system message's content as it is, then for every turn
 "\\n\\nHuman: " or "\\n\\nAssistant: " and its content.
 """
 

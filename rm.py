@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -409,8 +410,9 @@ class RewardModel(nn.Module):
             hf |= {"architectures": [family["classifier"]], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         part = file.with_name(file.name + ".part")  # this model may be mapped from the file that it replaces: no writing into it
         save_file(state, part, metadata={"format": "pt"}) if layout == "hf" else torch.save(state, part)
-        os.replace(part, file)
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
+        os.replace(part, file)
         if tokenizer:
             tokenizer.save(path)
 

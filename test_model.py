@@ -418,6 +418,12 @@ def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
     assert model(data.pack(groups, model.pad_id))["loss"] != results[0][0], plain
 
 
+@pytest.mark.parametrize("layout", ["deepspeed-chat", "hf"])
+def test_weights_can_be_read_by_whom_config_json_can(layout, tmp_path):
+    RewardModel(GPT(small("gpt2")), pad_id=0).save_pretrained(tmp_path, layout)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1 and len(list(tmp_path.iterdir())) == 2
+
+
 def test_packed_batch_by_hand():
     batch = data.pack([[[5, 6, 7, 8], [5, 6, 9]], [[1], [2, 3]]], pad_id=0)
     assert (batch.trunks, batch.branches, batch.tails) == ([2, 0], [2, 1, 1, 2], [0, 1, 1, 0])

@@ -797,6 +797,32 @@ def undisturbed(small, tmp_path_factory):
     return output_dir
 
 
+@pytest.mark.parametrize("loss", ["divergent", "end"])
+def test_variants_of_the_loss_train_the_same_in_both_layouts_and_with_two_processes(loss, small, tmp_path):
+    """Pairs of different margins in micro-batches of a few; the evaluation before the first step, and so the loss, by hand."""
+    rows = [json.dumps(json.loads(line) | {"margin": i % 3}) for i, line in enumerate(write_rows(tmp_path / "rows.jsonl", 24).open())]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    arguments = [*small, "--dropout", 0, "--data_path", tmp_path / "rows.jsonl", "--eval_path", tmp_path / "rows.jsonl", "--loss", loss,
+                 "--center_rewards_coefficient", 0.2, "--micro_batch_tokens", 300]
+    forked_ok(tmp_path / "packed", *arguments, "--max_steps", 4)
+    forked_ok(tmp_path / "padded", *arguments, "--max_steps", 4, "--layout", "padded")
+    forked_ok(tmp_path / "two", *arguments, "--max_steps", 4, "--per_device_train_batch_size", 6, processes=2)
+    packed, *others = (metrics_of(tmp_path / name) for name in ("packed", "padded", "two"))
+    for other in others:
+        for one, event in zip(packed, other, strict=True):
+            assert event["loss"] == pytest.approx(one["loss"], abs=1e-4)
+    tokenizer = data.load_tokenizer(tmp_path / "packed")
+    torch.manual_seed(1234)
+    args = train.argparse.Namespace(model_type="llama", n_layer=2, n_head=2, n_embd=32, max_seq_len=64, num_padding_at_beginning=None)
+    model = train.new_model(args, tokenizer)
+    losses = []
+    for row in map(json.loads, rows):
+        ids, mask = data.pad_rows(data.tokenize(data.parse_row(row), tokenizer, 64), tokenizer.pad_id)
+        rewards = model.token_rewards(ids, mask)
+        losses.append(rm.pairwise_loss(ids, rewards, tokenizer.pad_id, 0, mask, loss, [row["margin"]], 0.2)["loss"].item())
+    assert packed[0]["event"] == "eval" and packed[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+
+
 def die(rank, step, how):
     """End process `rank` as it begins this step, in its first life."""
     batches = train.global_batches
