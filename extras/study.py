@@ -118,7 +118,7 @@ def backbone_of(path: str, pad_id: int):
 
 
 @torch.no_grad()
-def stored_features(groups: list, path: str, pad_id: int, directory: Path, at_once: int = 10) -> dict:
+def stored_features(groups: list, path: str, pad_id: int, directory: Path, at_once: int = 5) -> dict:
     """Of every comparison the hidden states, float16, of its branches and of its tails, one tensor a response each.
 
     They lie in `directory`, in parts of 50 comparisons, each of which is there whole or not at all.
@@ -437,7 +437,8 @@ def plot(title: str, categories: list[str], groups: dict[str, list[list[float]]]
 
     lines: reference marks, one number a category. Its own background, as a page's may be light or dark.
     """
-    width, left, top, bottom = 140 * len(categories) + 70, 60, 62, 250
+    slot, left, top, bottom = max(140, 440 // max(1, len(categories))), 60, 62, 250
+    width = slot * len(categories) + left + 10
     points = [(i, g, *summary(values)) for g, row in enumerate(groups.values()) for i, values in enumerate(row) if values]
     marks = [(i, y) for row in (lines or {}).values() for i, y in enumerate(row) if math.isfinite(y)]
     ys = [y + s * (0 if math.isnan(e) else e) for _, _, y, e in points for s in (-1, 1)] + [y for _, y in marks] or [0, 1]
@@ -456,14 +457,14 @@ def plot(title: str, categories: list[str], groups: dict[str, list[list[float]]]
     for k in range(round((high - low) / step) + 1):
         y = low + k * step
         out.append(f'<path class="g" d="M{left},{at(y):.1f}H{width - 10}"/><text class="t" x="{left - 6}" y="{at(y) + 4:.1f}" text-anchor="end">{round(y, 9):g}</text>')
-    out += [f'<text class="t" x="{left + 140 * i + 70}" y="270" text-anchor="middle">{escape(name)}</text>' for i, name in enumerate(categories)]
+    out += [f'<text class="t" x="{left + slot * (i + 0.5)}" y="270" text-anchor="middle">{escape(name)}</text>' for i, name in enumerate(categories)]
     keys = [*((name, f'<circle cx="0" cy="0" r="4" class="k{g}" fill="currentColor"/>') for g, name in enumerate(groups)),
             *((name, '<path d="M-6,0H6" stroke="#8a8a90" stroke-width="2" stroke-dasharray="4 2"/>') for name in lines or ())]
     for g, (name, key) in enumerate(keys):
         out.append(f'<g transform="translate({18 + 95 * g} 40)">{key}<text class="t" x="10" y="4">{escape(name)}</text></g>')
-    out += [f'<path d="M{left + 140 * i + 15},{at(y):.1f}h110" stroke="#8a8a90" stroke-width="2" stroke-dasharray="4 2"/>' for i, y in marks]
+    out += [f'<path d="M{left + slot * i + 15},{at(y):.1f}h{slot - 30}" stroke="#8a8a90" stroke-width="2" stroke-dasharray="4 2"/>' for i, y in marks]
     for i, g, y, error in points:
-        x, bar = left + 140 * i + 70 + 32 * (g - (len(groups) - 1) / 2), "" if math.isnan(error) else f"M0,{at(y + error) - at(y):.1f}V{at(y - error) - at(y):.1f}"
+        x, bar = left + slot * (i + 0.5) + 32 * (g - (len(groups) - 1) / 2), "" if math.isnan(error) else f"M0,{at(y + error) - at(y):.1f}V{at(y - error) - at(y):.1f}"
         out.append(f'<g class="k{g}" transform="translate({x:.1f} {at(y):.1f})"><circle r="4" fill="currentColor"/><path d="{bar}" stroke="currentColor" stroke-width="2"/></g>')
     return "\n".join(out) + "\n</svg>\n"
 
@@ -479,14 +480,14 @@ def page(options):
         return {objective: [[row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)] for kind in kinds] for objective in OBJECTIVES}
 
     def by_length(kinds: list[str]) -> tuple[list[str], dict]:
-        parts = [values(kinds, f"accuracy_{side}") for side in ("longer", "shorter")]
-        return [f"{kind}: {side}" for side in ("longer", "shorter") for kind in kinds], {name: parts[0][name] + parts[1][name] for name in OBJECTIVES}
+        parts = [values([kind], f"accuracy_{side}") for kind in kinds for side in ("longer", "shorter")]
+        return [f"{kind}: {side}" for kind in kinds for side in ("longer", "shorter")], {name: [part[name][0] for part in parts] for name in OBJECTIVES}
 
     ideal = [next((row["ideal"]["length_given_reward"] for row in rows if row["data"] == kind), math.nan) for kind in built_in]
     plots = {"length": ("Coefficient of length in the end score, given the true reward", built_in, values(built_in, "length_given_reward"),
                         {"what the labels teach": ideal}),
-             "accuracy": ("Accuracy on eval pairs, by whether the chosen response is the longer or the shorter one", *by_length(built_in)),
-             "hh": ("hh-harmless: correlation of the margin with the difference of lengths", human, values(human, "margin_length"), {"none": [0.0] * len(human)}),
+             "accuracy": ("Accuracy where the chosen response is the longer, and the shorter one", *by_length(built_in)),
+             "hh": ("hh-harmless: correlation of margin and difference of lengths", human, values(human, "margin_length"), {"none": [0.0] * len(human)}),
              "loss": ("Eval loss of the end scores", seen, values(seen, "loss"))}
     options.docs.mkdir(exist_ok=True)
     for name, what in plots.items():
