@@ -8,6 +8,7 @@
 A page is one file without scripts that loads nothing. Losses are rm.py's: nothing here computes one.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -66,7 +67,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str = "", categories: list[str] | None = None,
           vlines: list[tuple] = (), hlines: list[tuple] = (), x_range: tuple | None = None, y_range: tuple | None = None,
           size: tuple[int, int] = (420, 240)) -> str:
-    """Lines, points and bars over numbers, or over `categories` (x is then 0, 1, ... and series stand side by side), as an <svg>.
+    """Lines, points and bars over numbers, or over `categories` (x is then 0, 1, ... and colours stand side by side), as an <svg>.
 
     vlines, hlines: (position, text) of reference lines. x_range, y_range: (low, high); by default what the data needs.
     size: of the view box, in units of which text is 12 high; the page decides how wide the chart is. Colours follow the page's
@@ -118,20 +119,21 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
     out += [text(at_x(x), bottom + 16, name) for x, name in named]
     out += [text((left + right) / 2, height - 6, x_label)] * bool(x_label)
     out += [text(0, 0, y_label, more=f' transform="translate(12 {(top + bottom) / 2:.0f}) rotate(-90)"')] * bool(y_label)
-    for i, (s, some) in enumerate(zip(series, points)):
+    slots = sorted({s.color for s in series}) if categories else [0]  # series of one colour, as a line and its points, share a place
+    for s, some in zip(series, points):
         out.append(f'<g class="k{s.color}" color="{SERIES[s.color][0]}" fill="none" stroke="currentColor" stroke-width="{1 if s.style == "thin" else 2}" '
                    'stroke-linecap="round" stroke-linejoin="round">')
-        slot = s.width / len(series) if categories else 0  # side by side
-        shift = (i - (len(series) - 1) / 2) * slot
+        slot = s.width / len(slots)
+        shift = (slots.index(s.color) - (len(slots) - 1) / 2) * slot if categories else 0
         if s.kind == "line":
             drawn = {x: y for _, x, y, _ in some}
             runs = itertools.groupby(s.x or range(len(s.y)), key=drawn.__contains__)
-            paths = ["L".join(f"{at_x(x):.1f},{at_y(drawn[x]):.1f}" for x in run) for is_drawn, run in runs if is_drawn]
+            paths = ["L".join(f"{at_x(x + shift):.1f},{at_y(drawn[x]):.1f}" for x in run) for is_drawn, run in runs if is_drawn]
             out.append(f'<path d="{"".join(f"M{path}h0" for path in paths)}"{strokes.get(s.style, "")}/>')  # h0: a dot, where a run is one point
         for j, x, y, e in some if s.kind != "line" else []:
             note = f"<title>{escape(visible(s.notes[j]))}</title>" if s.notes else ""
             if s.kind == "bar":
-                x1, x2 = (at_x(x + shift + side * (slot or s.width) / 2) for side in (-1, 1))
+                x1, x2 = (at_x(x + shift + side * slot / 2) for side in (-1, 1))
                 out.append(f'<rect x="{x1:.1f}" y="{min(at_y(y), at_y(0)):.1f}" width="{max(x2 - x1 - 1, 0.5):.1f}" height="{abs(at_y(y) - at_y(0)):.1f}" '
                            f'fill="currentColor" fill-opacity=".45" stroke="none">{note}</rect>')
             else:
@@ -174,7 +176,6 @@ class Pair:
     j: int
     start: int  # the positions that the loss reads: start to stop - 1
     stop: int
-    terms: list[float]  # the loss of each of these positions alone
     loss: float
     margin: float  # end score of i minus end score of j
 
@@ -188,6 +189,7 @@ class Row:
     rewards: torch.Tensor  # (K, L) float32 or wider, on the CPU
     prompt: int  # tokens in front of the responses
     cut: int  # tokens of the prompt that truncation took off, in front of them
+    lost: list[int]  # tokens of every response that it took off
 
     @property
     def ends(self) -> list[int]:
@@ -197,14 +199,14 @@ class Row:
     def scores(self) -> list[float]:
         return [self.rewards[i, end - 1].item() for i, end in enumerate(self.ends)]
 
+    @functools.cached_property
     def pairs(self) -> list[Pair]:
         pairs = []
         for i, j in itertools.combinations(range(len(self.sequences)), 2):
             start, stop = divergent_region(self.sequences[i], self.sequences[j])
             start = min(start, stop - 1)  # of identical texts the last token, as in `RewardModel.forward_packed`
-            terms = [pair_loss(self.rewards[i, t : t + 1], self.rewards[j, t : t + 1]).item() for t in range(start, stop)]
             loss = pair_loss(self.rewards[i, start:stop], self.rewards[j, start:stop]).item()
-            pairs.append(Pair(i, j, start, stop, terms, loss, self.scores[i] - self.scores[j]))
+            pairs.append(Pair(i, j, start, stop, loss, self.scores[i] - self.scores[j]))
         return pairs
 
 
@@ -226,8 +228,10 @@ def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Ro
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         alone = [bos + tokenizer.encode(comparison.prompt)] if comparison.prompt or len(whole) == 1 else []
         prompt = shared_prefix([*alone, *whole])
-        cut = min(min(len(a) - len(b) for a, b in zip(whole, sequences)), prompt - len(bos))
-        rows.append(Row(sequences, texts, rewards, min(prompt - cut, *map(lambda ids: len(ids) - 1, sequences)), cut))
+        dropped = [len(a) - len(b) for a, b in zip(whole, sequences)]
+        cut = min(*dropped, prompt - len(bos))
+        prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))  # the last token, where the score is, is the response's
+        rows.append(Row(sequences, texts, rewards, prompt, cut, [n - cut for n in dropped]))
     return rows
 
 
@@ -272,7 +276,8 @@ class Scale:
         shown = torch.cat([row.rewards[:, row.prompt :].flatten() for row in rows] or [torch.zeros(0)]).double()
         shown = shown[shown.isfinite()]
         self.middle = shown.median().item() if len(shown) else 0.0
-        self.reach = max((shown - self.middle).abs().quantile(0.98).item() if 0 < len(shown) < 2**24 else 1.0, 1e-6)  # a few may be beyond it
+        distances = (shown - self.middle).abs().sort().values.tolist() or [1.0]
+        self.reach = max(distances[int(0.98 * (len(distances) - 1))], 1e-6)  # a few may lie beyond it
 
     def level(self, reward: float) -> float:
         """-1 (low) to 1 (high)."""
@@ -291,12 +296,12 @@ def show(rows: list[Row], out, colors: bool):
         return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line and colors else line for line in words.split("\n"))
 
     for n, row in enumerate(rows, start=1):
-        pairs = row.pairs()
+        pairs = row.pairs
         out.write(paint(f"row {n}", 1) + f"  prompt of {row.prompt} tokens" + f", {row.cut} more cut" * bool(row.cut) + "\n"
                   + paint("".join(map(visible, row.texts[0][: row.prompt])), 2) + "\n")
         for i, (name, texts) in enumerate(zip(names_of(row), row.texts)):
             start = min((pair.start for pair in pairs if i in (pair.i, pair.j)), default=row.prompt)
-            out.write(paint(name, 1) + f"  score {row.scores[i]:.4f}\n")
+            out.write(paint(name, 1) + f"  score {row.scores[i]:.4f}" + f", {row.lost[i]} tokens cut" * bool(row.lost[i]) + "\n")
             for t in range(row.prompt, len(texts)):
                 shade = ANSI[round((scale.level(row.rewards[i, t].item()) + 1) / 2 * (len(ANSI) - 1))]
                 out.write("◆" * (t == start and bool(pairs)))
@@ -305,7 +310,7 @@ def show(rows: list[Row], out, colors: bool):
         for pair in pairs:
             names = names_of(row)
             out.write((f"{names[pair.i]} over {names[pair.j]}: " if len(pairs) > 1 else "") + f"loss {pair.loss:.4f}, the mean over "
-                      f"[{pair.start}, {pair.stop}), {len(pair.terms)} positions; margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n")
+                      f"[{pair.start}, {pair.stop}), {pair.stop - pair.start} positions; margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n")
         if len(pairs) > 1:
             out.write(f"mean of {len(pairs)} pairs: loss {mean([pair.loss for pair in pairs]):.4f}\n")
         out.write("\n")
@@ -337,12 +342,11 @@ main{max-width:1080px;margin:0 auto;padding:28px 16px 64px}
 h1{font-size:1.5rem;line-height:1.25;margin:0 0 .5rem;letter-spacing:-.01em}
 h2{font-size:1.02rem;margin:0;font-weight:600}
 p{margin:.5rem 0;max-width:46em}
-.soft,dt,summary,th,figcaption{color:var(--soft)}
-.small,table,dl,summary{font-size:.875rem}
+.soft,summary,th{color:var(--soft)}
+.small,table,summary{font-size:.875rem}
 .card{background:var(--paper);border:1px solid var(--line);border-radius:12px;padding:16px;margin:20px 0;min-width:0}
 .head{display:flex;flex-wrap:wrap;gap:2px 18px;align-items:baseline;margin-bottom:10px}
 .facts{display:flex;flex-wrap:wrap;gap:10px 34px;margin:18px 0}
-.facts div{min-width:0}
 .facts b{display:block;font-size:1.3rem;font-weight:600;line-height:1.2;font-variant-numeric:tabular-nums}
 .cols{display:grid;grid-template-columns:minmax(0,1fr);gap:16px 28px}
 @media (min-width:820px){.cols{grid-template-columns:repeat(2,minmax(0,1fr))}.cols .card{margin:0}}
@@ -360,7 +364,7 @@ svg{display:block;width:100%;max-width:560px;height:auto;margin:0 auto}
 .mark{color:var(--ink);font-size:.8em;font-weight:600;margin:0 2px;white-space:nowrap}
 .bar{display:flex;max-width:340px;height:14px;border-radius:3px;overflow:hidden}.bar span{flex:1}
 .bar.ends{justify-content:space-between;height:auto;margin-bottom:6px}.bar.ends span{flex:none}
-.scroll{overflow-x:auto;max-height:24rem;overflow-y:auto;margin-top:8px}
+.scroll{overflow:auto;max-height:24rem;margin-top:8px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{text-align:right;padding:3px 14px 3px 0;border-bottom:1px solid var(--line);font-weight:400;white-space:pre}
 th:first-child,td:first-child{text-align:left}
@@ -427,7 +431,7 @@ def spans(row: Row, i: int, scale: Scale, first: int, last: int, shade_from: int
 
 
 def row_html(n: int, row: Row, scale: Scale) -> str:
-    pairs, names, ends = row.pairs(), names_of(row), row.ends
+    pairs, names, ends = row.pairs, names_of(row), row.ends
     starts = [min((pair.start for pair in pairs if i in (pair.i, pair.j)), default=row.prompt) for i in range(len(names))]
     loss = mean([pair.loss for pair in pairs])
     head = [f"<h2>Row {n}</h2>"]
@@ -443,8 +447,9 @@ def row_html(n: int, row: Row, scale: Scale) -> str:
            f'<div class="text prompt" dir="auto">{spans(row, 0, scale, 0, row.prompt, row.prompt)}</div></details>']
     for i, (name, end, start, score) in enumerate(zip(names, ends, starts, row.scores)):
         stop = max((pair.stop for pair in pairs if i in (pair.i, pair.j)), default=end)
+        lost = f", {row.lost[i]} tokens of it cut off" if row.lost[i] else ""
         mark = f'<span class="mark" title="the responses diverge here, at position {start}">◆</span>' if pairs else ""
-        out.append(f'<div class="small"><b class="k{i % 4}">{name}</b> <span class="soft">score {score:.4f}</span></div><div class="text" dir="auto" data-score="{score!r}">'
+        out.append(f'<div class="small"><b class="k{i % 4}">{name}</b> <span class="soft">score {score:.4f}{lost}</span></div><div class="text" dir="auto" data-score="{score!r}">'
                    + spans(row, i, scale, row.prompt, start, start) + mark + spans(row, i, scale, max(start, row.prompt), end, start)
                    + f'<span class="mark" title="the text ends: its score is read here, at position {end - 1}">■</span>' + spans(row, i, scale, end, stop, start) + "</div>")
     out.append(f'<div class="cols"><div>{traces(row, pairs, names)}</div><div>{how(row, pairs, names, loss)}</div></div></section>')
@@ -476,12 +481,14 @@ def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
         return (f"<p>The loss of a ranking is the mean over its {len(pairs)} pairs: <b>{loss:.4f}</b>. Each is the mean of "
                 "<code>−logsigmoid(r_better − r_worse)</code> over the pair's region, from where the two diverge to the longer end.</p>"
                 + table(["pair", "region", "margin", "P", "loss"], cells))
-    p = pairs[0]
-    chosen, rejected = row.rewards.tolist()
-    cells = [[str(t), escape(visible(row.texts[0][t]).rstrip("\n\t")), escape(visible(row.texts[1][t]).rstrip("\n\t")), f"{chosen[t]:.4f}", f"{rejected[t]:.4f}",
-              f"{chosen[t] - rejected[t]:+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'] for t, term in zip(range(p.start, p.stop), p.terms)]
+    p, cells = pairs[0], []
+    for t in range(p.start, p.stop):
+        chosen, rejected = row.rewards[0, t : t + 1], row.rewards[1, t : t + 1]
+        term = pair_loss(chosen, rejected).item()  # of a region of one position
+        cells.append([str(t), *(escape(visible(texts[t]).rstrip("\n\t")) for texts in row.texts), f"{chosen.item():.4f}", f"{rejected.item():.4f}",
+                      f"{(chosen - rejected).item():+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'])
     same = " The texts are identical: the last position is read, the loss is log 2, and nothing is learned." * (row.sequences[0] == row.sequences[1])
-    count = f"{len(p.terms)} position{'s' * (len(p.terms) > 1)}"
+    count = f"{len(cells)} position{'s' * (len(cells) > 1)}"
     return (f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}"><b>The loss</b> reads positions [{p.start}, {p.stop}), from the '
             f"divergence to the longer end: {count}. It is the mean of <code>−logsigmoid(r_chosen − r_rejected)</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
             f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and {row.scores[1]:.4f}. Their difference, the margin, is "
@@ -493,7 +500,7 @@ def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
 def comparisons_page(path, rows: list[Row], file, checkpoint, max_seq_len: int):
     """Write the page of `rm.py --html`: the first rows of a file, as `scored_rows` gives them, at least one."""
     scale, total = Scale(rows), sum(1 for _ in read_rows(file))
-    pairs = [row.pairs() for row in rows]
+    pairs = [row.pairs for row in rows]
     margins = [pair.margin for some in pairs for pair in some]
     numbers = {"pairs": len(margins), "accuracy": f"{mean([m > 0 for m in margins]):.4f}", "mean_margin": f"{mean(margins):+.4f}",
                "mean_loss": f"{mean([mean([p.loss for p in some]) for some in pairs if some]):.4f}"} if margins else {"responses": len(rows)}
@@ -527,9 +534,10 @@ def histogram(groups: dict[str, list[float]], title: str, x_label: str, **more) 
     """Counts of each group in 40 bins that all share."""
     values = torch.tensor([v for values in groups.values() for v in values if finite(v)], dtype=torch.float64)
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
-    width, series = (high - low or 1.0) / 40, []
+    high = high if high > low else low + 1
+    width, series = (high - low) / 40, []
     for color, (name, group) in enumerate(groups.items()):
-        counts = torch.histc(torch.tensor([v for v in group if finite(v)], dtype=torch.float64), 40, low, low + 40 * width).tolist()
+        counts = torch.histc(torch.tensor([v for v in group if finite(v)], dtype=torch.float64), 40, low, high).tolist()
         x = [low + (i + 0.5) * width for i in range(40)]
         series.append(Series(counts, x, name if len(groups) > 1 else "", "bar", color, width=width, notes=[f"{at:.3g}: {int(n)} pairs" for at, n in zip(x, counts)]))
     return chart(series, title, x_label, "pairs", **more)

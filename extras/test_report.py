@@ -32,10 +32,12 @@ HOSTILE = '</span><script>alert(1)</script> "quoted" \'single\' & &amp; ]]> <!--
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """A small model with random weights whose rewards differ visibly, and its tokenizer, which knows few of the hostile characters."""
+    """A small model with random weights whose rewards differ visibly. One of its tokens is markup; most hostile characters are several."""
     directory = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    tokenizer = data.train_tokenizer((c.prompt + c.responses[0] for c in itertools.islice(data.known_rewards(1), 200)), 500)
+    texts = [c.prompt + c.responses[0] for c in itertools.islice(data.known_rewards(1), 200)]
+    tokenizer = data.train_tokenizer(texts + [" <!-- "] * 200, 500)
+    assert [] != [i for i in tokenizer.encode(HOSTILE) if "<!--" in tokenizer.decode([i])]
     model = rm.RewardModel(GPT(GPTConfig("llama", vocab_size=tokenizer.vocab_size, n_positions=400, n_layer=2, n_head=2, n_embd=16)), tokenizer.pad_id)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -199,6 +201,10 @@ def test_a_token_has_its_place_its_name_and_its_mark(page):
     assert re.search(r"is◆ .*\.⟨eos⟩■⟨pad⟩·+$", chosen.text()) and re.search(r"is◆ .*\.⟨eos⟩■$", rejected.text())
     ends = [len(text.having("title")) - len(text.of_class("mark")) for text in (chosen, rejected)]
     assert ends[0] == ends[1] == int(row.having("data-stop")[0].attributes["data-stop"]) - len(row.of_class("prompt")[0].having("title"))
+    lines = [path.attributes["d"].count(",") for path in row.all(lambda node: node.tag == "path")]
+    texts = [len(text.having("title")) - len(text.of_class("mark")) for text in (chosen, rejected)]
+    pads = len(chosen.of_class("pad"))
+    assert pads > 2 and lines == [texts[0] - pads, pads + 1, texts[1], 1]  # the traces: text, then from its last token on padding
     half = rows_of(page)[3].of_class("text")  # two emoji: the bytes that they share are shared tokens without a text
     assert [text.text() for text in half] == ["⟨bos⟩", "◆🙂⟨eos⟩■", "◆🙃⟨eos⟩■"] and half[0].of_class("empty")
 
@@ -258,6 +264,7 @@ def test_long_comparisons_are_truncated_as_the_program_does(checkpoint, tmp_path
     assert len((prompt.having("title") + rejected.having("title"))) - 2 == len(sequences[1]) == 40
     assert f", and {len(whole[0]) - len(sequences[0])} more that truncation cut off" in row.text()
     assert re.sub("[◆■]", "", chosen.text()).startswith(" yes⟨eos⟩")
+    assert "tokens of it cut off" not in row.text()
     scores = [float(node.attributes["data-score"]) for node in row.having("data-score")]
     assert scores == pytest.approx(json.loads((tmp_path / "scores.jsonl").read_text())["scores"], abs=1e-5)
 
@@ -279,6 +286,17 @@ def tokenizer_of(kind, checkpoint, directory):
     backend.train_from_iterator(["some words for a small vocabulary"], 300, special_tokens=["<|endoftext|>"])
     backend.save_model(str(directory))
     return data.load_tokenizer(directory)
+
+
+def test_responses_that_are_too_long_themselves(checkpoint, tmp_path):
+    file = tmp_path / "long.jsonl"
+    file.write_text(json.dumps({"prompt": "a b c d", "chosen": " e f" * 30, "rejected": " g"}) + "\n")
+    run_rm([checkpoint, file, "--html", tmp_path / "page.html", "--max_seq_len", 20])
+    row, = rows_of((tmp_path / "page.html").read_text())
+    tokenizer = data.load_tokenizer(checkpoint)
+    prompt, chosen = (len(tokenizer.encode(text)) for text in ("a b c d", "a b c d" + " e f" * 30))
+    assert f"shared prompt, 1 tokens, and {prompt} more that truncation cut off" in row.text()  # bos alone is left
+    assert f"{chosen - prompt - 18} tokens of it cut off" in row.text()
 
 
 @pytest.mark.parametrize("kind", ["of the checkpoint", "sentencepiece", "sentencepiece with a space in front", "bytes"])
