@@ -297,11 +297,11 @@ def show(rows: list[Row], out, colors: bool):
 
     for n, row in enumerate(rows, start=1):
         pairs = row.pairs
-        out.write(paint(f"row {n}", 1) + f"  prompt of {row.prompt} tokens" + f", {row.cut} more cut" * bool(row.cut) + "\n"
+        out.write(paint(f"row {n}", 1) + f"  prompt of {counted(row.prompt, 'token')}" + f", {row.cut} more cut" * bool(row.cut) + "\n"
                   + paint("".join(map(visible, row.texts[0][: row.prompt])), 2) + "\n")
         for i, (name, texts) in enumerate(zip(names_of(row), row.texts)):
             start = min((pair.start for pair in pairs if i in (pair.i, pair.j)), default=row.prompt)
-            out.write(paint(name, 1) + f"  score {row.scores[i]:.4f}" + f", {row.lost[i]} tokens cut" * bool(row.lost[i]) + "\n")
+            out.write(paint(name, 1) + f"  score {row.scores[i]:.4f}" + f", {counted(row.lost[i], 'token')} cut" * bool(row.lost[i]) + "\n")
             for t in range(row.prompt, len(texts)):
                 shade = ANSI[round((scale.level(row.rewards[i, t].item()) + 1) / 2 * (len(ANSI) - 1))]
                 out.write("◆" * (t == start and bool(pairs)))
@@ -310,7 +310,7 @@ def show(rows: list[Row], out, colors: bool):
         for pair in pairs:
             names = names_of(row)
             out.write((f"{names[pair.i]} over {names[pair.j]}: " if len(pairs) > 1 else "") + f"loss {pair.loss:.4f}, the mean over "
-                      f"[{pair.start}, {pair.stop}), {pair.stop - pair.start} positions; margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n")
+                      f"[{pair.start}, {pair.stop}), {counted(pair.stop - pair.start, 'position')}; margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n")
         if len(pairs) > 1:
             out.write(f"mean of {len(pairs)} pairs: loss {mean([pair.loss for pair in pairs]):.4f}\n")
         out.write("\n")
@@ -319,6 +319,10 @@ def show(rows: list[Row], out, colors: bool):
 def names_of(row: Row) -> list[str]:
     k = len(row.sequences)
     return ["response"] if k == 1 else ["chosen", "rejected"] if k == 2 else [f"rank {i + 1}" for i in range(k)]
+
+
+def counted(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
 
 
 def probability(margin: float) -> float:
@@ -441,13 +445,14 @@ def row_html(n: int, row: Row, scale: Scale) -> str:
         head += [f"loss <b>{loss:.4f}</b>", f"margin <b>{pair.margin:+.4f}</b>", f"P(chosen preferred) <b>{probability(pair.margin):.3f}</b>", right]
     elif pairs:
         head += [f"mean loss <b>{loss:.4f}</b> of {len(pairs)} pairs", f"{sum(pair.margin > 0 for pair in pairs)} ranked as people did"]
+    total = f' data-loss="{loss!r}"' if pairs else ""
     cut = f", and {row.cut} more that truncation cut off" if row.cut else ""
-    out = [f'<section class="card" data-row="{n}" data-loss="{loss!r}"><div class="head">' + "".join(f"<span>{item}</span>" for item in head) + "</div>",
-           f"<details{' open' if row.prompt <= 150 else ''}><summary>{'prompt' if len(names) == 1 else 'shared prompt'}, {row.prompt} tokens{cut}</summary>"
+    out = [f'<section class="card" data-row="{n}"{total}><div class="head">' + "".join(f"<span>{item}</span>" for item in head) + "</div>",
+           f"<details{' open' if row.prompt <= 150 else ''}><summary>{'prompt' if len(names) == 1 else 'shared prompt'}, {counted(row.prompt, 'token')}{cut}</summary>"
            f'<div class="text prompt" dir="auto">{spans(row, 0, scale, 0, row.prompt, row.prompt)}</div></details>']
     for i, (name, end, start, score) in enumerate(zip(names, ends, starts, row.scores)):
         stop = max((pair.stop for pair in pairs if i in (pair.i, pair.j)), default=end)
-        lost = f", {row.lost[i]} tokens of it cut off" if row.lost[i] else ""
+        lost = f", {counted(row.lost[i], 'token')} of it cut off" if row.lost[i] else ""
         mark = f'<span class="mark" title="the responses diverge here, at position {start}">◆</span>' if pairs else ""
         out.append(f'<div class="small"><b class="k{i % 4}">{name}</b> <span class="soft">score {score:.4f}{lost}</span></div><div class="text" dir="auto" data-score="{score!r}">'
                    + spans(row, i, scale, row.prompt, start, start) + mark + spans(row, i, scale, max(start, row.prompt), end, start)
@@ -488,9 +493,8 @@ def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
         cells.append([str(t), *(escape(visible(texts[t]).rstrip("\n\t")) for texts in row.texts), f"{chosen.item():.4f}", f"{rejected.item():.4f}",
                       f"{(chosen - rejected).item():+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'])
     same = " The texts are identical: the last position is read, the loss is log 2, and nothing is learned." * (row.sequences[0] == row.sequences[1])
-    count = f"{len(cells)} position{'s' * (len(cells) > 1)}"
     return (f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}"><b>The loss</b> reads positions [{p.start}, {p.stop}), from the '
-            f"divergence to the longer end: {count}. It is the mean of <code>−logsigmoid(r_chosen − r_rejected)</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
+            f"divergence to the longer end: {counted(len(cells), 'position')}. It is the mean of <code>−logsigmoid(r_chosen − r_rejected)</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
             f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and {row.scores[1]:.4f}. Their difference, the margin, is "
             f"{p.margin:+.4f}, and the model's probability that the chosen one is preferred is sigmoid({p.margin:.4f}) = <b>{probability(p.margin):.4f}</b>.</p>"
             f"<details><summary>The terms, position by position</summary>"
@@ -511,7 +515,7 @@ def comparisons_page(path, rows: list[Row], file, checkpoint, max_seq_len: int):
             "cross-entropy of “the chosen one is better”, with the difference of the two rewards as the logit, averaged over the positions from where the texts "
             f"diverge to the longer end.</p>{facts(**numbers)}"
             f'<p class="small soft">{which} of <code>{escape(visible(str(file)))}</code>, scored by <code>{escape(visible(str(checkpoint)))}</code> at up to {max_seq_len} tokens. '
-            "Only what is shown was computed, and the figures above are of that.</p>"
+            "The figures above are of what is shown; nothing else was computed for this page.</p>"
             f'<div class="card small"><div class="bar">{bar}</div><div class="bar ends soft"><span>{scale.middle - scale.reach:.2f}</span>'
             f"<span>{scale.middle:.2f}</span><span>{scale.middle + scale.reach:.2f}</span></div><div>The shade is the reward, from low to high around the median of this page; "
             "only differences have a meaning.</div><div>◆ the responses diverge &nbsp; ■ a text ends, and its score is read "

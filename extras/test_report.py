@@ -295,7 +295,7 @@ def test_responses_that_are_too_long_themselves(checkpoint, tmp_path):
     row, = rows_of((tmp_path / "page.html").read_text())
     tokenizer = data.load_tokenizer(checkpoint)
     prompt, chosen = (len(tokenizer.encode(text)) for text in ("a b c d", "a b c d" + " e f" * 30))
-    assert f"shared prompt, 1 tokens, and {prompt} more that truncation cut off" in row.text()  # bos alone is left
+    assert f"shared prompt, 1 token, and {prompt} more that truncation cut off" in row.text()  # bos alone is left
     assert f"{chosen - prompt - 18} tokens of it cut off" in row.text()
 
 
