@@ -74,7 +74,8 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
     style sheet where it is there (`standalone` brings it along), else those for light pages.
     """
     width, height = size
-    points = [[(j, x, y, e) for j, (x, y, e) in enumerate(zip(s.x or range(len(s.y)), s.y, s.error or [0] * len(s.y))) if finite(y)] for s in series]
+    points = [[(j, x, y, e) for j, (x, y, e) in enumerate(zip(s.x or range(len(s.y)), s.y, s.error or [0] * len(s.y))) if finite(y)]
+              for s in series]
     xs = [x + side * s.width / 2 * (s.kind == "bar") for s, some in zip(series, points) for _, x, _, _ in some for side in (-1, 1)]
     ys = [y + side * e for some in points for _, _, y, e in some for side in (-1, 1)] + [y for y, _ in hlines]
     ys += [0] * any(s.kind == "bar" for s in series)
@@ -103,7 +104,8 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
         return bottom - (min(max(y, y_low), y_high) - y_low) / (y_high - y_low) * (bottom - top)
 
     def text(x, y, words, anchor="middle", kind="soft", more=""):
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}" fill="{INK["light"][kind]}"{more}>{escape(visible(words))}</text>'
+        color = INK["light"][kind]
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}" fill="{color}"{more}>{escape(visible(words))}</text>'
 
     def line(x1, y1, x2, y2, kind="grid", more=""):
         color = {"grid": INK["light"]["line"], "rule": INK["light"]["soft"], "key": "currentColor"}[kind]
@@ -111,7 +113,8 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
 
     strokes = {"dashed": ' stroke-dasharray="6 4"', "dotted": ' stroke-dasharray="1.5 4"', "thin": ' stroke-opacity=".35"'}
     dashed = ' stroke-dasharray="3 3"'
-    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(visible(title or y_label))}" font-family="system-ui, sans-serif" font-size="12">']
+    out = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(visible(title or y_label))}" '
+           'font-family="system-ui, sans-serif" font-size="12">']
     out += [text(8, 18, title, "start", "ink", ' font-weight="600"')] * bool(title)
     for y in y_ticks:
         out += [line(left, at_y(y), right, at_y(y)), text(left - 6, at_y(y) + 4, f"{round(y, 12):g}", "end")]
@@ -121,7 +124,8 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
     out += [text(0, 0, y_label, more=f' transform="translate(12 {(top + bottom) / 2:.0f}) rotate(-90)"')] * bool(y_label)
     slots = sorted({s.color for s in series}) if categories else [0]  # series of one colour, as a line and its points, share a place
     for s, some in zip(series, points):
-        out.append(f'<g class="k{s.color}" color="{SERIES[s.color][0]}" fill="none" stroke="currentColor" stroke-width="{1 if s.style == "thin" else 2}" '
+        out.append(f'<g class="k{s.color}" color="{SERIES[s.color][0]}" fill="none" stroke="currentColor" '
+                   f'stroke-width="{1 if s.style == "thin" else 2}" '
                    'stroke-linecap="round" stroke-linejoin="round">')
         slot = s.width / len(slots)
         shift = (slots.index(s.color) - (len(slots) - 1) / 2) * slot if categories else 0
@@ -129,13 +133,14 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
             drawn = {x: y for _, x, y, _ in some}
             runs = itertools.groupby(s.x or range(len(s.y)), key=drawn.__contains__)
             paths = ["L".join(f"{at_x(x + shift):.1f},{at_y(drawn[x]):.1f}" for x in run) for is_drawn, run in runs if is_drawn]
-            out.append(f'<path d="{"".join(f"M{path}h0" for path in paths)}"{strokes.get(s.style, "")}/>')  # h0: a dot, where a run is one point
+            drawing = "".join(f"M{path}h0" for path in paths)  # h0: a dot, where a run is one point
+            out.append(f'<path d="{drawing}"{strokes.get(s.style, "")}/>')
         for j, x, y, e in some if s.kind != "line" else []:
             note = f"<title>{escape(visible(s.notes[j]))}</title>" if s.notes else ""
             if s.kind == "bar":
                 x1, x2 = (at_x(x + shift + side * slot / 2) for side in (-1, 1))
-                out.append(f'<rect x="{x1:.1f}" y="{min(at_y(y), at_y(0)):.1f}" width="{max(x2 - x1 - 1, 0.5):.1f}" height="{abs(at_y(y) - at_y(0)):.1f}" '
-                           f'fill="currentColor" fill-opacity=".45" stroke="none">{note}</rect>')
+                out.append(f'<rect x="{x1:.1f}" y="{min(at_y(y), at_y(0)):.1f}" width="{max(x2 - x1 - 1, 0.5):.1f}" '
+                           f'height="{abs(at_y(y) - at_y(0)):.1f}" fill="currentColor" fill-opacity=".45" stroke="none">{note}</rect>')
             else:
                 out.append(f'<circle cx="{at_x(x + shift):.1f}" cy="{at_y(y):.1f}" r="3.5" fill="currentColor" stroke="none">{note}</circle>')
             if e:
@@ -144,7 +149,7 @@ def chart(series: list[Series], title: str = "", x_label: str = "", y_label: str
                 out.append(text(at_x(x + shift), at_y(y + e) - 5, s.labels[j], more=' stroke="none" font-size="10"'))
         out.append("</g>")
     halo = ' class="halo" paint-order="stroke" stroke="#ffffff" stroke-width="4"'
-    rows = [top - 12 * (len(vlines) - i) + 6 for i in range(len(vlines))]  # a text has a row of its own: the lines may stand close to each other
+    rows = [top - 12 * (len(vlines) - i) + 6 for i in range(len(vlines))]  # each text in one of its own: lines may be close
     out += [line(at_x(x), y - 8, at_x(x), bottom, "rule", dashed) for (x, _), y in zip(vlines, rows)]
     for (x, words), y in zip(vlines, rows):
         side = -1 if at_x(x) > (left + right) / 2 else 1
@@ -310,7 +315,8 @@ def show(rows: list[Row], out, colors: bool):
         for pair in pairs:
             names = names_of(row)
             out.write((f"{names[pair.i]} over {names[pair.j]}: " if len(pairs) > 1 else "") + f"loss {pair.loss:.4f}, the mean over "
-                      f"[{pair.start}, {pair.stop}), {counted(pair.stop - pair.start, 'position')}; margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n")
+                      f"[{pair.start}, {pair.stop}), {counted(pair.stop - pair.start, 'position')}; "
+                      f"margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n")
         if len(pairs) > 1:
             out.write(f"mean of {len(pairs)} pairs: loss {mean([pair.loss for pair in pairs]):.4f}\n")
         out.write("\n")
@@ -386,7 +392,8 @@ def style_of_charts() -> str:
 
     return (properties("light") + "@media (prefers-color-scheme:dark){" + properties("dark") + "}"
             + "".join(f".k{i}{{color:var(--c{i})}}" for i in range(len(SERIES)))
-            + "text.ink{fill:var(--ink)}text.soft{fill:var(--soft)}line.grid{stroke:var(--line)}line.rule{stroke:var(--soft)}.halo{stroke:var(--paper)}")
+            + "text.ink{fill:var(--ink)}text.soft{fill:var(--soft)}line.grid{stroke:var(--line)}"
+            "line.rule{stroke:var(--soft)}.halo{stroke:var(--paper)}")
 
 
 def style_of_shades() -> str:
@@ -405,7 +412,8 @@ def write_page(path, title: str, body: str):
     policy = "default-src 'none'; style-src 'unsafe-inline'"  # should text from the data get through as markup, it could load nothing
     page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{escape(visible(title))}</title><style>{style_of_charts()}{STYLE}{style_of_shades()}</style></head>\n<body><main>{body}</main></body></html>\n")
+            f"<title>{escape(visible(title))}</title><style>{style_of_charts()}{STYLE}{style_of_shades()}</style></head>\n"
+            f"<body><main>{body}</main></body></html>\n")
     part = Path(f"{path}.part")
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
@@ -442,21 +450,25 @@ def row_html(n: int, row: Row, scale: Scale) -> str:
     if len(pairs) == 1:
         pair = pairs[0]
         right = "✓ ranked as people did" if pair.margin > 0 else "✗ ranked the other way round" if pair.margin < 0 else "a tie"
-        head += [f"loss <b>{loss:.4f}</b>", f"margin <b>{pair.margin:+.4f}</b>", f"P(chosen preferred) <b>{probability(pair.margin):.3f}</b>", right]
+        head += [f"loss <b>{loss:.4f}</b>", f"margin <b>{pair.margin:+.4f}</b>",
+                 f"P(chosen preferred) <b>{probability(pair.margin):.3f}</b>", right]
     elif pairs:
         head += [f"mean loss <b>{loss:.4f}</b> of {len(pairs)} pairs", f"{sum(pair.margin > 0 for pair in pairs)} ranked as people did"]
+    prompt = f"{'prompt' if len(names) == 1 else 'shared prompt'}, {counted(row.prompt, 'token')}"
     total = f' data-loss="{loss!r}"' if pairs else ""
     cut = f", and {row.cut} more that truncation cut off" if row.cut else ""
     out = [f'<section class="card" data-row="{n}"{total}><div class="head">' + "".join(f"<span>{item}</span>" for item in head) + "</div>",
-           f"<details{' open' if row.prompt <= 150 else ''}><summary>{'prompt' if len(names) == 1 else 'shared prompt'}, {counted(row.prompt, 'token')}{cut}</summary>"
+           f"<details{' open' if row.prompt <= 150 else ''}><summary>{prompt}{cut}</summary>"
            f'<div class="text prompt" dir="auto">{spans(row, 0, scale, 0, row.prompt, row.prompt)}</div></details>']
     for i, (name, end, start, score) in enumerate(zip(names, ends, starts, row.scores)):
         stop = max((pair.stop for pair in pairs if i in (pair.i, pair.j)), default=end)
         lost = f", {counted(row.lost[i], 'token')} of it cut off" if row.lost[i] else ""
         mark = f'<span class="mark" title="the responses diverge here, at position {start}">◆</span>' if pairs else ""
-        out.append(f'<div class="small"><b class="k{i % 4}">{name}</b> <span class="soft">score {score:.4f}{lost}</span></div><div class="text" dir="auto" data-score="{score!r}">'
+        out.append(f'<div class="small"><b class="k{i % 4}">{name}</b> <span class="soft">score {score:.4f}{lost}</span></div>'
+                   f'<div class="text" dir="auto" data-score="{score!r}">'
                    + spans(row, i, scale, row.prompt, start, start) + mark + spans(row, i, scale, max(start, row.prompt), end, start)
-                   + f'<span class="mark" title="the text ends: its score is read here, at position {end - 1}">■</span>' + spans(row, i, scale, end, stop, start) + "</div>")
+                   + f'<span class="mark" title="the text ends: its score is read here, at position {end - 1}">■</span>'
+                   + spans(row, i, scale, end, stop, start) + "</div>")
     out.append(f'<div class="cols"><div>{traces(row, pairs, names)}</div><div>{how(row, pairs, names, loss)}</div></div></section>')
     return "".join(out)
 
@@ -479,7 +491,8 @@ def traces(row: Row, pairs: list[Pair], names: list[str]) -> str:
 def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
     """How the loss of a row came about."""
     if not pairs:
-        return f"<p>The score is the reward at the last token, position {row.ends[0] - 1}: <b>{row.scores[0]:.4f}</b>. A single response has no loss.</p>"
+        return (f"<p>The score is the reward at the last token, position {row.ends[0] - 1}: <b>{row.scores[0]:.4f}</b>. "
+                "A single response has no loss.</p>")
     if len(pairs) > 1:
         cells = [[f"{names[p.i]} &gt; {names[p.j]}", f"[{p.start}, {p.stop})", f"{p.margin:+.4f}", f"{probability(p.margin):.4f}",
                   f'<span data-pair-loss="{p.loss!r}">{p.loss:.4f}</span>'] for p in pairs]
@@ -490,15 +503,19 @@ def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
     for t in range(p.start, p.stop):
         chosen, rejected = row.rewards[0, t : t + 1], row.rewards[1, t : t + 1]
         term = pair_loss(chosen, rejected).item()  # of a region of one position
-        cells.append([str(t), *(escape(visible(texts[t]).rstrip("\n\t")) for texts in row.texts), f"{chosen.item():.4f}", f"{rejected.item():.4f}",
-                      f"{(chosen - rejected).item():+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'])
-    same = " The texts are identical: the last position is read, the loss is log 2, and nothing is learned." * (row.sequences[0] == row.sequences[1])
-    return (f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}"><b>The loss</b> reads positions [{p.start}, {p.stop}), from the '
-            f"divergence to the longer end: {counted(len(cells), 'position')}. It is the mean of <code>−logsigmoid(r_chosen − r_rejected)</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
-            f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and {row.scores[1]:.4f}. Their difference, the margin, is "
-            f"{p.margin:+.4f}, and the model's probability that the chosen one is preferred is sigmoid({p.margin:.4f}) = <b>{probability(p.margin):.4f}</b>.</p>"
+        cells.append([str(t), *(escape(visible(texts[t]).rstrip("\n\t")) for texts in row.texts),
+                      f"{chosen.item():.4f}", f"{rejected.item():.4f}", f"{(chosen - rejected).item():+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'])
+    is_same = row.sequences[0] == row.sequences[1]
+    same = " The texts are identical: the last position is read, the loss is log 2, and nothing is learned." * is_same
+    return (f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}"><b>The loss</b> reads positions '
+            f"[{p.start}, {p.stop}), from the divergence to the longer end: {counted(len(cells), 'position')}. It is the mean of "
+            f"<code>−logsigmoid(r_chosen − r_rejected)</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
+            f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and {row.scores[1]:.4f}. "
+            f"Their difference, the margin, is {p.margin:+.4f}, and the model's probability that the chosen one is preferred is "
+            f"sigmoid({p.margin:.4f}) = <b>{probability(p.margin):.4f}</b>.</p>"
             f"<details><summary>The terms, position by position</summary>"
-            + table(["position", "chosen", "rejected", "r<sub>chosen</sub>", "r<sub>rejected</sub>", "difference", "term"], cells) + "</details>")
+            + table(["position", "chosen", "rejected", "r<sub>chosen</sub>", "r<sub>rejected</sub>", "difference", "term"], cells)
+            + "</details>")
 
 
 def comparisons_page(path, rows: list[Row], file, checkpoint, max_seq_len: int):
@@ -510,17 +527,18 @@ def comparisons_page(path, rows: list[Row], file, checkpoint, max_seq_len: int):
                "mean_loss": f"{mean([mean([p.loss for p in some]) for some in pairs if some]):.4f}"} if margins else {"responses": len(rows)}
     which = f"All {total:,} rows" if len(rows) == total else f"The first {len(rows):,} of {total:,} rows (<code>--rows</code>)"
     bar = "".join(f'<span class="s{level}"></span>' for level in range(-LEVELS, LEVELS + 1))
-    body = (f"<h1>What the reward model sees</h1><p>A reward model is a transformer with one linear layer on top that gives every token a number, the reward; the "
-            "one at a text's last token is the text's score. It learns from pairs of responses of which people chose one: the loss of a pair is the binary "
-            "cross-entropy of “the chosen one is better”, with the difference of the two rewards as the logit, averaged over the positions from where the texts "
-            f"diverge to the longer end.</p>{facts(**numbers)}"
-            f'<p class="small soft">{which} of <code>{escape(visible(str(file)))}</code>, scored by <code>{escape(visible(str(checkpoint)))}</code> at up to {max_seq_len} tokens. '
+    source, scorer = (f"<code>{escape(visible(str(name)))}</code>" for name in (file, checkpoint))
+    body = ("<h1>What the reward model sees</h1><p>A reward model is a transformer with one linear layer on top that gives every token a "
+            "number, the reward; the one at a text's last token is the text's score. It learns from pairs of responses of which people "
+            "chose one: the loss of a pair is the binary cross-entropy of “the chosen one is better”, with the difference of the two "
+            "rewards as the logit, averaged over the positions from where the texts diverge to the longer end.</p>"
+            f'{facts(**numbers)}<p class="small soft">{which} of {source}, scored by {scorer} at up to {max_seq_len} tokens. '
             "The figures above are of what is shown; nothing else was computed for this page.</p>"
             f'<div class="card small"><div class="bar">{bar}</div><div class="bar ends soft"><span>{scale.middle - scale.reach:.2f}</span>'
-            f"<span>{scale.middle:.2f}</span><span>{scale.middle + scale.reach:.2f}</span></div><div>The shade is the reward, from low to high around the median of this page; "
-            "only differences have a meaning.</div><div>◆ the responses diverge &nbsp; ■ a text ends, and its score is read "
-            '&nbsp; <span class="pad">dotted</span> padding, where the loss reads rewards, too &nbsp; <span class="off">grey</span> before the divergence: no part of '
-            "the loss &nbsp; ⋯ a token that does not complete a character</div></div>")
+            f"<span>{scale.middle:.2f}</span><span>{scale.middle + scale.reach:.2f}</span></div>"
+            "<div>The shade is the reward, from low to high around the median of this page; only differences have a meaning.</div><div>◆ the responses diverge &nbsp; ■ a text ends, and its score is read "
+            '&nbsp; <span class="pad">dotted</span> padding, where the loss reads rewards, too &nbsp; <span class="off">grey</span> '
+            "before the divergence: no part of the loss &nbsp; ⋯ a token that does not complete a character</div></div>")
     write_page(path, f"{Path(file).name}: comparisons", body + "".join(row_html(n, row, scale) for n, row in enumerate(rows, start=1)))
 
 
@@ -543,7 +561,8 @@ def histogram(groups: dict[str, list[float]], title: str, x_label: str, **more) 
     for color, (name, group) in enumerate(groups.items()):
         counts = torch.histc(torch.tensor([v for v in group if finite(v)], dtype=torch.float64), 40, low, high).tolist()
         x = [low + (i + 0.5) * width for i in range(40)]
-        series.append(Series(counts, x, name if len(groups) > 1 else "", "bar", color, width=width, notes=[f"{at:.3g}: {int(n)} pairs" for at, n in zip(x, counts)]))
+        notes = [f"{at:.3g}: {int(n)} pairs" for at, n in zip(x, counts)]
+        series.append(Series(counts, x, name if len(groups) > 1 else "", "bar", color, width=width, notes=notes))
     return chart(series, title, x_label, "pairs", **more)
 
 
@@ -553,12 +572,13 @@ def reliability(margins: torch.Tensor) -> str:
     bins = torch.bucketize(confidence, edges[1:-1], right=True)
     observed = [right[bins == i].mean().item() if (bins == i).any() else None for i in range(10)]
     counts = [int((bins == i).sum()) for i in range(10)]
-    notes = [f"confidence {edges[i]:.2f} to {edges[i + 1]:.2f}: accuracy {observed[i] or 0:.4f}, mean confidence {confidence[bins == i].mean():.4f}, {counts[i]} pairs"
+    notes = [f"confidence {edges[i]:.2f} to {edges[i + 1]:.2f}: accuracy {observed[i] or 0:.4f}, "
+             f"mean confidence {confidence[bins == i].mean():.4f}, {counts[i]} pairs"
              for i in range(10)]  # a bin without pairs has neither a bar nor its note
     bars = Series(observed, [0.525 + 0.05 * i for i in range(10)], "ranked right, of so many pairs", "bar", 0, width=0.05, notes=notes,
                   labels=[str(n) for n in counts])
-    return chart([bars, Series([0.5, 1.0], [0.5, 1.0], "calibrated", color=4, style="dashed")], "Reliability", "confidence: probability of the response it prefers",
-                 "accuracy", x_range=(0.5, 1), y_range=(0, 1))
+    return chart([bars, Series([0.5, 1.0], [0.5, 1.0], "calibrated", color=4, style="dashed")], "Reliability",
+                 "confidence: probability of the response it prefers", "accuracy", x_range=(0.5, 1), y_range=(0, 1))
 
 
 def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
@@ -569,8 +589,8 @@ def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
         lambda b: true[b].mean(), lambda b: learned[b].mean(), lambda b: learned[b].std(correction=0)))
     points = Series(y, x, "mean in a bin, ± standard deviation", "point", 0, error=spread, notes=[
         f"true {a:.3f}, learned {b:.3f}, {int(some.sum())} pairs" for a, b, some in zip(x, y, used)])
-    return chart([Series([0, 1], [0, 1], "perfect", color=4, style="dashed"), points], "Probability that the chosen one is better", "true", "learned",
-                 x_range=(0, 1), y_range=(0, 1))
+    return chart([Series([0, 1], [0, 1], "perfect", color=4, style="dashed"), points], "Probability that the chosen one is better",
+                 "true", "learned", x_range=(0, 1), y_range=(0, 1))
 
 
 def run_page(path, events: list[dict], flags: dict, chosen: list[float], rejected: list[float], true_margins: list[float] | None = None):
@@ -590,13 +610,15 @@ def run_page(path, events: list[dict], flags: dict, chosen: list[float], rejecte
         return chart([Series(*reversed(thinned(at, [event[name] for event in steps])), color=2)], title, "step", size=(420, 180))
 
     def evaluated(what, name=""):
-        return [Series([event.get(what) for event in evals], eval_at, name if kind == "line" else "", kind, color=1) for kind in ("line", "point")]
+        values = [event.get(what) for event in evals]
+        return [Series(values, eval_at, name, "line", color=1), Series(values, eval_at, kind="point", color=1)]
 
     margins = torch.tensor(chosen, dtype=torch.float64) - torch.tensor(rejected, dtype=torch.float64)
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
     best = [(last["bayes_accuracy"], "best possible (Bayes-optimal)")] if finite(last.get("bayes_accuracy")) else []
     charts = [
-        chart([Series(*reversed(thinned(at, losses)), "a step", color=0, style="thin"), Series(*reversed(thinned(at[window - 1 :], smooth)), f"mean of {window} steps"),
+        chart([Series(*reversed(thinned(at, losses)), "a step", color=0, style="thin"),
+               Series(*reversed(thinned(at[window - 1 :], smooth)), f"mean of {window} steps"),
                *evaluated("loss", "evaluation")], "Loss", "step"),
         chart(evaluated("accuracy"), "Accuracy in evaluation", "step", hlines=best),
         histogram({"chosen": chosen, "rejected": rejected}, "End scores", "reward at the last token"),
@@ -605,22 +627,24 @@ def run_page(path, events: list[dict], flags: dict, chosen: list[float], rejecte
         *([learned_and_true(margins, torch.tensor(true_margins, dtype=torch.float64))] if true_margins else []),
         curve("lr", "Learning rate"), curve("grad_norm", "Gradient norm, before clipping")]
     names = [name for name in last if name not in ("event", "step")]
+    of_flags = [[f"<code>--{escape(visible(str(name)))}</code>", escape(visible(str(value)))] for name, value in flags.items()]
 
     def number(value):
         return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if finite(value) else "not finite"
 
-    numbers = {"eval accuracy": number(last.get("accuracy")), "eval loss": number(last.get("loss")), "eval pairs": number(last.get("pairs", 0)), "steps": number(len(steps))}
+    numbers = {"eval accuracy": number(last.get("accuracy")), "eval loss": number(last.get("loss")),
+               "eval pairs": number(last.get("pairs", 0)), "steps": number(len(steps))}
     if best:
         numbers = {"eval accuracy": numbers.pop("eval accuracy"), "the best possible": number(best[0][0])} | numbers
     seconds = sum(event["seconds"] for event in steps)
-    body = ("<h1>A training run</h1><p>The model learned from pairs of responses which one people prefer. Accuracy is how often, in pairs kept aside, it "
-            f"gives the preferred response the higher score; the loss is also about how sure it was.</p>{facts(**numbers)}"
+    body = ("<h1>A training run</h1><p>The model learned from pairs of responses which one people prefer. Accuracy is how often, in pairs kept "
+            f"aside, it gives the preferred response the higher score; the loss is also about how sure it was.</p>{facts(**numbers)}"
             f'<div class="cols">{"".join(f"""<div class="card">{svg}</div>""" for svg in charts)}</div>'
             "<div class='cols' style='margin-top:20px'><div class='card'><h2>Evaluation</h2>"
             + table(["", f"step {first.get('step', '')}", f"step {last.get('step', '')}"],
                     [[escape(visible(str(name))), number(first.get(name)), number(last[name])] for name in names])
-            + f"<p class='small soft'>Training: {sum(event['pairs'] for event in steps):,} pairs, {sum(event['tokens'] for event in steps):,} tokens, "
-            f"{seconds / 60:.1f} min.</p></div><div class='card'><h2>Flags</h2>"
-            + table(["flag", "value"], [[f"<code>--{escape(visible(str(name)))}</code>", escape(visible(str(value)))] for name, value in flags.items()], "words")
+            + f"<p class='small soft'>Training: {sum(event['pairs'] for event in steps):,} pairs, "
+            f"{sum(event['tokens'] for event in steps):,} tokens, {seconds / 60:.1f} min.</p></div><div class='card'><h2>Flags</h2>"
+            + table(["flag", "value"], of_flags, "words")
             + "</div></div>")
     write_page(path, "A training run", body)

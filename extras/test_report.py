@@ -23,7 +23,8 @@ import train
 from extras import report
 from model import GPT, GPTConfig
 
-HOSTILE = '</span><script>alert(1)</script> "quoted" \'single\' & &amp; ]]> <!-- -->\x1b[31mred\x1b]0;title\x07\x9b2J\x00\x7f \u202edcba\u2066 \u2028 🙂🙃 שלום \r\n\ttab'
+HOSTILE = ('</span><script>alert(1)</script> "quoted" \'single\' & &amp; ]]> <!-- -->\x1b[31mred\x1b]0;title\x07\x9b2J\x00\x7f '
+           '\u202edcba\u2066 \u2028 🙂🙃 שלום \r\n\ttab')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -38,7 +39,8 @@ def checkpoint(tmp_path_factory):
     texts = [c.prompt + c.responses[0] for c in itertools.islice(data.known_rewards(1), 200)]
     tokenizer = data.train_tokenizer(texts + [" <!-- "] * 200, 500)
     assert [] != [i for i in tokenizer.encode(HOSTILE) if "<!--" in tokenizer.decode([i])]
-    model = rm.RewardModel(GPT(GPTConfig("llama", vocab_size=tokenizer.vocab_size, n_positions=400, n_layer=2, n_head=2, n_embd=16)), tokenizer.pad_id)
+    config = GPTConfig("llama", vocab_size=tokenizer.vocab_size, n_positions=400, n_layer=2, n_head=2, n_embd=16)
+    model = rm.RewardModel(GPT(config), tokenizer.pad_id)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(directory, tokenizer=tokenizer)
@@ -46,7 +48,8 @@ def checkpoint(tmp_path_factory):
 
 
 ROWS = [
-    {"prompt": "\n\nHuman: What is the capital of France?\n\nAssistant:", "chosen": " The capital of France is Paris.", "rejected": " The capital of France is Rome. So much for that. Anyway."},
+    {"prompt": "\n\nHuman: What is the capital of France?\n\nAssistant:", "chosen": " The capital of France is Paris.",
+     "rejected": " The capital of France is Rome. So much for that. Anyway."},
     {"prompt": HOSTILE, "chosen": HOSTILE + " a", "rejected": HOSTILE + HOSTILE},
     {"prompt": "Same?", "chosen": " Same.", "rejected": " Same."},
     {"chosen": "🙂", "rejected": "🙃"},  # they diverge within a character
@@ -81,8 +84,8 @@ def run_rm(arguments, **environment):
 
 
 def events_of_a_run(steps=3000):
-    step = [{"event": "step", "step": t, "loss": None if t == 7 else 0.7 - 0.1 * t / steps, "lr": 1e-4, "grad_norm": None if t == 7 else 50.0 if t == 1234 else 1.0,
-             "pairs": 8, "tokens": 100, "seconds": 0.5} for t in range(1, steps + 1)]
+    step = [{"event": "step", "step": t, "loss": None if t == 7 else 0.7 - 0.1 * t / steps, "lr": 1e-4,
+             "grad_norm": None if t == 7 else 50.0 if t == 1234 else 1.0, "pairs": 8, "tokens": 100, "seconds": 0.5} for t in range(1, steps + 1)]
     metrics = {"accuracy": 0.75, "chosen_score": 1.0, "rejected_score": -1.0, "margin": 2.0, "ece": 0.1, "pairs": 500, "dropped": 0, "bayes_accuracy": 0.9}
     return [{"event": "eval", "step": 0, "loss": 0.7} | metrics, *step, {"event": "eval", "step": steps, "loss": 0.5} | metrics]
 
@@ -155,6 +158,11 @@ def rows_of(page):
     return Tree(page).root.having("data-row")
 
 
+def whole_texts(row):
+    responses = row.get("responses") or [row[key] for key in ("chosen", "rejected", "response") if key in row]
+    return [row.get("prompt", "") + response for response in responses]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Pages as markup
 
@@ -189,7 +197,7 @@ def test_the_texts_of_tokens_joined_are_the_prompt_and_the_responses(page):
     for row, html in zip(ROWS, rows_of(page)):
         prompt, *responses = html.of_class("text")
         names = [re.sub(r"⟨(bos|eos|pad)⟩|[◆■]", "", re.sub("⟨pad⟩·*", "", text.text())) for text in (prompt, *responses)]
-        whole = [row.get("prompt", "") + response for response in row.get("responses") or [row[k] for k in ("chosen", "rejected", "response") if k in row]]
+        whole = whole_texts(row)
         assert [names[0] + name for name in names[1:]] == [report.visible(text) for text in whole]
         assert not row.get("prompt") or names[0] == report.visible(row["prompt"])
 
@@ -232,11 +240,12 @@ def test_the_numbers_on_the_page_are_those_of_pairwise_loss(page, checkpoint):
         if len(expected) == 1:
             terms = [float(node.attributes["data-term"]) for node in html.having("data-term")]
             region = html.having("data-start")[0].attributes
-            assert len(terms) == int(region["data-stop"]) - int(region["data-start"]) and sum(terms) / len(terms) == pytest.approx(expected[0], abs=1e-5)
+            assert len(terms) == int(region["data-stop"]) - int(region["data-start"])
+            assert sum(terms) / len(terms) == pytest.approx(expected[0], abs=1e-5)
             assert f"loss {found[0]:.4f}" in html.text() and f"margin {margins[-1]:+.4f}" in html.text()
             assert f"P(chosen preferred) {1 / (1 + math.exp(-margins[-1])):.3f}" in html.text()
-    text = Tree(page).root.text()
-    assert f"{len(margins)}pairs{sum(m > 0 for m in margins) / len(margins):.4f}accuracy{sum(margins) / len(margins):+.4f}mean margin{sum(losses) / len(losses):.4f}mean loss" in text
+    accuracy, margin, loss = sum(m > 0 for m in margins) / len(margins), sum(margins) / len(margins), sum(losses) / len(losses)
+    assert f"{len(margins)}pairs{accuracy:.4f}accuracy{margin:+.4f}mean margin{loss:.4f}mean loss" in Tree(page).root.text()
 
 
 def test_only_the_first_rows_are_computed_and_the_page_says_so(checkpoint, file, tmp_path):
@@ -338,7 +347,7 @@ def test_the_terminal_shows_the_same_text_with_and_without_colours(checkpoint, f
         prompt, *responses = re.split("(?:chosen|rejected|response|rank [0-9])  score -?[0-9.]+\n", shown)
         prompt = prompt.split("\n", 1)[1][:-1]
         responses = [re.sub("⟨(bos|eos|pad)⟩|[◆■]", "", re.sub("■(⟨pad⟩·*)?\n(?s:.*)", "", text)) for text in responses]
-        whole = [row.get("prompt", "") + response for response in row.get("responses") or [row[k] for k in ("chosen", "rejected", "response") if k in row]]
+        whole = whole_texts(row)
         assert [prompt.replace("⟨bos⟩", "") + text for text in responses] == [report.visible(text) for text in whole]
 
 
@@ -481,13 +490,15 @@ def test_the_page_of_a_run_has_its_numbers(run_page):
     chosen, rejected, true = scores_of_a_run()
     root = Tree(run_page).root
     text = root.text()
-    for heading in ("Loss", "Accuracy in evaluation", "End scores", "Margins", "Reliability", "Probability that the chosen one is better", "Learning rate", "Gradient norm, before clipping"):
+    for heading in ("Loss", "Accuracy in evaluation", "End scores", "Margins", "Reliability", "Probability that the chosen one is better",
+                    "Learning rate", "Gradient norm, before clipping"):
         assert root.all(lambda node: node.tag == "svg" and node.attributes["aria-label"] == heading), heading
     assert "0.7500eval accuracy0.9000the best possible" in text.replace("\n", "") and "best possible (Bayes-optimal)" in text
     assert "bayes_accuracy0.90000.9000" in text and "24,000 pairs, 300,000 tokens, 25.0 min" in text
-    counts = [int(node.text().split(": ")[1].split()[0]) for node in root.all(lambda node: node.tag == "title") if re.match(r"-?[0-9.e+-]+: [0-9]+ pairs", node.text())]
+    notes = [node.text() for node in root.all(lambda node: node.tag == "title")]
+    counts = [int(found[1]) for note in notes if (found := re.fullmatch(r"-?[0-9.e+-]+: ([0-9]+) pairs", note))]
     assert len(counts) == 3 * 40 and sum(counts) == 3 * 500
-    bins = [numbers(node.text()) for node in root.all(lambda node: node.tag == "title") if node.text().startswith("true")]
+    bins = [numbers(note) for note in notes if note.startswith("true")]
     assert sum(count for *_, count in bins) == 500
     low = [1 / (1 + math.exp(b - a)) for a, b, t in zip(chosen, rejected, true) if 1 / (1 + math.exp(-t)) < 0.1]
     assert bins[0][1] == pytest.approx(sum(low) / len(low), abs=1e-3) and bins[0][2] == len(low)
@@ -527,7 +538,8 @@ function look(frame) {
   const doc = frame.contentDocument, root = doc.documentElement, view = frame.contentWindow;
   doc.querySelectorAll("details").forEach(one => one.open = true);
   const rgb = color => color.match(/[0-9.]+/g).map(Number);
-  const light = color => rgb(color).slice(0, 3).map(c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4).reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+  const linear = c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+  const light = color => rgb(color).slice(0, 3).reduce((sum, c, i) => sum + linear(c) * [.2126, .7152, .0722][i], 0);
   let worst = 99, where = "", overflow = [];
   for (const node of doc.querySelectorAll("body *:not(style):not(svg):not(svg *)")) {
     if (node.getBoundingClientRect().right > root.clientWidth + 1 && !node.closest(".scroll")) overflow.push(node.tagName + "." + node.className);
@@ -537,7 +549,8 @@ function look(frame) {
     const [a, b] = [light(view.getComputedStyle(node).color), light(view.getComputedStyle(behind).backgroundColor)].sort((x, y) => y - x);
     if ((a + .05) / (b + .05) < worst) { worst = (a + .05) / (b + .05); where = node.outerHTML.slice(0, 90); }
   }
-  return {clientWidth: root.clientWidth, scrollWidth: root.scrollWidth, overflow, worst, where, page: view.getComputedStyle(doc.body).backgroundColor};
+  return {clientWidth: root.clientWidth, scrollWidth: root.scrollWidth, overflow, worst, where,
+          page: view.getComputedStyle(doc.body).backgroundColor};
 }
 onload = () => { document.body.textContent = "RESULT" + JSON.stringify([...document.querySelectorAll("iframe")].map(look)) + "END"; };
 </script>FRAMES</body>"""
@@ -546,7 +559,7 @@ onload = () => { document.body.textContent = "RESULT" + JSON.stringify([...docum
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (apt-get install chromium)")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_pages_fit_and_can_be_read_in_a_browser(scheme, page, run_page, tmp_path):
-    """Narrow and wide: nothing wider than the window but what scrolls in a box of its own, and text of WCAG's contrast, 4.5 to 1, on every shade."""
+    """Narrow and wide: nothing wider than the window but what scrolls in its own box; on every shade text of WCAG's contrast, 4.5 to 1."""
     legend = '<div class="text">' + "".join(f'<span class="s{n}">{n}</span>' for n in range(-report.LEVELS, report.LEVELS + 1)) + "</div>"
     (tmp_path / "page.html").write_text(page.replace("</main>", legend + "</main>"))
     (tmp_path / "run.html").write_text(run_page)
@@ -554,8 +567,9 @@ def test_pages_fit_and_can_be_read_in_a_browser(scheme, page, run_page, tmp_path
     (tmp_path / "probe.html").write_text(PROBE.replace("FRAMES", "".join(
         f'<iframe src="{name}.html" style="border:0;display:block;width:{width}px;height:900px"></iframe>' for name, width in frames)))
     done = subprocess.run(
-        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update",
-         "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files", "--window-size=1500,1000",
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", "--allow-file-access-from-files",
+         "--window-size=1500,1000",
          f"--blink-settings=preferredColorScheme={int(scheme == 'light')}", "--dump-dom", (tmp_path / "probe.html").as_uri()],
         capture_output=True, text=True, timeout=120)
     found = re.search("RESULT(.*)END", done.stdout)
