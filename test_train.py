@@ -262,6 +262,7 @@ def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_
     assert f"{events['eval'][0]['accuracy']:.4f} before, {events['eval'][-1]['accuracy']:.4f} after" in accuracy
     assert f"{events['eval'][-1]['bayes_accuracy']:.4f}" in accuracy
     assert re.search(r"of 128 eval responses' scores with their true rewards: -?0\.\d{4}$", done.stdout, re.M)
+    assert (HERE / "extras").exists() == (f"{output_dir}/report.html" in place) == (output_dir / "report.html").exists()
     assert str(output_dir) in place and f"python rm.py {output_dir} " in how
 
 

@@ -19,7 +19,7 @@ with the weights of a run that was never stopped.
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -631,7 +631,7 @@ def open_output(model: RewardModel, args, step: int, process: Process):
 
 def move_earlier_run(path: Path, process: Process):
     """Checkpoints go first: what is left, should this be interrupted, is not taken for a run to go on with."""
-    files = ("checkpoints", "metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
+    files = ("checkpoints", "metrics.jsonl", "report.html", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
              *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
     if earlier := [path / name for name in files if (path / name).exists()]:
         number = next(n for n in itertools.count(1) if not (path / f"earlier-{n}").exists())
@@ -1049,9 +1049,9 @@ def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skip
         print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
-        if importlib.util.find_spec("extras.report"):  # without extras/ there is no page
+        if has_report := Path(__file__).with_name("extras").joinpath("report.py").exists():
             events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-            extra("report", "").run_page(output_dir / "report.html", events, vars(args), *(numbers[name] for name in ("chosen", "rejected", "true_margin")))
+            extra("report", "").run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
     before, after = evaluations[min(evaluations)], evaluations[max(evaluations)]
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
     if numbers["rewards"]:
@@ -1060,7 +1060,7 @@ def finish(model: RewardModel, tokenizer, evaluations: dict, numbers: dict, skip
     if skipped:
         print(f"{skipped} steps were left out, as their gradients were too large for fp16")
     print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
-          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl\n"
+          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl{f'   page: {args.output_dir}/report.html' if has_report else ''}\n"
           f"score with it: python rm.py {args.output_dir} FILE.jsonl")
 
 
