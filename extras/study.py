@@ -54,7 +54,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from html import escape
 from pathlib import Path
 from unittest.mock import patch
 
@@ -65,6 +64,7 @@ from torch import nn
 import data
 import rm
 import train
+from extras.report import SERIES, Series, chart, standalone
 
 DATA, OBJECTIVES = ("clean", "confounded", "hh-scratch", "hh-head"), ("divergent", "shorter", "end")
 HH = Path("/work/shared/data/hh-harmless")
@@ -406,14 +406,15 @@ def tables(kind: str, rows: list[dict]) -> str:
     if len(sizes := {(row["steps"], row["pairs"]) for row in rows}) > 1:
         raise ValueError(f"{kind}: cells of different (steps, eval pairs): {sorted(sizes)}; one --out is for cells that can be compared")
     ((steps, pairs),), first = sizes, rows[0]
-    text = (f"`{kind}`: {steps} steps, {pairs} eval pairs; the chosen response is the longer one in {first['chosen_is_longer']:.3f} of them, the shorter "
-            f"one in {first['chosen_is_shorter']:.3f}. Of the eval set alone the standard error of an accuracy near "
-            f"{first['accuracy']:.2f} is {math.sqrt(first['accuracy'] * (1 - first['accuracy']) / pairs):.3f}, that of a correlation between pairs near 0 "
-            f"is {1 / math.sqrt(pairs):.3f}.\n")
+    accuracy = first["accuracy"]
+    text = (f"`{kind}`: {steps} steps, {pairs} eval pairs; the chosen response is the longer one in {first['chosen_is_longer']:.3f} of them, the\n"
+            f"shorter one in {first['chosen_is_shorter']:.3f}. Of the eval set alone the standard error of an accuracy near {accuracy:.2f} is "
+            f"{math.sqrt(accuracy * (1 - accuracy) / pairs):.3f}, that of a\ncorrelation between pairs near 0 is {1 / math.sqrt(pairs):.3f}.\n")
     for what, names in (("", QUALITY), ("correlation, coefficient: ", LENGTH)):
         names = {name: words for name, words in names.items() if name in first}
         of = {objective: [row for row in rows if row["objective"] == objective] for objective in OBJECTIVES}
-        body = [[f"`{objective}` (n = {len(some)})", *(plus_minus([row[name] for row in some]) for name in names)] for objective, some in of.items() if some]
+        body = [[f"`{objective}` (n = {len(some)})", *(plus_minus([row[name] for row in some]) for name in names)]
+                for objective, some in of.items() if some]
         if what and "ideal" in first:
             who = "all that the labels teach" if kind == "confounded" else "the true reward"
             body.append([who, *(f"{first['ideal'][name]:.4f}" for name in names)])
@@ -425,7 +426,8 @@ def differences(rows: list[dict]) -> str:
     """Every objective minus divergent, by seed."""
     at, body = {(row["data"], row["objective"], row["seed"]): row for row in rows}, []
     for kind, objective in itertools.product(DATA, OBJECTIVES[1:]):
-        pairs = [(at[kind, objective, seed], at[kind, "divergent", seed]) for d, o, seed in at if (d, o) == (kind, objective) and (kind, "divergent", seed) in at]
+        seeds = [seed for *cell, seed in at if cell == [kind, objective] and (kind, "divergent", seed) in at]
+        pairs = [(at[kind, objective, seed], at[kind, "divergent", seed]) for seed in seeds]
         names = ("accuracy", "loss", "ece", "length_given_reward", "margin_length")
         cells = [plus_minus([a[name] - b[name] for a, b in pairs]) if pairs and name in pairs[0][0] else "" for name in names]
         body += [[f"{kind}, `{objective}` (n = {len(pairs)})", *cells]] if pairs else []
@@ -433,40 +435,17 @@ def differences(rows: list[dict]) -> str:
 
 
 def plot(title: str, categories: list[str], groups: dict[str, list[list[float]]], lines: dict[str, list[float]] | None = None) -> str:
-    """Mean and standard error by category and group, as an SVG. groups[name][i]: the values of category i, maybe none.
+    """Mean and standard error by category and group, as the content of an .svg file. groups[name][i]: the values of category i, maybe none.
 
-    lines: reference marks, one number a category. Its own background, as a page's may be light or dark.
+    lines: points without an error beside them, one a category.
     """
-    slot, left, top, bottom = max(140, 440 // max(1, len(categories))), 60, 62, 250
-    width = slot * len(categories) + left + 10
-    points = [(i, g, *summary(values)) for g, row in enumerate(groups.values()) for i, values in enumerate(row) if values]
-    marks = [(i, y) for row in (lines or {}).values() for i, y in enumerate(row) if math.isfinite(y)]
-    ys = [y + s * (0 if math.isnan(e) else e) for _, _, y, e in points for s in (-1, 1)] + [y for _, y in marks] or [0, 1]
-    low, high = min(ys), max(ys)
-    step = 10 ** math.floor(math.log10((high - low) or 0.1))
-    step *= 1 if (high - low) / step > 4 else 0.5 if (high - low) / step > 1.6 else 0.2
-    low, high = math.floor(low / step) * step, max(math.ceil(high / step), math.floor(low / step) + 1) * step
+    series = []
+    for color, (name, row) in enumerate(groups.items()):
+        means, errors = zip(*(summary(values) if values else (None, 0.0) for values in row)) if row else ((), ())
+        series.append(Series(means, name=name, kind="point", color=color, error=[0.0 if math.isnan(error) else error for error in errors]))
+    series += [Series(row, name=name, kind="point", color=len(SERIES) - 1) for name, row in (lines or {}).items()]
+    return standalone(chart(series, title, categories=categories, size=(max(460, 155 * len(categories)), 260)))
 
-    def at(y):
-        return bottom - (y - low) / (high - low) * (bottom - top)
-
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 280" width="{width}" height="280" font-family="system-ui, sans-serif" font-size="12">',
-           "<style>.p{fill:#fff}.t{fill:#1d1f24}.g{stroke:#dcdcd8}.k0{color:#00756a}.k1{color:#b0357d}.k2{color:#2f6fb5}"
-           "@media(prefers-color-scheme:dark){.p{fill:#1d1e22}.t{fill:#e9eaee}.g{stroke:#3a3c43}.k0{color:#4cc4b0}.k1{color:#f08cc4}.k2{color:#7db4ee}}</style>",
-           f'<rect class="p" width="{width}" height="280"/><text class="t" x="10" y="20" font-weight="600">{escape(title)}</text>']
-    for k in range(round((high - low) / step) + 1):
-        y = low + k * step
-        out.append(f'<path class="g" d="M{left},{at(y):.1f}H{width - 10}"/><text class="t" x="{left - 6}" y="{at(y) + 4:.1f}" text-anchor="end">{round(y, 9):g}</text>')
-    out += [f'<text class="t" x="{left + slot * (i + 0.5)}" y="270" text-anchor="middle">{escape(name)}</text>' for i, name in enumerate(categories)]
-    keys = [*((name, f'<circle cx="0" cy="0" r="4" class="k{g}" fill="currentColor"/>') for g, name in enumerate(groups)),
-            *((name, '<path d="M-6,0H6" stroke="#8a8a90" stroke-width="2" stroke-dasharray="4 2"/>') for name in lines or ())]
-    for g, (name, key) in enumerate(keys):
-        out.append(f'<g transform="translate({18 + 95 * g} 40)">{key}<text class="t" x="10" y="4">{escape(name)}</text></g>')
-    out += [f'<path d="M{left + slot * i + 15},{at(y):.1f}h{slot - 30}" stroke="#8a8a90" stroke-width="2" stroke-dasharray="4 2"/>' for i, y in marks]
-    for i, g, y, error in points:
-        x, bar = left + slot * (i + 0.5) + 32 * (g - (len(groups) - 1) / 2), "" if math.isnan(error) else f"M0,{at(y + error) - at(y):.1f}V{at(y - error) - at(y):.1f}"
-        out.append(f'<g class="k{g}" transform="translate({x:.1f} {at(y):.1f})"><circle r="4" fill="currentColor"/><path d="{bar}" stroke="currentColor" stroke-width="2"/></g>')
-    return "\n".join(out) + "\n</svg>\n"
 
 
 def page(options):
@@ -477,17 +456,19 @@ def page(options):
     built_in, human = [kind for kind in seen if kind in DATA[:2]], [kind for kind in seen if kind in DATA[2:]]
 
     def values(kinds: list[str], name: str) -> dict[str, list[list[float]]]:
-        return {objective: [[row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)] for kind in kinds] for objective in OBJECTIVES}
+        return {objective: [[row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)] for kind in kinds]
+                for objective in OBJECTIVES}
 
     def by_length(kinds: list[str]) -> tuple[list[str], dict]:
         parts = [values([kind], f"accuracy_{side}") for kind in kinds for side in ("longer", "shorter")]
-        return [f"{kind}: {side}" for kind in kinds for side in ("longer", "shorter")], {name: [part[name][0] for part in parts] for name in OBJECTIVES}
+        names = [f"{kind}: {side}" for kind in kinds for side in ("longer", "shorter")]
+        return names, {objective: [part[objective][0] for part in parts] for objective in OBJECTIVES}
 
     ideal = [next((row["ideal"]["length_given_reward"] for row in rows if row["data"] == kind), math.nan) for kind in built_in]
     plots = {"length": ("Coefficient of length in the end score, given the true reward", built_in, values(built_in, "length_given_reward"),
-                        {"what the labels teach": ideal}),
+                        {"the labels": ideal}),
              "accuracy": ("Accuracy where the chosen response is the longer, and the shorter one", *by_length(built_in)),
-             "hh": ("hh-harmless: correlation of margin and difference of lengths", human, values(human, "margin_length"), {"none": [0.0] * len(human)}),
+             "hh": ("hh-harmless: correlation of margin and difference of lengths", human, values(human, "margin_length")),
              "loss": ("Eval loss of the end scores", seen, values(seen, "loss"))}
     options.docs.mkdir(exist_ok=True)
     for name, what in plots.items():
@@ -501,8 +482,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser("python -m extras.study", description="Does a loss that reads rewards at padding teach length?")
     programs = parser.add_subparsers(required=True, dest="program")
     count = train.number(int, 1)
-    for program, text in ((run, "train and measure the cells that are missing"), (features, "compute what hh-head needs"), (page, "write docs/study.md")):
-        one = programs.add_parser(program.__name__, help=text, allow_abbrev=False)
+    for program, what in ((run, "train and measure the cells that are missing"), (features, "compute what hh-head needs"), (page, "write docs/study.md")):
+        one = programs.add_parser(program.__name__, help=what, allow_abbrev=False)
         one.set_defaults(call=program)
         one.add_argument("--out", type=Path, required=True, metavar="DIR")
         if program is page:
@@ -514,7 +495,8 @@ def main(argv=None):
         if program is run:
             one.add_argument("--seeds", type=train.number(int, 0, 2**32 - 1), nargs="+", default=[1, 2, 3], help="(1 2 3)")
             one.add_argument("--steps", type=count, default=1000, help="optimizer steps on the built-in data (1000)")
-            one.add_argument("--only", nargs="+", metavar="CELL", help=f"DATA, DATA/OBJECTIVE or DATA/OBJECTIVE/SEED of {', '.join(DATA)}; {', '.join(OBJECTIVES)}")
+            one.add_argument("--only", nargs="+", metavar="CELL", help=f"DATA, DATA/OBJECTIVE or DATA/OBJECTIVE/SEED, of {', '.join(DATA)}; "
+                             f"{', '.join(OBJECTIVES)} (all)")
     one = programs.add_parser("convert", help="a GGUF file to a model directory in float32 (needs transformers and gguf)")
     one.set_defaults(call=convert)
     one.add_argument("gguf", type=Path)
