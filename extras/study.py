@@ -147,8 +147,8 @@ def head_of_stored_features(args, process, out: Path, pairs: int | None = None):
     path = args.model_name_or_path
     tokenizer = data.load_tokenizer(path, args.pad_id)
     sets = train.load_data(args, tokenizer, process)
-    for dataset in sets:
-        dataset.selected = dataset.selected[:pairs]
+    for dataset in sets:  # in the file's order, whatever the seed: the parts of the features are then the same
+        dataset.selected = dataset.selected[np.argsort(dataset.selected[:, 1])][:pairs]
     groups = [dataset[i] for dataset in sets for i in range(len(dataset))]
     hidden = stored_features(groups, path, tokenizer.pad_id, out / "features")
     sample = np.random.RandomState([args.seed, 316]).randint(len(sets[0]), size=len(sets[0]))
