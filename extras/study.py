@@ -15,6 +15,8 @@ A cell is DATA/OBJECTIVE/SEED. Objectives:
     end         --loss end: the two end scores alone
 Data:
     clean       the built-in data. Length says nothing that the other features of a response don't say.
+    late        the same with half of the remarks in front of the answer, to train and to evaluate on: a text may end before the other
+                one has said anything that counts. (The built-in data was like that before this study.)
     confounded  its training pairs with other labels (below); the eval pairs are those of `clean`, with their labels.
     hh-scratch  hh-harmless (--hh: train.jsonl.gz, eval.jsonl.gz), a gpt2 from scratch: README's "Real pairs", in one process
     hh-head     hh-harmless, a linear value head on a frozen SmolLM2-135M-Instruct, whose hidden states are computed once:
@@ -54,6 +56,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -66,7 +69,8 @@ import rm
 import train
 from extras.report import SERIES, Series, chart, standalone
 
-DATA, OBJECTIVES = ("clean", "confounded", "hh-scratch", "hh-head"), ("divergent", "shorter", "end")
+DATA, OBJECTIVES = ("clean", "late", "confounded", "hh-scratch", "hh-head"), ("divergent", "shorter", "end")
+BUILT_IN = DATA[:3]
 LENGTH_BONUS = 0.3  # reward of a word, in the confounded labels
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -92,6 +96,18 @@ def confounded(comparisons: Iterable[data.Comparison], seed: int) -> Iterator[da
         difference = reward_a - reward_b + LENGTH_BONUS * (words(a) - words(b))
         stays = rng.random() < 1 / (1 + math.exp(-difference))
         yield comparison if stays else data.Comparison(comparison.prompt, [b, a], [reward_b, reward_a])
+
+
+def late(comparisons: Iterable[data.Comparison], seed: int) -> Iterator[data.Comparison]:
+    """Pairs with known rewards, in which half of the remarks are moved in front of the answer; the rewards stay what they were."""
+    rng, remarks = random.Random(f"places {seed}"), list(itertools.chain(*data.TONES))
+    for comparison in comparisons:
+        responses = []
+        for response in comparison.responses:
+            remark = next((remark for remark in remarks if f" {remark}" in response), None)
+            moved = remark and rng.random() < 0.5
+            responses.append(f" {remark}" + response.replace(f" {remark}", "", 1) if moved else response)
+        yield replace(comparison, responses=responses)
 
 
 class StoredBackbone(nn.Module):
@@ -162,7 +178,7 @@ def flags_of(cell: str, options) -> list[str]:
     """train.py's flags for a cell; what is not said here is train.py's default."""
     kind, objective, seed = cell.split("/")
     flags = ["--seed", seed, "--loss", "end" if objective == "end" else "divergent", "--output_dir", str(options.out / cell), "--resume"]
-    if kind in ("clean", "confounded"):
+    if kind in BUILT_IN:
         return flags + ["--max_steps", str(options.steps)]
     flags += ["--data_path", f"{options.hh}/train.jsonl.gz", "--eval_path", f"{options.hh}/eval.jsonl.gz", "--max_seq_len", "256"]
     flags += ["--max_steps", str(options.hh_steps)] if options.hh_steps else []
@@ -178,17 +194,20 @@ def run_cell(cell: str, options) -> dict | None:
     ended, built_in = [], train.built_in_data
     with ExitStack() as replaced:
 
-        def replace(*what):
+        def instead(*what):
             replaced.enter_context(patch.object(*what))
 
-        replace(sys, "argv", ["train.py", *flags_of(cell, options)])
-        replace(train, "finish", lambda model, tokenizer, *rest: ended.append((model, tokenizer)))  # only a whole run comes there
+        instead(sys, "argv", ["train.py", *flags_of(cell, options)])
+        instead(train, "finish", lambda model, tokenizer, *rest: ended.append((model, tokenizer)))  # only a whole run comes there
         if objective == "shorter":
-            replace(rm, "divergent_region", shorter_region)
+            instead(rm, "divergent_region", shorter_region)
+        if kind == "late":
+            known = data.known_rewards
+            instead(data, "known_rewards", lambda seed: late(known(seed), seed))
         if kind == "confounded":
-            replace(train, "built_in_data", lambda args: confounded(built_in(args), args.seed))
+            instead(train, "built_in_data", lambda args: confounded(built_in(args), args.seed))
         if kind == "hh-head":
-            replace(train, "prepare", functools.partial(head_of_stored_features, out=options.out, pairs=options.hh_pairs))
+            instead(train, "prepare", functools.partial(head_of_stored_features, out=options.out, pairs=options.hh_pairs))
         for number in (signal.SIGTERM, signal.SIGINT):  # the loop takes them
             replaced.callback(signal.signal, number, signal.getsignal(number))
         args = train.parse_flags()
@@ -210,8 +229,8 @@ def run_cell(cell: str, options) -> dict | None:
 
 def measure(kind: str, model, tokenizer, args, options) -> dict:
     """The metrics of a trained model on the eval set, from its end scores."""
-    built_in = kind in ("clean", "confounded")
-    comparisons = itertools.islice(data.known_rewards(train.EVAL_SEED), train.BUILT_IN["eval_pairs"]) if built_in else \
+    built_in, known = kind in BUILT_IN, data.known_rewards(train.EVAL_SEED)
+    comparisons = itertools.islice(late(known, train.EVAL_SEED) if kind == "late" else known, train.BUILT_IN["eval_pairs"]) if built_in else \
         data.load_comparisons(options.hh / "eval.jsonl.gz")
     comparisons = list(comparisons)[: options.hh_pairs if kind == "hh-head" else None]
     groups = [data.tokenize(comparison, tokenizer, args.max_seq_len, args.truncation_side) for comparison in comparisons]
@@ -326,6 +345,7 @@ def convert(options):
 SAID = {
     "answer": "*(To be written: the answer in three sentences.)*",
     "clean": "*(To be written.)*",
+    "late": "*(To be written.)*",
     "confounded": "*(To be written.)*",
     "hh": "*(To be written.)*",
     "limits": "*(To be written: what this does not show.)*",
@@ -348,6 +368,13 @@ Loss is that of the end scores, `-logsigmoid(chosen - rejected)`, whatever was t
 {clean}
 
 ![accuracy by which one is longer](study-accuracy.svg)
+
+## Answers that may come late
+
+Half of the remarks stand in front of the answer, in training and evaluation. The true rewards are the same.
+
+{late_tables}
+{late}
 
 ## Training labels that like length
 
@@ -452,7 +479,7 @@ def page(options):
     if not rows:
         raise SystemExit(f"--out {options.out}: no results.jsonl there, or an empty one; `run` comes first")
     seen = [kind for kind in DATA if any(row["data"] == kind for row in rows)]
-    built_in, human = [kind for kind in seen if kind in DATA[:2]], [kind for kind in seen if kind in DATA[2:]]
+    built_in, human = [kind for kind in seen if kind in BUILT_IN], [kind for kind in seen if kind not in BUILT_IN]
 
     def values(kinds: list[str], name: str) -> dict[str, list[list[float]]]:
         return {objective: [[row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)] for kind in kinds]
@@ -472,7 +499,7 @@ def page(options):
     options.docs.mkdir(exist_ok=True)
     for name, what in plots.items():
         (options.docs / f"study-{name}.svg").write_text(plot(*what))
-    places = {f"{kind}_tables": tables(kind, rows) for kind in DATA[:2]} | {"hh_tables": "\n".join(tables(kind, rows) for kind in DATA[2:])}
+    places = {f"{kind}_tables": tables(kind, rows) for kind in BUILT_IN} | {"hh_tables": "\n".join(tables(kind, rows) for kind in DATA[3:])}
     (options.docs / "study.md").write_text(PAGE.format(bonus=LENGTH_BONUS, differences=differences(rows), **SAID, **places))
     print(f"{options.docs}/study.md, of {len(rows)} cells")
 

@@ -56,6 +56,20 @@ def test_confounded_pairs_are_the_same_pairs_and_a_word_weighs_as_tone_does():
     assert study.LENGTH_BONUS * np.std(words) == pytest.approx(np.std(list(data.TONE_REWARD.values())), rel=0.05)
 
 
+def test_late_pairs_have_half_of_the_remarks_in_front_and_the_same_sentences():
+    pairs = list(itertools.islice(data.known_rewards(3), 2000))
+    moved = list(study.late(pairs, seed=5))
+    assert moved == list(study.late(pairs, seed=5)) != list(study.late(pairs, seed=6))
+    remarks, in_front = tuple(f" {remark}" for remark in itertools.chain(*data.TONES)), []
+    for a, b in zip(pairs, moved):
+        assert (a.prompt, a.rewards) == (b.prompt, b.rewards)
+        for before, after in zip(a.responses, b.responses):
+            assert sorted(before.split()) == sorted(after.split()) and not before.startswith(remarks)
+            in_front += [after.startswith(remarks)] * any(remark in before for remark in remarks)
+            assert in_front and in_front[-1] or after == before
+    assert abs(sum(in_front) - len(in_front) / 2) < 4 * math.sqrt(len(in_front)) / 2
+
+
 def test_features_of_a_response_give_its_reward():
     for pair in itertools.islice(data.known_rewards(1), 500):
         for response, reward in zip(pair.responses, pair.rewards):
@@ -122,7 +136,7 @@ def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch
     study.main(["run", "--out", str(tmp_path), "--only", "clean/end", "hh-head/shorter/2"])
     assert ran == ["clean/end/1", "clean/end/2", "clean/end/3", "hh-head/shorter/2"]
     study.main(["run", "--out", str(tmp_path)])
-    assert len(ran) == len(set(ran)) == 36
+    assert len(ran) == len(set(ran)) == 45
     study.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
     text = (tmp_path / "docs" / "study.md").read_text()
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -130,7 +144,7 @@ def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch
         for name in set(METRICS) & set(rows[-1] if kind.startswith("hh") else rows[0]):
             values = [row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)]
             assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1) / math.sqrt(3):.4f}" in text
-    assert text.count("(n = 3)") == 4 * 3 * 2 + 8 and all(said in text for said in study.SAID.values())
+    assert text.count("(n = 3)") == 5 * 3 * 2 + 10 and all(said in text for said in study.SAID.values())
     plots = sorted((tmp_path / "docs").glob("*.svg"))
     assert len(plots) == 4 and all(plot.name in text and ElementTree.parse(plot).getroot().tag.endswith("svg") for plot in plots)
 
