@@ -117,9 +117,9 @@ def parse_flags():
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", metavar="DIR", help="a pre-trained model (default: from scratch, by the next five)")
     flag("--model_type", choices=list(FAMILIES), help="(llama)")
-    flag("--n_layer", type=size, help="(4)")
+    flag("--n_layer", type=size, help="(2)")
     flag("--n_head", type=size, help="(4)")
-    flag("--n_embd", type=size, help="(96)")
+    flag("--n_embd", type=size, help="(128)")
     flag("--vocab_size", type=number(int, 300, 2**24), help="at most; a small text supports fewer pieces (8000)")
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="(0)")
     flag("--lora_dim", type=number(int, 0, 2**16), default=0, help="rank of the LoRA beside linear layers; merged on saving (0: none)")
@@ -138,11 +138,11 @@ def parse_flags():
          help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference; without dropout the same numbers (packed)")
     flag("--micro_batch_tokens", type=count, help="tokens computed on at once, by each process; a step of more is cut into micro-batches, "
          "to the same result (2 x per_device_train_batch_size x max_seq_len)")
-    flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
+    flag("--learning_rate", type=positive, help="(5e-5; from scratch 1e-3)")
     flag("--weight_decay", type=number(float, 0), default=0.0, help="on matrices only (0)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(1.0)")
     flag("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="(cosine)")
-    flag("--num_warmup_steps", type=number(int, 0), default=0, help="optimizer steps (0)")
+    flag("--num_warmup_steps", type=number(int, 0), help="optimizer steps (0; built-in data: a twentieth)")
     flag("--num_train_epochs", type=count, default=1, help="(1)")
     flag("--max_steps", type=count, help=f"optimizer steps, in place of epochs (built-in data: {BUILT_IN['max_steps']})")
     flag("--eval_interval", type=number(int, 0), default=0, help="optimizer steps between evaluations (0: only before and after)")
@@ -170,7 +170,7 @@ def parse_flags():
     args = parser.parse_args()
     args.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun started the processes again, after a failure
 
-    scratch = dict(model_type="llama", n_layer=4, n_head=4, n_embd=96, vocab_size=8000)
+    scratch = dict(model_type="llama", n_layer=2, n_head=4, n_embd=128, vocab_size=8000)
     for name, default in scratch.items():
         if args.model_name_or_path and getattr(args, name) is not None:
             parser.error(f"argument --{name}: found beside --model_name_or_path, whose config.json decides this; give one of them")
@@ -192,10 +192,12 @@ def parse_flags():
         parser.error("argument --eval_path: found without --data_path; the built-in data has its own eval set")
     if args.per_device_train_batch_size is None:
         args.per_device_train_batch_size = 16 if args.data_path else BUILT_IN["train_batch_size"]
+    if args.num_warmup_steps is None:
+        args.num_warmup_steps = 0 if args.data_path else (args.max_steps or BUILT_IN["max_steps"]) // 20
     if args.micro_batch_tokens is None:
         args.micro_batch_tokens = 2 * args.per_device_train_batch_size * args.max_seq_len
     if args.learning_rate is None:
-        args.learning_rate = 5e-5 if args.model_name_or_path else 2e-3
+        args.learning_rate = 5e-5 if args.model_name_or_path else 1e-3
     return args
 
 
