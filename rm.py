@@ -11,7 +11,8 @@
 
     python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]
 
-scores the responses in FILE: comparisons in any format of data.py, or rows {"prompt": ..., "response": ...}.
+scores the responses in FILE: comparisons in any format of data.py, or rows {"prompt": ..., "response": ...}. With --show
+or --html page.html it shows them instead, token by token, and how their loss comes about (extras/report.py).
 
     python rm.py convert CHECKPOINT DIRECTORY --layout hf
 
@@ -464,16 +465,24 @@ def score_program(argv: list[str]):
     parser.add_argument("checkpoint", help="a directory with a trained reward model and its tokenizer")
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
+    parser.add_argument("--html", help="write a page that shows the comparisons token by token; without --out no scores are written")
+    parser.add_argument("--show", action="store_true", help="print the same, in place of scores; NO_COLOR=1 in the environment: without colours")
+    parser.add_argument("--rows", type=int, help="of these two: how many rows of the file to compute and show (100)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="how: padded is the reference (packed)")
     parser.add_argument("--max_seq_len", type=int, help="longer sequences are truncated (default: what the model has positions for)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
-    if args.out and (Path(args.out).is_dir() or not Path(args.out).absolute().parent.is_dir()):
-        parser.error(f"argument --out: found {args.out}; expected a file in a directory that exists")
-    if args.out and Path(args.out).resolve() == Path(args.file).resolve():
-        parser.error(f"argument --out: found {args.out}, which is the file to score; give another")
+    for flag, target in (("--out", args.out), ("--html", args.html)):
+        if target and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
+            parser.error(f"argument {flag}: found {target}; expected a file in a directory that exists")
+        if target and Path(target).resolve() == Path(args.file).resolve():
+            parser.error(f"argument {flag}: found {target}, which is the file to score; give another")
+    if args.html and args.out and Path(args.html).resolve() == Path(args.out).resolve():
+        parser.error(f"argument --html: found {args.html}, which is that of --out; give another")
+    if args.rows is not None and not (args.rows >= 1 and (args.html or args.show)):
+        parser.error(f"argument --rows: found {args.rows}; expected 1 or more, and --html or --show")
     model = trained_model(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
     rows = model.backbone.config.vocab_size
@@ -483,6 +492,18 @@ def score_program(argv: list[str]):
     max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
     if not 2 <= max_seq_len <= longest:
         parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has")
+    if args.html or args.show:
+        try:
+            from extras import report
+        except ImportError:
+            raise ValueError("--html and --show need extras/report.py, which is not there; put it beside rm.py, or leave them out") from None
+        shown = report.scored_rows(model, tokenizer, args.file, args.rows or 100, max_seq_len)
+        if args.html:
+            report.comparisons_page(args.html, shown, args.file, args.checkpoint, max_seq_len)
+        if args.show:
+            report.show(shown, sys.stdout, colors=not os.environ.get("NO_COLOR"))
+        if not args.out:
+            return
     margins = []
     comparisons = load_comparisons(args.file, min_responses=1)
     unfinished = args.out and args.out + ".part"  # so that an --out of before stays until there is a whole new one

@@ -760,7 +760,7 @@ def read(prompt: str, response: str) -> tuple[str, str, int, str]:
     question = re.fullmatch(r"\n\nHuman: (.*)\n\nAssistant:", prompt)[1]
     remarks = [remark for remark in REMARKS if remark in response]
     rambles = [ramble for ramble in data.RAMBLES if ramble in response]
-    assert not remarks or response.startswith(" " + remarks[0]) or response.endswith(" " + remarks[0])
+    assert not remarks or not response.startswith(" " + remarks[0])
     for sentence in remarks + rambles:
         response = response.replace(" " + sentence, "", 1)
     answered, answer, true = STATEMENTS[response[1:]]  # nothing else is left

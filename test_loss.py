@@ -324,6 +324,29 @@ def test_input_ids_of_another_shape_or_kind_are_refused(ids):
         pairwise_loss(ids, torch.zeros(ids.shape), pad_id=0)
 
 
+def test_readme_works_a_pair_by_hand():
+    """Its table, read and computed again: the ids are numbers of the words, and the padding is 0."""
+    text = (Path(__file__).parent / "README.md").read_text()
+    table = {cells[0]: cells[1:] for line in text.splitlines() if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] in (
+        "chosen", "rejected", "reward, chosen", "reward, rejected", "difference", "-logsigmoid(difference)")}
+    words = {"padding": 0}
+    ids = torch.tensor([[words.setdefault(word, len(words)) for word in table[row]] for row in ("chosen", "rejected")])
+    rewards = torch.tensor([[float(number) for number in table[row]] for row in ("reward, chosen", "reward, rejected")], dtype=torch.float64)
+    out = pairwise_loss(ids, rewards, pad_id=0)
+    numbers = {name: [number and float(number) for number in table[name]] for name in ("difference", "-logsigmoid(difference)")}
+    difference = (rewards[0] - rewards[1]).tolist()
+    region = [t for t, number in enumerate(numbers["difference"]) if number != ""]
+    assert region == list(range(*divergent_region([i for i in ids[0].tolist() if i], ids[1].tolist()))) == [3, 4, 5, 6]
+    for t in region:
+        assert numbers["difference"][t] == pytest.approx(difference[t], abs=1e-12)
+        assert numbers["-logsigmoid(difference)"][t] == pytest.approx(math.log1p(math.exp(-difference[t])), abs=5e-5)
+    assert re.search(r"the mean of the four: \*\*(.*?)\*\*", text)[1] == f"{out['loss']:.4f}"
+    chosen, rejected = out["chosen_mean_scores"].item(), out["rejected_mean_scores"].item()
+    assert f"{chosen} for the chosen response, at its end; {rejected} for the rejected one" in text
+    probability = 1 / (1 + math.exp(rejected - chosen))
+    assert f"sigmoid({chosen} - {rejected}) = **{probability:.4f}**" in text
+
+
 def test_readme_points_at_lines_that_exist():
     """The table of the six steps names functions of rm.py and comments in it; each step of the loop has one such line."""
     here = Path(__file__).parent

@@ -254,7 +254,7 @@ def test_metrics_of_a_run(built_in_run):
     assert set(events["eval"][0]) == {"event", "step", "loss", "accuracy", "chosen_score", "rejected_score", "margin", "ece", "pairs",
                                       "dropped", "bayes_accuracy", "probability_error"}
     assert all(event["pairs"] == 32 and 64 < event["tokens"] < 64 * 48 for event in events["step"])
-    assert [event["lr"] for event in events["step"]] == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
+    assert [event["lr"] for event in events["step"]] == pytest.approx([1e-3 * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)])
 
 
 def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_run):
@@ -263,6 +263,7 @@ def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_
     assert f"{events['eval'][0]['accuracy']:.4f} before, {events['eval'][-1]['accuracy']:.4f} after" in accuracy
     assert f"{events['eval'][-1]['bayes_accuracy']:.4f}" in accuracy
     assert re.search(r"of 128 eval responses' scores with their true rewards: -?0\.\d{4}$", done.stdout, re.M)
+    assert (HERE / "extras").exists() == (f"{output_dir}/report.html" in place) == (output_dir / "report.html").exists()
     assert str(output_dir) in place and f"python rm.py {output_dir} " in how
 
 
@@ -323,7 +324,7 @@ def test_run_by_hand(monkeypatch, tmp_path):
     rows, held_out = write_rows(tmp_path / "rows.jsonl", 20), write_rows(tmp_path / "held_out.jsonl", 2, seed=9)
     arguments = ["--data_path", rows, "--eval_path", held_out, "--per_device_train_batch_size", 8, "--max_steps", 5, "--learning_rate", 1e-2,
                  "--lr_scheduler_type", "linear", "--num_warmup_steps", 2, "--weight_decay", 0.5, "--max_grad_norm", 0.05,
-                 "--truncation_side", "right", "--max_seq_len", 24, "--seed", 5]
+                 "--truncation_side", "right", "--max_seq_len", 20, "--seed", 5]
     _, events = train_ok(tmp_path / "out", *arguments)
     tokenizer = data.load_tokenizer(tmp_path / "out")
     args = flags(monkeypatch, *arguments)
@@ -336,10 +337,10 @@ def test_run_by_hand(monkeypatch, tmp_path):
     comparisons = list(data.load_comparisons(rows))
     order = np.arange(20)  # the whole file is the default share, in DeepSpeed-Chat's order
     np.random.RandomState(5).shuffle(order)
-    pairs = [[([tokenizer.bos_id] + tokenizer.encode(comparisons[i].prompt + response) + [tokenizer.eos_id])[:24]
+    pairs = [[([tokenizer.bos_id] + tokenizer.encode(comparisons[i].prompt + response) + [tokenizer.eos_id])[:20]
               for response in comparisons[i].responses] for i in order]
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]  # cut at 24 tokens, some are identical
-    assert 16 < len(pairs) < 20 and max(len(ids) for pair in pairs for ids in pair) == 24
+    pairs = [pair for pair in pairs if pair[0] != pair[1]]  # cut at 20 tokens, some are identical
+    assert 16 < len(pairs) < 20 and max(len(ids) for pair in pairs for ids in pair) == 20
     epochs = [np.random.RandomState([5, epoch]).permutation(len(pairs)) for epoch in (0, 1)]
     batches = [epoch[start : start + 8] for epoch in epochs for start in (0, 8, 16)]
     for batch, event in zip(batches, events["step"]):
@@ -995,7 +996,7 @@ def test_longer_run_with_a_constant_schedule_goes_on_where_the_shorter_one_ended
 
 @pytest.mark.parametrize("other, words", [
     (["--seed", "5"], "--seed was 1234 and is 5"),
-    (["--learning_rate", "1e-3"], "--learning_rate was 0.002 and is 0.001"),
+    (["--learning_rate", "2e-3"], "--learning_rate was 0.001 and is 0.002"),
     (["--weight_decay", "0.1"], "--weight_decay"),
     (["--max_grad_norm", "2"], "--max_grad_norm"),
     (["--lr_scheduler_type", "linear"], "--lr_scheduler_type was 'cosine' and is 'linear'"),

@@ -21,7 +21,7 @@ from __future__ import annotations  # the loop comes first, and what it uses bel
 
 import argparse
 import functools
-import importlib.util
+import importlib
 import itertools
 import json
 import math
@@ -118,9 +118,9 @@ def parse_flags():
     flag = parser.add_argument_group("model").add_argument
     flag("--model_name_or_path", metavar="DIR", help="a pre-trained model (default: from scratch, by the next five)")
     flag("--model_type", choices=list(FAMILIES), help="(llama)")
-    flag("--n_layer", type=size, help="(4)")
+    flag("--n_layer", type=size, help="(2)")
     flag("--n_head", type=size, help="(4)")
-    flag("--n_embd", type=size, help="(96)")
+    flag("--n_embd", type=size, help="(128)")
     flag("--vocab_size", type=number(int, 300, 2**24), help="at most; a small text supports fewer pieces (8000)")
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="(0)")
     flag("--lora_dim", type=number(int, 0, 2**16), default=0, help="rank of the LoRA beside linear layers; merged on saving (0: none)")
@@ -136,12 +136,13 @@ def parse_flags():
     flag("--center_rewards_coefficient", type=number(float, 0), default=0.0, help="weight of the squared sum of a pair's end scores (0)")
     flag("--layout", choices=("packed", "padded"), default="packed",
          help="packed: no padding, a shared prompt once; padded: rows of pairs, the reference; without dropout the same numbers (packed)")
-    flag("--micro_batch_tokens", type=count, help="computed on at once; more of them are cut (2 x per_device_train_batch_size x max_seq_len)")
-    flag("--learning_rate", type=positive, help="(5e-5; from scratch 2e-3)")
+    flag("--micro_batch_tokens", type=count, help="tokens computed on at once, by each process; a step of more is cut into micro-batches, "
+         "to the same result (2 x per_device_train_batch_size x max_seq_len)")
+    flag("--learning_rate", type=positive, help="(5e-5; from scratch 1e-3)")
     flag("--weight_decay", type=number(float, 0), default=0.0, help="on matrices only (0)")
     flag("--max_grad_norm", type=positive, default=1.0, help="(1.0)")
     flag("--lr_scheduler_type", choices=SCHEDULES, default="cosine", help="(cosine)")
-    flag("--num_warmup_steps", type=number(int, 0), default=0, help="optimizer steps (0)")
+    flag("--num_warmup_steps", type=number(int, 0), help="optimizer steps (0; built-in data: a twentieth)")
     flag("--num_train_epochs", type=count, default=1, help="(1)")
     flag("--max_steps", type=count, help=f"optimizer steps, in place of epochs (built-in data: {BUILT_IN['max_steps']})")
     flag("--eval_interval", type=number(int, 0), default=0, help="optimizer steps between evaluations (0: only before and after)")
@@ -170,7 +171,7 @@ def parse_flags():
     args = parser.parse_args()
     args.resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun started the processes again, after a failure
 
-    scratch = dict(model_type="llama", n_layer=4, n_head=4, n_embd=96, vocab_size=8000)
+    scratch = dict(model_type="llama", n_layer=2, n_head=4, n_embd=128, vocab_size=8000)
     for name, default in scratch.items():
         if args.model_name_or_path and getattr(args, name) is not None:
             parser.error(f"argument --{name}: found beside --model_name_or_path, whose config.json decides this; give one of them")
@@ -190,10 +191,12 @@ def parse_flags():
             parser.error(f"argument --{name}: found {found}")
     if args.per_device_train_batch_size is None:
         args.per_device_train_batch_size = 16 if args.data_path else BUILT_IN["train_batch_size"]
+    if args.num_warmup_steps is None:
+        args.num_warmup_steps = 0 if args.data_path else (args.max_steps or BUILT_IN["max_steps"]) // 20
     if args.micro_batch_tokens is None:
         args.micro_batch_tokens = 2 * args.per_device_train_batch_size * args.max_seq_len
     if args.learning_rate is None:
-        args.learning_rate = 5e-5 if args.model_name_or_path else 2e-3
+        args.learning_rate = 5e-5 if args.model_name_or_path else 1e-3
     return args
 
 
@@ -454,8 +457,8 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
         print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
-        if importlib.util.find_spec("extras.report"):  # without extras/ there is no page
-            extra("report", "").run_page(output_dir / "report.html", events, vars(args), *(numbers[name] for name in ("chosen", "rejected", "true_margin")))
+        if has_report := Path(__file__).with_name("extras").joinpath("report.py").exists():
+            extra("report", "").run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
     if numbers["rewards"]:
         print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
@@ -463,7 +466,7 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
     if skipped:
         print(f"{skipped} steps were left out, as their gradients were too large for fp16")
     print(f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
-          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl\n"
+          f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl{f'   page: {args.output_dir}/report.html' if has_report else ''}\n"
           f"score with it: python rm.py {args.output_dir} FILE.jsonl")
 
 
@@ -723,7 +726,7 @@ def open_output(model: RewardModel, args, step: int, process: Process):
     """
     path, metrics, metrics_file, events = Path(args.output_dir), Path(args.output_dir) / "metrics.jsonl", None, []
     # Checkpoints go first: what is left, should this be interrupted, is not taken for a run to go on with.
-    names = ("checkpoints", "metrics.jsonl", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
+    names = ("checkpoints", "metrics.jsonl", "report.html", "config.json", *WEIGHT_FILES, *(index_of(Path(name)) for name in WEIGHT_FILES),
              *data.TOKENIZER_FILES, *data.CONFIG_FILES, "merges.txt")
     try:
         if process.rank == 0:
