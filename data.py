@@ -507,7 +507,7 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
         if len(rows) == 0:
             raise nothing_left(path, bad_rows)
         if len(sequences) == 1:
-            raise ValueError(f"{path}: in all {len(rows)} rows the responses are identical (at --max_seq_len {max_seq_len}); some must differ")
+            raise ValueError(f"{path}: in all {len(rows)} rows the responses are identical (--max_seq_len {max_seq_len}); some must differ")
         if file_hash(path) != content:
             raise ValueError(f"{path}: was changed while it was read; start again when it is complete")
         np.save(directory / "sequences.npy", sequences)
@@ -705,7 +705,7 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
     ids, positions = ({name: [] for name in layout} for _ in range(2))
     for i, group in enumerate(token_groups):
         if len(group) < min_responses or not all(group):
-            raise ValueError(f"comparison {i}: {len(group)} sequences, of {[*map(len, group)]} tokens; expected {min_responses} or more, none empty")
+            raise ValueError(f"comparison {i}: {len(group)} sequences of {[*map(len, group)]} tokens; expected at least {min_responses}, none empty")
         trunk, longest = trunk_length(group), max(map(len, group))
         parts = [("trunks", group[0][:trunk], 0)]
         for sequence in group:
