@@ -751,12 +751,12 @@ def known_rewards(seed: int) -> Iterator[Comparison]:
     """An endless stream of comparisons of two responses whose true rewards are known; the same for the same seed.
 
     A prompt asks for one of 18 facts. A response states the fact, a wrong answer of the same kind, or another fact that
-    was not asked for; behind that it may carry a polite or a rude remark, and may ramble for a sentence. Its true reward is
+    was not asked for; then it may carry a polite or a rude remark, and then it may ramble for a sentence. Its true reward is
     the sum of QUALITY_REWARD, TONE_REWARD, and RAMBLE_REWARD where it rambles. Of the two, `responses[0]` is drawn with
     probability sigmoid(difference of their true rewards): Bradley & Terry (1952).
 
-    No remark stands in front of the answer: a loss that compares a text that has ended with one that has yet to answer would
-    have no right reward to find (docs/study.md).
+    The order is always the same: a loss that compares a text that has ended with one that has yet to answer would have no right
+    reward to find (docs/study.md).
     """
     rng = random.Random(seed)
     while True:
@@ -783,6 +783,6 @@ def write_response(rng: random.Random, kind, subject: str) -> tuple[str, float]:
     sentences = [kind[1].format(subject, answer), *([rng.choice(RAMBLES)] if rambles else [])]
     if tone != "neutral":
         remark = rng.choice(TONES)[tone == "rude"]
-        sentences.insert(rng.choice((1, len(sentences))), remark)
+        sentences.insert(1, remark)
     reward = QUALITY_REWARD[quality] + TONE_REWARD[tone] + RAMBLE_REWARD * rambles
     return " " + " ".join(sentences), round(reward, 6)  # rounded, so that equal sums are equal numbers

@@ -757,12 +757,12 @@ def words(text: str) -> list[str]:
 
 def read(prompt: str, response: str) -> tuple[str, str, int, str]:
     """(quality, tone, number of rambling sentences, answer), from the text alone."""
-    question = re.fullmatch(r"\n\nHuman: (.*)\n\nAssistant:", prompt)[1]
+    question, whole = re.fullmatch(r"\n\nHuman: (.*)\n\nAssistant:", prompt)[1], response
     remarks = [remark for remark in REMARKS if remark in response]
     rambles = [ramble for ramble in data.RAMBLES if ramble in response]
-    assert not remarks or not response.startswith(" " + remarks[0])
     for sentence in remarks + rambles:
         response = response.replace(" " + sentence, "", 1)
+    assert whole == " ".join([response, *remarks, *rambles])  # in this order
     answered, answer, true = STATEMENTS[response[1:]]  # nothing else is left
     assert true or answered == question  # what is off topic is true
     quality = "off topic" if answered != question else "right" if true else "wrong"

@@ -324,7 +324,7 @@ def test_run_by_hand(monkeypatch, tmp_path):
     rows, held_out = write_rows(tmp_path / "rows.jsonl", 20), write_rows(tmp_path / "held_out.jsonl", 2, seed=9)
     arguments = ["--data_path", rows, "--eval_path", held_out, "--per_device_train_batch_size", 8, "--max_steps", 5, "--learning_rate", 1e-2,
                  "--lr_scheduler_type", "linear", "--num_warmup_steps", 2, "--weight_decay", 0.5, "--max_grad_norm", 0.05,
-                 "--truncation_side", "right", "--max_seq_len", 20, "--seed", 5]
+                 "--truncation_side", "right", "--max_seq_len", 21, "--seed", 5]
     _, events = train_ok(tmp_path / "out", *arguments)
     tokenizer = data.load_tokenizer(tmp_path / "out")
     args = flags(monkeypatch, *arguments)
@@ -337,10 +337,10 @@ def test_run_by_hand(monkeypatch, tmp_path):
     comparisons = list(data.load_comparisons(rows))
     order = np.arange(20)  # the whole file is the default share, in DeepSpeed-Chat's order
     np.random.RandomState(5).shuffle(order)
-    pairs = [[([tokenizer.bos_id] + tokenizer.encode(comparisons[i].prompt + response) + [tokenizer.eos_id])[:20]
+    pairs = [[([tokenizer.bos_id] + tokenizer.encode(comparisons[i].prompt + response) + [tokenizer.eos_id])[:21]
               for response in comparisons[i].responses] for i in order]
-    pairs = [pair for pair in pairs if pair[0] != pair[1]]  # cut at 20 tokens, some are identical
-    assert 16 < len(pairs) < 20 and max(len(ids) for pair in pairs for ids in pair) == 20
+    pairs = [pair for pair in pairs if pair[0] != pair[1]]  # cut at 21 tokens, some are identical
+    assert 16 < len(pairs) < 20 and max(len(ids) for pair in pairs for ids in pair) == 21
     epochs = [np.random.RandomState([5, epoch]).permutation(len(pairs)) for epoch in (0, 1)]
     batches = [epoch[start : start + 8] for epoch in epochs for start in (0, 8, 16)]
     for batch, event in zip(batches, events["step"]):

@@ -16,7 +16,7 @@ A cell is DATA/OBJECTIVE/SEED. Objectives:
 Data:
     clean       the built-in data. Length says nothing that the other features of a response don't say.
     late        the same with half of the remarks in front of the answer, to train and to evaluate on: a text may end before the other
-                one has said anything that counts. (The built-in data was like that before this study.)
+                one has said anything that counts.
     confounded  its training pairs with other labels (below); the eval pairs are those of `clean`, with their labels.
     hh-scratch  hh-harmless (--hh: train.jsonl.gz, eval.jsonl.gz), a gpt2 from scratch: README's "Real pairs", in one process
     hh-head     hh-harmless, a linear value head on a frozen SmolLM2-135M-Instruct, whose hidden states are computed once:
