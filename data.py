@@ -705,7 +705,7 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
     ids, positions = ({name: [] for name in layout} for _ in range(2))
     for i, group in enumerate(token_groups):
         if len(group) < min_responses or not all(group):
-            raise ValueError(f"comparison {i}: {len(group)} sequences of {[*map(len, group)]} tokens; expected at least {min_responses}, none empty")
+            raise ValueError(f"comparison {i}: {len(group)} sequences of {[*map(len, group)]} tokens; expected {min_responses} or more, none empty")
         trunk, longest = trunk_length(group), max(map(len, group))
         parts = [("trunks", group[0][:trunk], 0)]
         for sequence in group:
