@@ -61,6 +61,7 @@ TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer is trained on at most so much t
 SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said at every checkpoint of a single process
+EXTRAS = {"dry_run": "dry_run", "lora": "lora_dim", "normalize": "normalize_rewards", "tensorboard": "enable_tensorboard"}  # file: flag
 LONGEST_STREAK = 25  # of steps skipped in fp16: the scaler has then gone from 65536 to 0.002, so it is not the scale
 
 
@@ -200,12 +201,12 @@ def parse_flags():
     return args
 
 
-def extra(name: str, flag: str):
+def extra(name: str):
     """The module in extras/ that a flag asks for."""
     try:
         return importlib.import_module(f"extras.{name}")
     except ModuleNotFoundError:
-        raise ValueError(f"{flag}: needs extras/{name}.py, which is not there; put it beside train.py, or leave the flag out") from None
+        raise ValueError(f"--{EXTRAS[name]}: needs extras/{name}.py, which is not there; put it beside train.py, or leave the flag out") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -225,7 +226,7 @@ def run(args, process: Process):
     metrics_file, is_evaluated = open_output(model, args, done, process)
     tensorboard = None
     if args.enable_tensorboard and process.rank == 0:
-        tensorboard = extra("tensorboard", "--enable_tensorboard").Writer(args.tensorboard_path, done)
+        tensorboard = extra("tensorboard").Writer(args.tensorboard_path, done)
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
     trained = distribute(model, args, process)
@@ -454,11 +455,11 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
     evaluations = [event for event in events if event["event"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
     if args.normalize_rewards:
-        print(extra("normalize", "--normalize_rewards").normalize(model, numbers["scores"]))
+        print(extra("normalize").normalize(model, numbers["scores"]))
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
         if has_report := Path(__file__).with_name("extras").joinpath("report.py").exists():
-            extra("report", "").run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
+            extra("report").run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
     if numbers["rewards"]:
         print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
@@ -476,7 +477,7 @@ def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
     if process.rank != 0:
         return model
     if args.lora_dim:
-        state = extra("lora", "--lora_dim").merge(state)
+        state = extra("lora").merge(state)
     with torch.device("meta"):
         plain = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
     plain.load_state_dict(state, assign=True)
@@ -620,7 +621,7 @@ def set_up(model: RewardModel, args) -> int:
     model.backbone.config.dropout = args.dropout
     model.objective = {"loss": args.loss, "center_rewards_coefficient": args.center_rewards_coefficient}
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
-    return extra("lora", "--lora_dim").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora) if args.lora_dim else 0
+    return extra("lora").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora) if args.lora_dim else 0
 
 
 def new_tokenizer(args) -> data.Tokenizer:
@@ -974,8 +975,11 @@ def lost_process(error: BaseException) -> bool:
 def main():
     args, complaint = parse_flags(), None
     try:
+        for name, flag in EXTRAS.items():
+            if getattr(args, flag):
+                extra(name)  # before anything is read
         if args.dry_run:
-            report = extra("dry_run", "--dry_run").report
+            report = extra("dry_run").report
             if os.environ.get("RANK", "0") == "0":
                 print(report(args, int(os.environ.get("WORLD_SIZE", 1))))
             return

@@ -1,14 +1,15 @@
 """The numbers of metrics.jsonl for TensorBoard (`train.py --enable_tensorboard`): step/loss, step/lr, eval/accuracy and so on."""
 
+try:
+    from torch.utils.tensorboard import SummaryWriter
+except ImportError:
+    raise ValueError("--enable_tensorboard: needs `pip install tensorboard`") from None
+
 
 class Writer:
     """Writes events of metrics.jsonl into a directory, to go on after step `done`: what stands there of later steps is hidden."""
 
     def __init__(self, directory: str, done: int = 0):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError("--enable_tensorboard: needs `pip install tensorboard`") from None
         try:
             self.writer = SummaryWriter(directory, purge_step=done + 1 if done else None)
         except OSError as error:

@@ -206,7 +206,7 @@ def test_a_token_has_its_place_its_name_and_its_mark(page):
     row = rows_of(page)[0]
     assert "⟨bos⟩" in row.of_class("prompt")[0].text()
     chosen, rejected = row.of_class("text")[1:]
-    assert re.search(r"is◆ .*\.⟨eos⟩■⟨pad⟩·+$", chosen.text()) and re.search(r"is◆ .*\.⟨eos⟩■$", rejected.text())
+    assert re.search(r" is( ◆|◆ ).*\.⟨eos⟩■⟨pad⟩·+$", chosen.text()) and re.search(r" is( ◆|◆ ).*\.⟨eos⟩■$", rejected.text())
     ends = [len(text.having("title")) - len(text.of_class("mark")) for text in (chosen, rejected)]
     assert ends[0] == ends[1] == int(row.having("data-stop")[0].attributes["data-stop"]) - len(row.of_class("prompt")[0].having("title"))
     lines = [path.attributes["d"].count(",") for path in row.all(lambda node: node.tag == "path")]

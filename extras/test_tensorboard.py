@@ -44,5 +44,7 @@ def test_missing_package_and_bad_path_are_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--tensorboard_path .*file: cannot be written to"):
         Writer(str(tmp_path / "file"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(ValueError, match="--enable_tensorboard: needs `pip install tensorboard`"):
-        Writer(str(tmp_path / "board"))
+    monkeypatch.delitem(sys.modules, "extras.tensorboard")
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data_path", "missing.jsonl", "--enable_tensorboard"])
+    with pytest.raises(SystemExit, match="train.py: error: --enable_tensorboard: needs `pip install tensorboard`"):
+        train.main()
