@@ -617,8 +617,8 @@ def run_page(path, events: list[dict], flags: dict, chosen: list[float], rejecte
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
     best = [(last["bayes_accuracy"], "best possible (Bayes-optimal)")] if finite(last.get("bayes_accuracy")) else []
     charts = [
-        chart([Series(*reversed(thinned(at, losses)), "a step", color=0, style="thin"),
-               Series(*reversed(thinned(at[window - 1 :], smooth)), f"mean of {window} steps"),
+        chart([Series(*reversed(thinned(at, losses)), "a step", color=0, style="thin" if window > 1 else ""),
+               *([Series(*reversed(thinned(at[window - 1 :], smooth)), f"mean of {window} steps")] if window > 1 else []),
                *evaluated("loss", "evaluation")], "Loss", "step"),
         chart(evaluated("accuracy"), "Accuracy in evaluation", "step", hlines=best),
         histogram({"chosen": chosen, "rejected": rejected}, "End scores", "reward at the last token"),
