@@ -173,7 +173,7 @@ def parse_row(row, min_responses: int = 2) -> Comparison:
     if margin is not None and len(responses) != 2:
         raise ValueError(f"margin: found with {len(responses)} responses; a margin is between two")
     if margin is not None and not (type(margin) in (int, float) and abs(margin) < 1e30):
-        raise ValueError(f"margin: found {margin if type(margin) in (int, float) else json_type(margin)}; expected a finite number")
+        raise ValueError(f"margin: found {margin if type(margin) in (int, float) else json_type(margin)}; expected a number between -1e30 and 1e30")
     return Comparison(prompt, responses, margin=float(margin or 0.0))
 
 
@@ -457,7 +457,7 @@ class TokenizedData:
         return self.files[file][row]
 
     def fingerprint(self) -> str:
-        """A hash of all token ids and margins, in their order."""
+        """A hash of what its token ids and margins follow from, and of their order. Of files alone."""
         return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
 
 
@@ -755,8 +755,8 @@ def known_rewards(seed: int) -> Iterator[Comparison]:
     the sum of QUALITY_REWARD, TONE_REWARD, and RAMBLE_REWARD where it rambles. Of the two, `responses[0]` is drawn with
     probability sigmoid(difference of their true rewards): Bradley & Terry (1952).
 
-    The order is always the same: a loss that compares a text that has ended with one that has yet to answer would have no right
-    reward to find (docs/study.md).
+    The answer always comes first: otherwise the loss would compare texts that have ended with texts that have not answered
+    yet, and no reward of theirs would be right (docs/study.md).
     """
     rng = random.Random(seed)
     while True:

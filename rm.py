@@ -3,7 +3,7 @@
     1. A batch is the chosen sequences followed by the rejected ones: (2B, L) token ids.
     2. A transformer and a value head give a reward for every token: (2B, L).
     3. Split in half: row i is the chosen, row B + i the rejected response of pair i.
-    4. A pair diverges at the first position where its token ids differ.
+    4. A pair diverges at the first position where its token ids differ, or where one text has ended.
     5. Its loss is the mean of -logsigmoid(r_chosen[t] - r_rejected[t]) from there to the LONGER of the two ends.
     6. The loss is the mean over the pairs. The score of a sequence is its reward at its last token.
 
@@ -54,7 +54,7 @@ def pair_loss(
 ) -> torch.Tensor:
     """The loss of one pair: mean over t of -log sigmoid(r_chosen[t] - r_rejected[t]).
 
-    Both (T,), the rewards of the divergent region, float32 or float64. Returns a scalar. It is the negative log
+    Both (T,), T >= 1, the rewards of the divergent region, float32 or float64. Returns a scalar. It is the negative log
     likelihood of the preference under Bradley & Terry (1952), as in Ouyang et al. (2022), eq. 1, at every token.
 
     Variants of it, all off by default; the last two read `ends`, the rewards at the two last tokens, scalars:
@@ -62,7 +62,12 @@ def pair_loss(
     loss: "end" reads the ends alone (Ouyang et al. 2022, and TRL), in place of the region.
     center_rewards_coefficient: times the squared sum of the ends, which is added (Eisenstein et al. 2023, and TRL): rewards
     keep near 0, which differences of rewards alone leave open.
+    Raises ValueError for another `loss`, and where `ends` are needed and not given.
     """
+    if loss not in LOSSES:
+        raise ValueError(f"loss: found {loss!r}; expected {' or '.join(LOSSES)}")
+    if ends is None and (loss == "end" or center_rewards_coefficient):
+        raise ValueError("ends: found None; expected the rewards at the two last tokens, which loss 'end' and centering read")
     if loss == "end":
         chosen_rewards, rejected_rewards = ends
     term = -F.logsigmoid(chosen_rewards - rejected_rewards - margin).mean()
@@ -95,17 +100,15 @@ def pairwise_loss(
     if rewards.shape != ids.shape or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"rewards: expected float32 or float64 of shape {list(ids.shape)}, that of input_ids; "
                          f"found {rewards.dtype} of shape {list(rewards.shape)}")
-    if loss not in LOSSES:
-        raise ValueError(f"loss: found {loss!r}; expected {' or '.join(LOSSES)}")
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
-    if mask is not None:  # ids in front of a text and behind it are not compared
+    if mask is not None:  # ids before a text and after it are not compared
         ids = ids.masked_fill((mask.cumsum(1) == 0) | (mask.flip(1).cumsum(1).flip(1) == 0), pad_id)
     rows, B = ids.tolist(), len(ids) // 2
     margins = check_margins(margins, B)
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
         start, stop = divergent_region(rows[chosen][: ends[chosen]], rows[rejected][: ends[rejected]])  # 4. find the divergence
-        if start == stop:  # identical texts: two equal rewards give log 2 and no gradient
+        if start == stop:  # identical texts: equal rewards, so log 2 (less a margin) and no gradient
             if rows[chosen] != rows[rejected]:  # behind both ends, so by the pad id alone
                 raise ValueError(f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} ends both texts before "
                                  "they first differ; pass an attention_mask, which tells where texts end")
@@ -158,12 +161,12 @@ def text_ends(ids, pad_id: int, num_padding_at_beginning: int, mask) -> list[int
 
 
 def check_margins(margins, B: int) -> list[float]:
-    """Of every pair its margin, 0 where none are given. Raises ValueError that names the pair."""
+    """Of every pair, or packed comparison, its margin, 0 where none are given. Raises ValueError that names it."""
     margins = [0.0] * B if margins is None else torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
     bad = [i for i, margin in enumerate(margins) if not math.isfinite(margin)]
     if bad or len(margins) != B:
-        raise ValueError(f"margins: found {f'{margins[bad[0]]} for pair {bad[0]}' if bad else len(margins)}; expected a finite number for "
-                         f"each of the {B} pairs")
+        raise ValueError(f"margins: found {f'{margins[bad[0]]} for pair {bad[0]}' if bad else f'{len(margins)} numbers'}; expected a finite "
+                         f"number for each of {B}")
     return margins
 
 
@@ -205,8 +208,11 @@ class RewardModel(nn.Module):
 
     pad_id: the id that fills rows up; where no attention_mask is given, it also tells where texts end.
     num_padding_at_beginning: how many leading `pad_id` belong to a text (OPT: 1).
+
+    Attributes that are set afterwards, and are no part of the state_dict:
     objective: `loss` and `center_rewards_coefficient` of `pair_loss`, where they are not the default.
-    reward_bias: is added to every reward; no loss sees it. extras/normalize.py sets it.
+    reward_bias: is added to every reward, which no difference shows (extras/normalize.py).
+    has_fresh_head: whether nothing has trained the value head.
     """
 
     def __init__(self, backbone: GPT, pad_id: int, num_padding_at_beginning: int = 0):
@@ -216,7 +222,7 @@ class RewardModel(nn.Module):
         self.pad_id = pad_id
         self.num_padding_at_beginning = num_padding_at_beginning
         self.objective, self.reward_bias = {}, 0.0
-        self.has_fresh_head = True  # nothing has trained it
+        self.has_fresh_head = True
 
     @property
     def longest_tail(self) -> int | None:
@@ -231,10 +237,12 @@ class RewardModel(nn.Module):
         """Rewards and loss of a batch of pairs. Takes, returns and raises what `pairwise_loss` does.
 
         attention_mask: (2B, L), what is attended to and where texts end; without one, both follow from the pad id.
-        A `data.PackedBatch` in place of input_ids goes to `forward_packed`: through here, so that the hooks of
-        DistributedDataParallel run.
+        margins: (B,). A `data.PackedBatch`, which has its own, in place of input_ids goes to `forward_packed`: through here, so
+        that the hooks of DistributedDataParallel run.
         """
         if not torch.is_tensor(input_ids):
+            if attention_mask is not None or margins is not None:
+                raise ValueError("attention_mask or margins: found beside a packed batch, which has lengths of its own; give margins to data.pack")
             return self.forward_packed(input_ids)
         ids, mask = check_batch(input_ids, self.pad_id, attention_mask, pairs=True, vocab_size=self.backbone.config.vocab_size)
         attended = attention_mask
@@ -252,8 +260,8 @@ class RewardModel(nn.Module):
         """
         needed = math.inf if self.longest_tail is None else self.longest_tail
         if batch.longest_tail is not None and batch.longest_tail < needed or min(map(len, batch.token_groups)) < 2:
-            raise ValueError("the batch was packed for scores alone (longest_tail, min_responses): a loss needs whole tails and pairs; "
-                             "pack it without these two")
+            raise ValueError(f"the batch was packed for scores alone (longest_tail {batch.longest_tail}, min_responses): this loss needs "
+                             f"longest_tail {self.longest_tail}, and pairs")
         losses, chosen_scores, rejected_scores = [], [], []
         margins = check_margins(batch.margins, len(batch.token_groups))
         for texts, trunk, rewards, margin in zip(batch.token_groups, batch.trunks, self.packed_rewards(batch), margins):
@@ -273,7 +281,7 @@ class RewardModel(nn.Module):
         }
 
     def packed_rewards(self, batch) -> list[list[torch.Tensor]]:
-        """Of every comparison of a `data.PackedBatch`, the rewards behind its trunk: one tensor for each response."""
+        """Of every comparison of a `data.PackedBatch`, the rewards after its trunk: one tensor for each response."""
         vocab_size = self.backbone.config.vocab_size
         if any(batch.tails) and not 0 <= batch.pad_id < vocab_size:
             raise ValueError(f"pad_id {batch.pad_id}; the model has ids 0 to {vocab_size - 1}")
@@ -292,7 +300,7 @@ class RewardModel(nn.Module):
         return result
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The reward for every token of N rows: (N, L), float32 or wider."""
+        """The reward for every token of N rows, input_ids and attention_mask (N, L): (N, L), float32 or wider."""
         return self.value(self.backbone(input_ids, attention_mask))
 
     def value(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -345,7 +353,8 @@ class RewardModel(nn.Module):
         pad_id: None takes `pad_token_id` of config.json; where that has none, the tokenizer's (`data.load_tokenizer`), or
         without one a new id right after the vocabulary. A pad_id beyond the embedding adds rows of zeros up to it.
         num_padding_at_beginning: None takes what config.json says, else 1 where texts begin with a bos that is also the
-        pad, else 0. Raises ValueError that names the file.
+        pad, else 0. The value head is `v_head.weight` or `score.weight`, where there is one of a row. Raises ValueError that
+        names the file.
         """
         hf, weights = read_checkpoint(path)
         backbone = GPT.from_hf(hf, weights, source=path)
@@ -364,8 +373,8 @@ class RewardModel(nn.Module):
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
         model = cls(backbone, pad_id, num_padding_at_beginning)
         model.reward_bias = hf.get("reward_bias", 0.0)
-        if type(model.reward_bias) not in (int, float):
-            raise ValueError(f"{path}/config.json: reward_bias is {model.reward_bias!r}; expected a number")
+        if type(model.reward_bias) not in (int, float) or not math.isfinite(model.reward_bias):
+            raise ValueError(f"{path}/config.json: reward_bias is {model.reward_bias!r}; expected a finite number")
         head_name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
         head = weights.get(head_name)
         if head is not None and (head_name == "v_head.weight" or head.shape[:1] == (1,)):  # a score of more rows is a classifier's
@@ -382,6 +391,7 @@ class RewardModel(nn.Module):
         layout "deepspeed-chat": pytorch_model.bin with the keys that DeepSpeed-Chat's step 3 loads. It resizes the
         embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so that is how many are written.
         layout "hf": model.safetensors (needs safetensors) that `transformers.AutoModelForSequenceClassification` loads.
+        Raises ValueError for another layout, and where weights of another kind lie in the directory.
         """
         from data import refuse_others
 
@@ -449,6 +459,7 @@ def score(model: RewardModel, groups: list[list[list[int]]], batch_size: int, la
 
 
 def trained_model(checkpoint) -> RewardModel:
+    """The reward model in a directory, to score with. Raises ValueError where its value head is fresh."""
     model = RewardModel.from_pretrained(checkpoint)
     if model.has_fresh_head:
         raise ValueError(f"{checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)")
@@ -466,11 +477,11 @@ def score_program(argv: list[str]):
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
     parser.add_argument("--html", help="write a page that shows the comparisons token by token; without --out no scores are written")
-    parser.add_argument("--show", action="store_true", help="print the same, in place of scores; NO_COLOR=1 in the environment: without colours")
+    parser.add_argument("--show", action="store_true", help="print the same, in place of scores; in colour where it is a terminal, or FORCE_COLOR is set")
     parser.add_argument("--rows", type=int, help="of these two: how many rows of the file to compute and show (100)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="how: padded is the reference (packed)")
-    parser.add_argument("--max_seq_len", type=int, help="longer sequences are truncated (default: what the model has positions for)")
+    parser.add_argument("--max_seq_len", type=int, help="longer ones are truncated, on the left (default: what the model has positions for)")
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
@@ -501,7 +512,8 @@ def score_program(argv: list[str]):
         if args.html:
             report.comparisons_page(args.html, shown, args.file, args.checkpoint, max_seq_len)
         if args.show:
-            report.show(shown, sys.stdout, colors=not os.environ.get("NO_COLOR"))
+            is_for_eyes = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
+            report.show(shown, sys.stdout, colors=bool(is_for_eyes) and not os.environ.get("NO_COLOR"))
         if not args.out:
             return
     margins = []
@@ -537,6 +549,8 @@ def convert_program(argv: list[str]):
     tokenizer = load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer(args.checkpoint) else None
     model.save_pretrained(directory, args.layout, tokenizer)
     print(f"{directory}: {args.layout} layout, {'with its tokenizer' if tokenizer else 'without a tokenizer, as there was none'}")
+    if model.reward_bias:
+        print(f"its rewards were normalized: other programs must add {model.reward_bias:.6g} (reward_bias in config.json) to what they compute")
 
 
 def main():
@@ -547,6 +561,8 @@ def main():
             score_program(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"rm.py: error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("rm.py: interrupted; --out and --html are as they were")
 
 
 if __name__ == "__main__":

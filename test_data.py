@@ -100,9 +100,9 @@ def test_margin_of_a_pair_goes_with_it_to_the_tokens(tmp_path, tokenizer, row, m
 
 
 @pytest.mark.parametrize("row, words", [
-    ('"chosen": "b", "rejected": "c", "margin": "1"', "margin: found text; expected a finite number"),
-    ('"chosen": "b", "rejected": "c", "margin": NaN', "margin: found nan; expected a finite number"),
-    ('"chosen": "b", "rejected": "c", "margin": true', "margin: found true or false; expected a finite number"),
+    ('"chosen": "b", "rejected": "c", "margin": "1"', "margin: found text; expected a number between -1e30 and 1e30"),
+    ('"chosen": "b", "rejected": "c", "margin": NaN', "margin: found nan; expected a number between -1e30 and 1e30"),
+    ('"chosen": "b", "rejected": "c", "margin": true', "margin: found true or false; expected a number between -1e30 and 1e30"),
     ('"responses": ["b", "c", "d"], "margin": 1', "margin: found with 3 responses; a margin is between two"),
 ])
 def test_bad_margin(tmp_path, row, words):

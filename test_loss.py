@@ -277,13 +277,19 @@ def test_no_margin_and_no_centering_change_no_bit():
 
 @pytest.mark.parametrize("options, words", [
     ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
-    ({"margins": [1.0, 2.0]}, ["margins", "found 2", "1 pairs"]),
+    ({"margins": [1.0, 2.0]}, ["margins", "found 2 numbers", "each of 1"]),
     ({"margins": [math.nan]}, ["margins", "nan for pair 0"]),
 ], ids=["loss", "number", "nan"])
 def test_bad_variants_are_refused(options, words):
     with pytest.raises(ValueError) as error:
         pairwise_loss(*batch([1, 2], [1, 3]), 0, **options)
     assert all(word in str(error.value) for word in words), error.value
+
+
+@pytest.mark.parametrize("options", [{"loss": "end"}, {"center_rewards_coefficient": 0.1}], ids=str)
+def test_term_of_a_pair_that_needs_ends_asks_for_them(options):
+    with pytest.raises(ValueError, match="ends: found None; expected the rewards at the two last tokens"):
+        rm.pair_loss(torch.zeros(2), torch.zeros(2), **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

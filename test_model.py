@@ -418,6 +418,19 @@ def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
     assert model(data.pack(groups, model.pad_id))["loss"] != results[0][0], plain
 
 
+def test_packed_batch_takes_nothing_beside_it_and_no_unknown_loss():
+    model = lively("gpt2")
+    batch = data.pack([[[1, 2], [1, 3]]], model.pad_id)
+    for beside in ({"margins": [1.0]}, {"attention_mask": torch.ones(2, 2)}):
+        with pytest.raises(ValueError, match="give margins to data.pack"):
+            model(batch, **beside)
+    with pytest.raises(ValueError, match="margins: found 2 numbers; expected a finite number for each of 1"):
+        model(data.pack([[[1, 2], [1, 3]]], model.pad_id, margins=[1.0, 2.0]))
+    model.objective = {"loss": "End"}
+    with pytest.raises(ValueError, match="loss: found 'End'; expected divergent or end"):
+        model(batch)
+
+
 @pytest.mark.parametrize("layout", ["deepspeed-chat", "hf"])
 def test_weights_can_be_read_by_whom_config_json_can(layout, tmp_path):
     RewardModel(GPT(small("gpt2")), pad_id=0).save_pretrained(tmp_path, layout)

@@ -223,10 +223,10 @@ def run(args, process: Process):
     checkpoints = Path(args.output_dir) / "checkpoints"
     same_run = result_follows_from(args, model, tokenizer, train, global_batch, total_steps)
     done, facts = step_to_go_on_from(checkpoints, args, same_run, total_steps, process)
-    metrics_file, is_evaluated = open_output(model, args, done, process)
     tensorboard = None
     if args.enable_tensorboard and process.rank == 0:
         tensorboard = extra("tensorboard").Writer(args.tensorboard_path, done)
+    metrics_file, is_evaluated = open_output(model, args, done, process)
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
     trained = distribute(model, args, process)
@@ -268,8 +268,8 @@ def run(args, process: Process):
             save_checkpoint(checkpoints, step, training_state(model, optimizer, process), facts, args.keep_checkpoints, process)
 
     signals, stopping = [], False
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: signals.append(number))
+    for which in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(which, lambda which, frame: signals.append(which))
     numbers = run_evaluation(done) if evaluation_is_due(done) and not is_evaluated else None
     batches, step_ended = global_batches(train, args, tokenizer, global_batch, done), time.perf_counter()
     with tqdm(total=total_steps, initial=done, unit=" steps", disable=process.rank != 0) as bar:
@@ -454,12 +454,18 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
     events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     evaluations = [event for event in events if event["event"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
+    complaint = None
     if args.normalize_rewards:
-        print(extra("normalize").normalize(model, numbers["scores"]))
+        try:
+            print(extra("normalize").normalize(model, numbers["scores"]))
+        except ValueError as error:
+            complaint = error  # the model is saved as it is, first
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
         if has_report := Path(__file__).with_name("extras").joinpath("report.py").exists():
             extra("report").run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
+    if complaint:
+        raise complaint
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""
     if numbers["rewards"]:
         print(f"Spearman's correlation of {len(numbers['scores'])} eval responses' scores with their true rewards: "
@@ -617,7 +623,7 @@ def leading_pads(args, tokenizer) -> int:
 
 
 def set_up(model: RewardModel, args) -> int:
-    """Dropout, objective, gradient checkpointing and LoRA as the flags say. Returns beside how many layers LoRA is."""
+    """Dropout, objective, gradient checkpointing and LoRA as the flags say. Returns the number of layers that got LoRA."""
     model.backbone.config.dropout = args.dropout
     model.objective = {"loss": args.loss, "center_rewards_coefficient": args.center_rewards_coefficient}
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
@@ -665,6 +671,8 @@ def load_data(args, tokenizer, process: Process) -> tuple[data.TokenizedData | N
         """Files, and which rows of them: (n, 2) int64, numbers of files and of rows."""
         files, selected = [data.tokenize_file(path, *how, args.data_output_path, args.skip_bad_rows) for path in paths], []
         for i, file in enumerate(files):
+            if with_margin := np.count_nonzero(file.rows["margin"]):
+                process.print(f"{file.path}: {with_margin} rows have a margin, which the loss takes off their differences")
             if file.bad_rows:
                 process.print(f"{file.path}: {len(file.bad_rows)} rows left out, as they are no comparison; the first: {file.bad_rows[0]}")
             share = share_of(len(file))

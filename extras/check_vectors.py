@@ -83,13 +83,14 @@ def check(function, case: dict) -> dict:
     row["loss"] = f"{difference('loss', out['loss'].reshape(()), 'loss'):.1e}"
     given_scores = [name for name in SCORES if torch.is_tensor(out.get(name))]
     row["scores"] = f"{max(difference('scores', out[name], name) for name in given_scores):.1e}" if given_scores else "not given"
+    why = ""
     try:
         out["loss"].sum().backward()
-    except Exception:  # a loss that was computed outside of autograd
-        pass
+    except Exception as error:  # a loss that was computed outside of autograd, say
+        why = " ".join(f": {type(error).__name__}: {error}".split())[:100]
     if given[1].grad is None:
         row["gradient"] = "none"
-        wrong.append("the loss has no gradient for rewards")
+        wrong.append("the loss has no gradient for rewards" + why)
     else:
         row["gradient"] = f"{difference('gradient', given[1].grad, 'grad_rewards'):.1e}"
     return row | {"verdict": "WRONG" if wrong else "ok", "note": ", ".join(dict.fromkeys(wrong))}

@@ -5,7 +5,6 @@ set a bias so that the labelers' demonstrations have a mean of 0. Here both are 
 """
 
 import math
-import statistics
 
 import torch
 
@@ -16,12 +15,13 @@ from rm import RewardModel
 def normalize(model: RewardModel, scores: list[float]) -> str:
     """Change `model` so that `scores`, which it gave to some responses, would have had mean 0 and standard deviation 1.
 
-    The scale goes into v_head. The shift goes into the bias of the last norm where v_head alone reads behind that (gpt2, opt):
-    so every program that loads the checkpoint sees it. A last norm without a bias (llama), or one with a projection behind it
+    The scale goes into v_head. The shift goes into the bias of the last norm where v_head reads its output (gpt2, opt): so every
+    program that loads the checkpoint sees it. A last norm without a bias (llama), or one with a projection behind it
     (OPT-350m), cannot hold it: there it becomes `reward_bias`, which is saved in config.json. Returns a line that says so.
     Raises ValueError where all scores are the same.
     """
-    mean, deviation = statistics.fmean(scores), statistics.pstdev(scores)
+    values = torch.tensor(scores, dtype=torch.float64)
+    mean, deviation = values.mean().item(), values.std(correction=0).item()
     if not (math.isfinite(deviation) and deviation > 0):
         raise ValueError(f"--normalize_rewards: the {len(scores)} end scores of the eval responses have mean {mean:g} and standard deviation "
                          f"{deviation:g}; expected one above 0; leave the flag out")

@@ -195,6 +195,7 @@ class Row:
     prompt: int  # tokens in front of the responses
     cut: int  # tokens of the prompt that truncation took off, in front of them
     lost: list[int]  # tokens of every response that it took off
+    margin: float = 0.0  # that the data asks for, of a pair
 
     @property
     def ends(self) -> list[int]:
@@ -210,7 +211,7 @@ class Row:
         for i, j in itertools.combinations(range(len(self.sequences)), 2):
             start, stop = divergent_region(self.sequences[i], self.sequences[j])
             start = min(start, stop - 1)  # of identical texts the last token, as in `RewardModel.forward_packed`
-            loss = pair_loss(self.rewards[i, start:stop], self.rewards[j, start:stop]).item()
+            loss = pair_loss(self.rewards[i, start:stop], self.rewards[j, start:stop], margin=self.margin).item()
             pairs.append(Pair(i, j, start, stop, loss, self.scores[i] - self.scores[j]))
         return pairs
 
@@ -236,7 +237,7 @@ def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Ro
         dropped = [len(a) - len(b) for a, b in zip(whole, sequences)]
         cut = min(*dropped, prompt - len(bos))
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))  # the last token, where the score is, is the response's
-        rows.append(Row(sequences, texts, rewards, prompt, cut, [n - cut for n in dropped]))
+        rows.append(Row(sequences, texts, rewards, prompt, cut, [n - cut for n in dropped], comparison.margin))
     return rows
 
 
@@ -502,14 +503,15 @@ def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
     p, cells = pairs[0], []
     for t in range(p.start, p.stop):
         chosen, rejected = row.rewards[0, t : t + 1], row.rewards[1, t : t + 1]
-        term = pair_loss(chosen, rejected).item()  # of a region of one position
+        term = pair_loss(chosen, rejected, margin=row.margin).item()  # of a region of one position
         cells.append([str(t), *(escape(visible(texts[t]).rstrip("\n\t")) for texts in row.texts),
                       f"{chosen.item():.4f}", f"{rejected.item():.4f}", f"{(chosen - rejected).item():+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'])
     is_same = row.sequences[0] == row.sequences[1]
     same = " The texts are identical: the last position is read, the loss is log 2, and nothing is learned." * is_same
+    less = f" − {row.margin:g}" if row.margin else ""  # the margin that the data asks for
     return (f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}"><b>The loss</b> reads positions '
             f"[{p.start}, {p.stop}), from the divergence to the longer end: {counted(len(cells), 'position')}. It is the mean of "
-            f"<code>−logsigmoid(r_chosen − r_rejected)</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
+            f"<code>−logsigmoid(r_chosen − r_rejected{less})</code> over them: <b>{p.loss:.4f}</b>.{same}</p>"
             f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and {row.scores[1]:.4f}. "
             f"Their difference, the margin, is {p.margin:+.4f}, and the model's probability that the chosen one is preferred is "
             f"sigmoid({p.margin:.4f}) = <b>{probability(p.margin):.4f}</b>.</p>"

@@ -515,7 +515,8 @@ def main(argv=None):
         if program is page:
             one.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="where to write (docs)")
             continue
-        one.add_argument("--hh", type=Path, default=Path("/work/shared/data/hh-harmless"), metavar="DIR", help="hh-harmless's pairs (%(default)s)")
+        one.add_argument("--hh", type=Path, default=Path("hh-harmless"), metavar="DIR",
+                         help="train.jsonl.gz and eval.jsonl.gz, from the harmless-base part of Anthropic/hh-rlhf (%(default)s)")
         one.add_argument("--backbone", type=Path, metavar="DIR", help="the pre-trained model of hh-head (OUT/SmolLM2)")
         one.add_argument("--hh_pairs", type=count, help="for trials of hh-head: at most so many pairs to train, and to evaluate, on")
         one.add_argument("--hh_steps", type=count, help="optimizer steps on hh-harmless (default: 1 epoch from scratch, 5 of the head)")

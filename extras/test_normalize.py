@@ -42,9 +42,34 @@ def test_scores_get_mean_0_and_deviation_1_and_keep_it_in_the_file(model_type, o
     assert list(itertools.chain(*rm.score(loaded, groups, 8))) == pytest.approx([score - 1 for score in after], abs=5e-5)
 
 
-def test_scores_that_are_all_the_same_are_refused():
-    with pytest.raises(ValueError, match="--normalize_rewards: .* standard deviation 0"):
-        normalize(rm.RewardModel(GPT(GPTConfig(vocab_size=8, n_layer=1, n_embd=8, n_head=2)), 0), [1.0, 1.0])
+@pytest.mark.parametrize("scores, found", [([1.0, 1.0], "0"), ([1.0, float("nan")], "nan"), ([1.0, float("inf")], "nan")])
+def test_scores_without_a_spread_are_refused(scores, found):
+    with pytest.raises(ValueError, match=f"--normalize_rewards: .* standard deviation {found}"):
+        normalize(rm.RewardModel(GPT(GPTConfig(vocab_size=8, n_layer=1, n_embd=8, n_head=2)), 0), scores)
+
+
+def test_model_that_cannot_be_normalized_is_saved_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--max_steps", "1", "--n_layer", "1", "--n_embd", "16", "--n_head", "2", "--eval_iters", "1",
+                                      "--save_interval", "0", "--output_dir", str(tmp_path / "out"), "--normalize_rewards"])
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *a: (evaluate(*a)[0], evaluate(*a)[1] | {"scores": [1.0, 1.0]}))
+    with pytest.raises(SystemExit, match="train.py: error: --normalize_rewards: the 2 end scores"):
+        train.main()
+    assert not rm.trained_model(tmp_path / "out").reward_bias and (tmp_path / "out" / "report.html").exists()
+
+
+def test_converting_says_what_other_programs_must_add(tmp_path, monkeypatch, capsys):
+    model = rm.RewardModel(GPT(GPTConfig("llama", vocab_size=8, n_layer=1, n_embd=8, n_head=2)), pad_id=0)
+    normalize(model, [1.0, 3.0])
+    model.save_pretrained(tmp_path / "ours")
+    monkeypatch.setattr(sys, "argv", ["rm.py", "convert", str(tmp_path / "ours"), str(tmp_path / "hf"), "--layout", "hf"])
+    rm.main()
+    assert "other programs must add -2 (reward_bias in config.json)" in capsys.readouterr().out
+    from transformers import AutoModelForSequenceClassification
+
+    ids = torch.tensor([[1, 2, 3]])
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")(ids).logits.item()
+    assert rm.score(rm.trained_model(tmp_path / "hf"), [[[1, 2, 3]]], 1)[0][0] == pytest.approx(theirs - 2, abs=1e-5)
 
 
 def test_training_with_the_flag(tmp_path, monkeypatch, capsys):

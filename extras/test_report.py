@@ -77,7 +77,8 @@ def run_rm(arguments, **environment):
     """The program of rm.py, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["rm.py", *map(str, arguments)])
-        patch.delenv("NO_COLOR", raising=False)
+        for name in ("NO_COLOR", "FORCE_COLOR"):
+            patch.delenv(name, raising=False)
         for name, value in environment.items():
             patch.setenv(name, value)
         rm.main()
@@ -297,6 +298,19 @@ def tokenizer_of(kind, checkpoint, directory):
     return data.load_tokenizer(directory)
 
 
+def test_margin_of_a_row_is_in_its_loss_and_in_its_terms(checkpoint, tmp_path):
+    file, model, tokenizer = tmp_path / "rows.jsonl", rm.trained_model(checkpoint), data.load_tokenizer(checkpoint)
+    file.write_text("".join(json.dumps({"prompt": "a ", "chosen": "b c", "rejected": "d", "margin": margin}) + "\n" for margin in (0, 1.5)))
+    run_rm([checkpoint, file, "--html", tmp_path / "page.html"])
+    ids, mask = data.pad_rows(data.tokenize(next(data.load_comparisons(file)), tokenizer, 400), model.pad_id)
+    for margin, row in zip((0, 1.5), rows_of((tmp_path / "page.html").read_text()), strict=True):
+        with torch.no_grad():
+            expected = rm.pairwise_loss(ids, model.token_rewards(ids, mask), model.pad_id, attention_mask=mask, margins=[margin])["loss"].item()
+        terms = [float(node.attributes["data-term"]) for node in row.having("data-term")]
+        assert [float(node.attributes["data-pair-loss"]) for node in row.having("data-pair-loss")] == pytest.approx([expected], abs=1e-5)
+        assert sum(terms) / len(terms) == pytest.approx(expected, abs=1e-5) and ("− 1.5)" in row.text()) == bool(margin)
+
+
 def test_responses_that_are_too_long_themselves(checkpoint, tmp_path):
     file = tmp_path / "long.jsonl"
     file.write_text(json.dumps({"prompt": "a b c d", "chosen": " e f" * 30, "rejected": " g"}) + "\n")
@@ -335,13 +349,14 @@ def test_a_text_of_a_thousand_tokens_takes_no_time(checkpoint):
 
 
 def test_the_terminal_shows_the_same_text_with_and_without_colours(checkpoint, file, capsys):
-    run_rm([checkpoint, file, "--show"])
+    run_rm([checkpoint, file, "--show"], FORCE_COLOR="1")
     colored = capsys.readouterr().out
     assert set(re.findall("\x1b[^m]*m", colored)) <= {f"\x1b[{code}m" for code in (0, 1, 2, *(f"38;5;16;48;5;{shade}" for shade in report.ANSI))}
     assert len(set(re.findall("48;5;[0-9]+", colored))) > 3
     plain = re.sub("\x1b\\[[0-9;]*m", "", colored)
-    run_rm([checkpoint, file, "--show"], NO_COLOR="1")
-    assert capsys.readouterr().out == plain
+    for environment in ({}, {"NO_COLOR": "1", "FORCE_COLOR": "1"}):  # here the output is no terminal
+        run_rm([checkpoint, file, "--show"], **environment)
+        assert capsys.readouterr().out == plain
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", plain)  # no control character of the data; nor any other
     for row, shown in zip(ROWS, re.split("row [0-9]+  prompt of ", plain)[1:]):
         prompt, *responses = re.split("(?:chosen|rejected|response|rank [0-9])  score -?[0-9.]+\n", shown)
@@ -353,7 +368,7 @@ def test_the_terminal_shows_the_same_text_with_and_without_colours(checkpoint, f
 
 def test_a_background_ends_with_its_line(checkpoint, file, capsys):
     """Where a line ends inside of a token, the colour would otherwise fill the rest of the screen."""
-    run_rm([checkpoint, file, "--show"])
+    run_rm([checkpoint, file, "--show"], FORCE_COLOR="1")
     for line in capsys.readouterr().out.split("\n"):
         codes = re.findall("\x1b\\[([0-9;]*)m", line)
         assert codes[1::2] == ["0"] * (len(codes) // 2) and len(codes) % 2 == 0

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 
@@ -30,11 +31,12 @@ def test_tensorboard_has_the_numbers_of_metrics_jsonl(tmp_path, monkeypatch):
 
 
 def test_steps_that_a_resumed_run_takes_again_are_there_once(tmp_path):
-    for done, steps in ((0, (1, 2, 3)), (2, (3, 4))):
+    for done, steps in ((0, (1, 2, 9)), (0, (1, 2, 3)), (2, (3, 4))):  # an earlier run, a run, and that resumed
         writer = Writer(tmp_path, done)
         for step in steps:
             writer.write({"event": "step", "step": step, "loss": step + done / 10, "grad_norm": None})
         writer.writer.close()
+        time.sleep(1.1)  # files are read in the order of their names, which tell the second
     assert {tag: [(step, round(value, 4)) for step, value in points] for tag, points in read(tmp_path).items()} == {
         "step/loss": [(1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2)]}
 
