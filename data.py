@@ -165,7 +165,7 @@ def parse_row(row, min_responses: int = 2) -> Comparison:
         responses = [parse_messages(name, response, "assistant") for name, response in zip(names, responses)]
         turns = [dialogue[1:] if dialogue and dialogue[0][0] == "system" else dialogue for dialogue in responses]
         if all(prompt in (whole[: len(prompt)], rest[: len(prompt)]) for whole, rest in zip(responses, turns)):
-            prompt = []  # whole dialogues that repeat the prompt (UltraFeedback), behind a system message or not
+            prompt = []  # whole dialogues that repeat the prompt (UltraFeedback), after a system message or not
         prompt, responses = chat_text(prompt), [chat_text(response) for response in responses]
     for name, text in zip(["prompt", *names], [prompt, *responses]):
         check_text(name, text)
@@ -428,7 +428,7 @@ class TokenizedFile:
     path: str
     key: str  # a hash of what all this follows from
     bad_rows: list[str]  # where a row was left out, and what is wrong with it
-    tokens: np.ndarray  # (number of tokens,) int32, those of all sequences, one behind the other
+    tokens: np.ndarray  # (number of tokens,) int32, those of all sequences, one after the other
     sequences: np.ndarray  # (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]]
     rows: np.ndarray  # (R,) ROW. One that teaches nothing has no sequences
 

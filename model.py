@@ -8,7 +8,7 @@ Notable features:
 - grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama); learned positions, LayerNorm, GELU (gpt2)
 - norms before the sublayers, or after them with a narrower embedding (OPT-350m, DeepSpeed-Chat's own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding key, as in `transformers`
-- rows with padding, or comparisons packed behind each other without (`data.PackedBatch`): only attention knows which
+- rows with padding, or comparisons packed one after the other without (`data.PackedBatch`): only attention knows which
 
 Shapes in comments: B rows, L positions, T tokens of a packed batch, H heads, D width of a head, C width of the hidden state.
 """

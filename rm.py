@@ -109,7 +109,7 @@ def pairwise_loss(
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
         start, stop = divergent_region(rows[chosen][: ends[chosen]], rows[rejected][: ends[rejected]])  # 4. find the divergence
         if start == stop:  # identical texts: equal rewards, so log 2 (less a margin) and no gradient
-            if rows[chosen] != rows[rejected]:  # behind both ends, so by the pad id alone
+            if rows[chosen] != rows[rejected]:  # after both ends, so by the pad id alone
                 raise ValueError(f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} ends both texts before "
                                  "they first differ; pass an attention_mask, which tells where texts end")
             start, stop = len(rows[chosen]) - 1, len(rows[chosen])

@@ -447,7 +447,7 @@ def stop_at_non_finite(model, step, loss, grad_norm, batch, chunks, losses, chec
 
 
 def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, process: Process):
-    """Save the model and a page about the run, and say how it went. numbers: behind the last evaluation."""
+    """Save the model and a page about the run, and say how it went. numbers: those that the last evaluation was made of, from `evaluate`."""
     model, output_dir = plain_model(model, args, process), Path(args.output_dir)
     if process.rank != 0:
         return
@@ -499,7 +499,7 @@ def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
 def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Process, step: int) -> tuple[dict, dict]:
     """The metrics of an eval set, each comparison counted once. Every rank computes its part and gets the whole.
 
-    Also returns the numbers behind them, as lists: `chosen`, `rejected` (end scores), `true_margin`, of every pair;
+    Also returns the numbers that they are made of, as lists: `chosen`, `rejected` (end scores), `true_margin`, of every pair;
     `scores`, `rewards`, of every response. The true ones are empty where they are not known.
     """
     n = len(dataset)

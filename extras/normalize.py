@@ -16,7 +16,7 @@ def normalize(model: RewardModel, scores: list[float]) -> str:
     """Change `model` so that `scores`, which it gave to some responses, would have had mean 0 and standard deviation 1.
 
     The scale goes into v_head. The shift goes into the bias of the last norm where v_head reads its output (gpt2, opt): so every
-    program that loads the checkpoint sees it. A last norm without a bias (llama), or one with a projection behind it
+    program that loads the checkpoint sees it. A last norm without a bias (llama), or one with a projection after it
     (OPT-350m), cannot hold it: there it becomes `reward_bias`, which is saved in config.json. Returns a line that says so.
     Raises ValueError where all scores are the same.
     """

