@@ -658,6 +658,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         except Exception as error:  # each library has its own kinds of exception for a cut, missing or foreign file
             reason = f"{type(error).__name__}: {error}".splitlines()
             raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
-    if not all(isinstance(name, str) and torch.is_tensor(weight) and weight.layout == torch.strided and not weight.is_meta for name, weight in weights.items()):
+    if not all(isinstance(name, str) and torch.is_tensor(weight) and weight.layout == torch.strided and not weight.is_meta
+               for name, weight in weights.items()):
         raise ValueError(f"{files[0]}: expected a dictionary of names and tensors, found something else")
     return hf, weights

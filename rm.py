@@ -477,7 +477,7 @@ def score_program(argv: list[str]):
     parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
     parser.add_argument("--html", help="write a page that shows the comparisons token by token; without --out no scores are written")
-    parser.add_argument("--show", action="store_true", help="print the same, in place of scores; in colour where it is a terminal, or FORCE_COLOR is set")
+    parser.add_argument("--show", action="store_true", help="print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set")
     parser.add_argument("--rows", type=int, help="of these two: how many rows of the file to compute and show (100)")
     parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
     parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="how: padded is the reference (packed)")

@@ -505,7 +505,8 @@ def how(row: Row, pairs: list[Pair], names: list[str], loss: float) -> str:
         chosen, rejected = row.rewards[0, t : t + 1], row.rewards[1, t : t + 1]
         term = pair_loss(chosen, rejected, margin=row.margin).item()  # of a region of one position
         cells.append([str(t), *(escape(visible(texts[t]).rstrip("\n\t")) for texts in row.texts),
-                      f"{chosen.item():.4f}", f"{rejected.item():.4f}", f"{(chosen - rejected).item():+.4f}", f'<span data-term="{term!r}">{term:.4f}</span>'])
+                      f"{chosen.item():.4f}", f"{rejected.item():.4f}", f"{(chosen - rejected).item():+.4f}",
+                      f'<span data-term="{term!r}">{term:.4f}</span>'])
     is_same = row.sequences[0] == row.sequences[1]
     same = " The texts are identical: the last position is read, the loss is log 2, and nothing is learned." * is_same
     less = f" − {row.margin:g}" if row.margin else ""  # the margin that the data asks for
@@ -538,7 +539,9 @@ def comparisons_page(path, rows: list[Row], file, checkpoint, max_seq_len: int):
             "The figures above are of what is shown; nothing else was computed for this page.</p>"
             f'<div class="card small"><div class="bar">{bar}</div><div class="bar ends soft"><span>{scale.middle - scale.reach:.2f}</span>'
             f"<span>{scale.middle:.2f}</span><span>{scale.middle + scale.reach:.2f}</span></div>"
-            "<div>The shade is the reward, from low to high around the median of this page; only differences have a meaning.</div><div>◆ the responses diverge &nbsp; ■ a text ends, and its score is read "
+            "<div>The shade is the reward, from low to high around the median of this page; only differences have a meaning. "
+            "Losses are those of the default objective, whatever the model was trained with.</div>"
+            "<div>◆ the responses diverge &nbsp; ■ a text ends, and its score is read "
             '&nbsp; <span class="pad">dotted</span> padding, where the loss reads rewards, too &nbsp; <span class="off">grey</span> '
             "before the divergence: no part of the loss &nbsp; ⋯ a token that does not complete a character</div></div>")
     write_page(path, f"{Path(file).name}: comparisons", body + "".join(row_html(n, row, scale) for n, row in enumerate(rows, start=1)))
