@@ -337,8 +337,10 @@ def test_readme_works_a_pair_by_hand():
         "chosen", "rejected", "reward, chosen", "reward, rejected", "difference", "-logsigmoid(difference)")}
     words = {"padding": 0}
     ids = torch.tensor([[words.setdefault(word, len(words)) for word in table[row]] for row in ("chosen", "rejected")])
-    rewards = torch.tensor([[float(number) for number in table[row]] for row in ("reward, chosen", "reward, rejected")], dtype=torch.float64)
+    rewards = torch.tensor([[float(number) for number in table[row]] for row in ("reward, chosen", "reward, rejected")],
+                           dtype=torch.float64, requires_grad=True)
     out = pairwise_loss(ids, rewards, pad_id=0)
+    out["loss"].backward()
     numbers = {name: [number and float(number) for number in table[name]] for name in ("difference", "-logsigmoid(difference)")}
     difference = (rewards[0] - rewards[1]).tolist()
     region = [t for t, number in enumerate(numbers["difference"]) if number != ""]
@@ -347,6 +349,8 @@ def test_readme_works_a_pair_by_hand():
         assert numbers["difference"][t] == pytest.approx(difference[t], abs=1e-12)
         assert numbers["-logsigmoid(difference)"][t] == pytest.approx(math.log1p(math.exp(-difference[t])), abs=5e-5)
     assert re.search(r"the mean of the four: \*\*(.*?)\*\*", text)[1] == f"{out['loss']:.4f}"
+    assert rewards.grad.abs().sum(0).nonzero().flatten().tolist() == region and torch.equal(rewards.grad[0], -rewards.grad[1])
+    assert f"{-rewards.grad[0, 3]:.4f} at position 3, where the model is wrong, and {-rewards.grad[0, 4]:.4f} at position 4" in text
     chosen, rejected = out["chosen_mean_scores"].item(), out["rejected_mean_scores"].item()
     assert f"{chosen} for the chosen response, at its end; {rejected} for the rejected one" in text
     probability = 1 / (1 + math.exp(rejected - chosen))
