@@ -44,8 +44,19 @@ def train_ok(output_dir, *arguments, processes=0):
     """A run of train.py that must succeed -> its events, by kind."""
     done = run("train.py", *TINY, "--output_dir", output_dir, *arguments, processes=processes)
     assert done.returncode == 0, done.stderr
+    return done, events_of(output_dir)
+
+
+def events_of(output_dir):
+    """What a run logged, by kind."""
     events = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return done, {kind: [event for event in events if event["event"] == kind] for kind in ("step", "eval")}
+    return {kind: [event for event in events if event["event"] == kind] for kind in ("step", "eval")}
+
+
+def train_forked(output_dir, *arguments, processes=1):
+    """The same as `train_ok`, in a process forked from one that has torch imported, which is sooner there -> its events, by kind."""
+    forked_ok(output_dir, *TINY, *arguments, processes=processes)
+    return events_of(output_dir)
 
 
 def flags(monkeypatch, *arguments):
@@ -325,7 +336,7 @@ def test_run_by_hand(monkeypatch, tmp_path):
     arguments = ["--data_path", rows, "--eval_path", held_out, "--per_device_train_batch_size", 8, "--max_steps", 5, "--learning_rate", 1e-2,
                  "--lr_scheduler_type", "linear", "--num_warmup_steps", 2, "--weight_decay", 0.5, "--max_grad_norm", 0.05,
                  "--truncation_side", "right", "--max_seq_len", 21, "--seed", 5]
-    _, events = train_ok(tmp_path / "out", *arguments)
+    events = train_forked(tmp_path / "out", *arguments)
     tokenizer = data.load_tokenizer(tmp_path / "out")
     args = flags(monkeypatch, *arguments)
     torch.manual_seed(5)
@@ -392,8 +403,8 @@ def test_two_processes_give_the_curve_of_one(files, one_process, tmp_path):
 
 @pytest.mark.parametrize("layout, tokens", [("packed", 100), ("padded", 10**6), ("padded", 200)])
 def test_micro_batches_and_layout_do_not_change_the_curve(files, one_process, tmp_path, layout, tokens):
-    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6, "--layout", layout,
-                         "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3, "--micro_batch_tokens", tokens)
+    events = train_forked(tmp_path / "out", "--data_path", files[0], "--eval_path", files[1], "--max_steps", 12, "--eval_interval", 6,
+                          "--layout", layout, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 3, "--micro_batch_tokens", tokens)
     same_run(one_process[1], events)
     computed = [sum(event["tokens"] for event in run["step"]) for run in (events, one_process[1])]
     assert computed[0] == computed[1] if layout == "packed" else computed[0] > computed[1]
@@ -431,8 +442,8 @@ def test_a_batch_smaller_than_the_number_of_ranks(tmp_path):
     """5 comparisons in batches of 4: the second batch has one comparison for two ranks."""
     file, held_out = write_rows(tmp_path / "train.jsonl", 5), write_rows(tmp_path / "eval.jsonl", 3, seed=9)
     flags = ["--data_path", file, "--eval_path", held_out, "--max_steps", 4]
-    _, one = train_ok(tmp_path / "one", *flags, "--per_device_train_batch_size", 4)
-    _, two = train_ok(tmp_path / "two", *flags, "--per_device_train_batch_size", 2, processes=2)
+    one = train_forked(tmp_path / "one", *flags, "--per_device_train_batch_size", 4)
+    two = train_forked(tmp_path / "two", *flags, "--per_device_train_batch_size", 2, processes=2)
     assert [event["pairs"] for event in two["step"]] == [4, 1, 4, 1]
     same_run(one, two)
 
@@ -472,7 +483,7 @@ def test_parameters_stay_equal_across_ranks(files, tmp_path):
 
 
 def test_training_lowers_the_loss_on_what_it_is_trained_on(files, tmp_path):
-    _, events = train_ok(tmp_path, "--data_path", files[0], "--eval_path", files[0], "--num_train_epochs", 12, "--learning_rate", 3e-3)
+    events = train_forked(tmp_path / "out", "--data_path", files[0], "--eval_path", files[0], "--num_train_epochs", 12, "--learning_rate", 3e-3)
     assert len(events["step"]) == 12 * math.ceil(70 / 16)
     assert events["eval"][-1]["accuracy"] > 0.8 > events["eval"][0]["accuracy"]
     assert events["eval"][-1]["loss"] < events["eval"][0]["loss"] - 0.1
