@@ -437,7 +437,7 @@ There are no true rewards. What counts is how the margin goes with the differenc
     OMP_NUM_THREADS=1 python -m extras.study run --out DIR --hh HH_HARMLESS --backbone SmolLM2     twice at once, on two cores
     python -m extras.study page --out DIR
 
-About an hour and a half on 2 cores of an AMD EPYC (no GPU), features included; the docstring says how to come by SmolLM2.
+About an hour on 2 cores of an AMD EPYC (no GPU), features included; the docstring says how to come by SmolLM2.
 The measures of every cell are in [study-results.jsonl](study-results.jsonl).
 """
 QUALITY = {"accuracy": "accuracy", "loss": "loss", "ece": "ece", "probability_error": "probability error",
