@@ -354,12 +354,13 @@ shortcut by itself: that one text has ended earlier tells nothing that pays off.
 gets a comparison from every position of the region where `end` gets one. "Length, given features" rests on 6 % of the variance of length
 and says little with three seeds.""",
     "late": """Here a text may end before the other one has answered, and its end is then compared with an open question. All three lose accuracy,
-`end`, which sees no open questions but has the hardest text to read, the most at this length of training. `shorter` compares *only* ends with texts
-that go on, never two ends: it learns that longer is better (0.14 ± 0.02, all three seeds above 0), which neither the labels nor the
-true rewards say. `divergent` reads on until both have ended; what is left of the effect (0.06 ± 0.03) is not distinguishable from 0.
-With 2,000 steps (seed 1 alone, `--steps 2000`) `divergent` gets to 0.9055 and a probability error of 0.048, `end` to 0.8968 and 0.044: `end` catches up, and has
-the better probabilities although it ranks fewer pairs right. On the built-in data as it is, where the answer comes first, `train.py`'s 2,000 steps
-give 0.020 to 0.031 with `divergent`: so it is not for want of steps that it stays at 0.048 here.""",
+`end` the most at this length of training. `shorter` compares ends of different lengths only with texts that go on, never with each other: it learns
+that longer is better (0.14 ± 0.02, all three seeds above 0), which neither the labels nor the true rewards say. `divergent` reads on
+until both have ended; what is left of the effect (0.06 ± 0.03) is not distinguishable from 0 with three seeds.
+With 2,000 steps (seed 1 alone, `--steps 2000`) `divergent` gets to an accuracy of 0.9055, a probability error of 0.048 and a coefficient of 0.07; `end`
+to 0.8968, 0.044 and 0.03: `end` catches up, and has the better probabilities although it ranks fewer pairs right. On the built-in data as it
+is, where the answer comes first, `train.py`'s 2,000 steps give probability errors of 0.020 to 0.031 with `divergent`: so it is not for want of
+steps that it stays at 0.048 here.""",
     "confounded": """`end` learns what the labels teach, nearly in full; `divergent` learns about two thirds, because most positions of its region come before
 the shorter end and cannot show length; `shorter` learns none of it, and is the most accurate judge of the true rewards. The same
 insensitivity costs it accuracy above. A length penalty on the scores, or pairs of similar lengths, does the same on purpose.""",
