@@ -188,7 +188,8 @@ class Ours:
     def inputs(self, groups):
         inputs, _ = train.collate([data.Tokenized(group) for group in groups], self.model, self.layout, "cpu")
         if self.pad_to:
-            inputs = [torch.nn.functional.pad(x, (0, self.pad_to - x.shape[1])) for x in inputs]
+            *rows, margins = inputs
+            inputs = *(torch.nn.functional.pad(x, (0, self.pad_to - x.shape[1])) for x in rows), margins
         return inputs
 
     def loss(self, groups):
@@ -217,7 +218,7 @@ class TransformersOPT(Ours):
         self.optimizer = torch.optim.AdamW([*self.theirs.parameters(), *self.model.v_head.parameters()], lr=1e-5, betas=(0.9, 0.95), fused=True)
 
     def loss(self, groups):
-        input_ids, mask = self.inputs(groups)
+        input_ids, mask, _ = self.inputs(groups)
         hidden = self.theirs(input_ids, attention_mask=mask).last_hidden_state
         return pairwise_loss(input_ids, self.model.v_head(hidden).squeeze(-1), 0, attention_mask=mask)["loss"]
 
