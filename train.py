@@ -538,14 +538,19 @@ def evaluate(model: RewardModel, dataset: data.TokenizedData, args, process: Pro
     return metrics, numbers
 
 
+def confidence_bins(margin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The confidence max(p, 1 - p) of p = sigmoid(margin), and its bin, 0 to 9, of 10 equal ones over [0.5, 1]: (N,) each."""
+    confidence = torch.sigmoid(margin.abs())
+    return confidence, torch.bucketize(confidence, torch.linspace(0.5, 1, 11, dtype=confidence.dtype)[1:-1], right=True)
+
+
 def calibration_error(margin: torch.Tensor) -> float:
     """Expected calibration error (Naeini et al. 2015) of sigmoid(margin) as the probability that the first is better.
 
-    margin: (N,), chosen minus rejected end score. 10 equal bins of the confidence max(p, 1 - p) over [0.5, 1].
+    margin: (N,), chosen minus rejected end score.
     """
-    confidence, right = torch.sigmoid(margin.abs()), (margin > 0).double()
-    bins = torch.bucketize(confidence, torch.linspace(0.5, 1, 11, dtype=confidence.dtype)[1:-1], right=True)
-    gaps = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, right - confidence.double())
+    confidence, bins = confidence_bins(margin)
+    gaps = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, (margin > 0).double() - confidence.double())
     return float(gaps.abs().sum()) / len(margin)
 
 

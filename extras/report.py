@@ -573,11 +573,12 @@ def histogram(groups: dict[str, list[float]], title: str, x_label: str, **more) 
 
 def reliability(margins: torch.Tensor) -> str:
     """Observed accuracy by confidence, in the bins of `train.calibration_error`."""
-    confidence, right, edges = torch.sigmoid(margins.abs()), (margins > 0).double(), torch.linspace(0.5, 1, 11, dtype=torch.float64)
-    bins = torch.bucketize(confidence, edges[1:-1], right=True)
+    from train import confidence_bins  # here, as pages of pairs can do without the loop
+
+    (confidence, bins), right = confidence_bins(margins), (margins > 0).double()
     observed = [right[bins == i].mean().item() if (bins == i).any() else None for i in range(10)]
     counts = [int((bins == i).sum()) for i in range(10)]
-    notes = [f"confidence {edges[i]:.2f} to {edges[i + 1]:.2f}: accuracy {observed[i] or 0:.4f}, "
+    notes = [f"confidence {0.5 + 0.05 * i:.2f} to {0.55 + 0.05 * i:.2f}: accuracy {observed[i] or 0:.4f}, "
              f"mean confidence {confidence[bins == i].mean():.4f}, {counts[i]} pairs"
              for i in range(10)]  # a bin without pairs has neither a bar nor its note
     bars = Series(observed, [0.525 + 0.05 * i for i in range(10)], "ranked right, of so many pairs", "bar", 0, width=0.05, notes=notes,
