@@ -463,7 +463,9 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
         if has_report := Path(__file__).with_name("extras").joinpath("report.py").exists():
-            extra("report").run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
+            from extras.report import run_page
+
+            run_page(output_dir / "report.html", events, vars(args), numbers["chosen"], numbers["rejected"], numbers["true_margin"])
     if complaint:
         raise complaint
     best = f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}" if "bayes_accuracy" in after else ""

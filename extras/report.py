@@ -215,6 +215,11 @@ class Row:
             pairs.append(Pair(i, j, start, stop, loss, self.scores[i] - self.scores[j]))
         return pairs
 
+    def read(self, i: int) -> tuple[int, int]:
+        """(first, stop) of the positions of response i that a loss reads; of one alone from the prompt to its end."""
+        pairs = [pair for pair in self.pairs if i in (pair.i, pair.j)]
+        return (min(pair.start for pair in pairs), max(pair.stop for pair in pairs)) if pairs else (self.prompt, self.ends[i])
+
 
 @torch.no_grad()
 def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Row]:
@@ -306,7 +311,7 @@ def show(rows: list[Row], out, colors: bool):
         out.write(paint(f"row {n}", 1) + f"  prompt of {counted(row.prompt, 'token')}" + f", {row.cut} more cut" * bool(row.cut) + "\n"
                   + paint("".join(map(visible, row.texts[0][: row.prompt])), 2) + "\n")
         for i, (name, texts) in enumerate(zip(names_of(row), row.texts)):
-            start = min((pair.start for pair in pairs if i in (pair.i, pair.j)), default=row.prompt)
+            start, _ = row.read(i)
             out.write(paint(name, 1) + f"  score {row.scores[i]:.4f}" + f", {counted(row.lost[i], 'token')} cut" * bool(row.lost[i]) + "\n")
             for t in range(row.prompt, len(texts)):
                 shade = ANSI[round((scale.level(row.rewards[i, t].item()) + 1) / 2 * (len(ANSI) - 1))]
@@ -444,8 +449,7 @@ def spans(row: Row, i: int, scale: Scale, first: int, last: int, shade_from: int
 
 
 def row_html(n: int, row: Row, scale: Scale) -> str:
-    pairs, names, ends = row.pairs, names_of(row), row.ends
-    starts = [min((pair.start for pair in pairs if i in (pair.i, pair.j)), default=row.prompt) for i in range(len(names))]
+    pairs, names = row.pairs, names_of(row)
     loss = mean([pair.loss for pair in pairs])
     head = [f"<h2>Row {n}</h2>"]
     if len(pairs) == 1:
@@ -461,8 +465,8 @@ def row_html(n: int, row: Row, scale: Scale) -> str:
     out = [f'<section class="card" data-row="{n}"{total}><div class="head">' + "".join(f"<span>{item}</span>" for item in head) + "</div>",
            f"<details{' open' if row.prompt <= 150 else ''}><summary>{prompt}{cut}</summary>"
            f'<div class="text prompt" dir="auto">{spans(row, 0, scale, 0, row.prompt, row.prompt)}</div></details>']
-    for i, (name, end, start, score) in enumerate(zip(names, ends, starts, row.scores)):
-        stop = max((pair.stop for pair in pairs if i in (pair.i, pair.j)), default=end)
+    for i, (name, end, score) in enumerate(zip(names, row.ends, row.scores)):
+        start, stop = row.read(i)
         lost = f", {counted(row.lost[i], 'token')} of it cut off" if row.lost[i] else ""
         mark = f'<span class="mark" title="the responses diverge here, at position {start}">◆</span>' if pairs else ""
         out.append(f'<div class="small"><b class="k{i % 4}">{name}</b> <span class="soft">score {score:.4f}{lost}</span></div>'
@@ -478,7 +482,7 @@ def traces(row: Row, pairs: list[Pair], names: list[str]) -> str:
     """The rewards of the responses over the positions; over padding dotted."""
     series, ends = [], row.ends
     for i, (name, end) in enumerate(zip(names, ends)):
-        stop = max((pair.stop for pair in pairs if i in (pair.i, pair.j)), default=end)
+        _, stop = row.read(i)
         rewards = row.rewards[i].tolist()
         series.append(Series(rewards[row.prompt : end], list(range(row.prompt, end)), name, color=i % 4, style=["", "dashed"][i % 2]))
         series.append(Series(rewards[end - 1 : stop], list(range(end - 1, stop)), color=i % 4, style="dotted"))
