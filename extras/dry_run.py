@@ -12,7 +12,6 @@ Not counted: what Python, PyTorch and CUDA take without a model, NCCL's buffers,
 own workspace. The operations are those of a CPU. Communication takes no time here. Evaluating and saving are not looked at.
 """
 
-import math
 import time
 import weakref
 from contextlib import contextmanager, nullcontext
