@@ -12,7 +12,7 @@ import torch
 import data
 import rm
 from extras import check_vectors, make_vectors
-from model import GPT, GPTConfig, PackedAttention, read_checkpoint
+from model import GPT, PackedAttention, read_checkpoint
 from rm import RewardModel, pairwise_loss
 
 VECTORS = make_vectors.DIRECTORY
