@@ -4,7 +4,9 @@ import os
 
 import pytest
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before PyTorch is imported: with tiny models a second thread only waits
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # before PyTorch is imported: with tiny models a second thread only waits
+)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -57,7 +57,9 @@ class Comparison:
     margin: float = 0.0  # of a pair: by how much the first is to be better (Touvron et al. 2023, Llama 2, eq. 2)
 
 
-def load_comparisons(path, min_responses: int = 2, bad_rows: list | None = None) -> Iterator[Comparison]:
+def load_comparisons(
+    path, min_responses: int = 2, bad_rows: list | None = None
+) -> Iterator[Comparison]:
     """The comparisons of one file, in its order, read row by row.
 
     With `min_responses=1` also rows {"prompt": ..., "response": ...}, as comparisons of one response.
@@ -91,20 +93,35 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
     """(line number, JSON) for every row of a file. Raises ValueError that names the file and the line."""
     path, line, empty = Path(path), 0, True
     if not path.is_file():
-        raise ValueError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; expected .jsonl, .jsonl.gz or .json")
+        raise ValueError(
+            f"{path}: {'is a directory' if path.is_dir() else 'no such file'}; expected .jsonl, .jsonl.gz or .json"
+        )
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            is_array = path.suffix == ".json" and file.peek(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+            is_array = path.suffix == ".json" and file.peek(1024).lstrip(
+                b"\xef\xbb\xbf \t\r\n"
+            ).startswith(b"[")
             for line, text in array_items(file.read()) if is_array else enumerate(file, start=1):
-                text = text.removeprefix(b"\xef\xbb\xbf") if line == 1 and not is_array else text  # a byte order mark
+                text = (
+                    text.removeprefix(b"\xef\xbb\xbf") if line == 1 and not is_array else text
+                )  # a byte order mark
                 if text.strip():
                     empty = False
                     yield line, text
-    except (ValueError, RecursionError) as error:  # of an array; where neither gives a place, it is the array's first line
-        before = error.object[: error.start].count(b"\n") if isinstance(error, UnicodeDecodeError) else getattr(error, "lineno", 1) - 1
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of an array; where neither gives a place, it is the array's first line
+        before = (
+            error.object[: error.start].count(b"\n")
+            if isinstance(error, UnicodeDecodeError)
+            else getattr(error, "lineno", 1) - 1
+        )
         raise ValueError(f"{path}:{before + 1}: {not_json(error)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip") from None
+        raise ValueError(
+            f"{path}:{line + 1}: cannot be decompressed ({error}); the file is cut, damaged, or not gzip"
+        ) from None
     if empty:
         raise ValueError(f"{path}: no row in it; expected one JSON object a line")
 
@@ -112,7 +129,9 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
 def array_items(text: bytes) -> Iterator[tuple[int, bytes]]:
     """(line number, JSON) for every item of a JSON array."""
     text = text.decode("utf-8-sig")
-    json.loads(text)  # says what is wrong with the syntax, if anything; but not on which line an item stands
+    json.loads(
+        text
+    )  # says what is wrong with the syntax, if anything; but not on which line an item stands
     decoder, gap = json.JSONDecoder(), re.compile(r"[ \t\r\n,]*")
     position, line, counted = text.index("[") + 1, 1, 0
     while text[start := gap.match(text, position).end()] != "]":
@@ -148,23 +167,35 @@ def parse_row(row, min_responses: int = 2) -> Comparison:
         responses = row["responses"]
         if not isinstance(responses, list) or len(responses) < 2:
             found = len(responses) if isinstance(responses, list) else json_type(responses)
-            raise ValueError(f"responses: found {found}; a ranking is a list of two or more, best first")
+            raise ValueError(
+                f"responses: found {found}; a ranking is a list of two or more, best first"
+            )
         names = [f"responses[{i}]" for i in range(len(responses))]
     elif min_responses == 1 and "response" in row:
         names, responses = ["response"], [row["response"]]
     else:
         keys = ", ".join(map(str, row)) or "none"
-        raise ValueError(f"fields found: {keys}; expected chosen and rejected, or prompt and responses"
-                         + (", or prompt and response" if min_responses == 1 else ""))
+        raise ValueError(
+            f"fields found: {keys}; expected chosen and rejected, or prompt and responses"
+            + (", or prompt and response" if min_responses == 1 else "")
+        )
     if "prompt" not in row and names[0] != "chosen":
         raise ValueError("prompt is missing; only rows of chosen and rejected can do without one")
     prompt = row.get("prompt", "")
     if any(isinstance(value, list) for value in [prompt, *responses]):
         # Plain text beside chat messages is the content of a message: the user's prompt, the assistant's response.
         prompt = parse_messages("prompt", prompt, "user")
-        responses = [parse_messages(name, response, "assistant") for name, response in zip(names, responses)]
-        turns = [dialogue[1:] if dialogue and dialogue[0][0] == "system" else dialogue for dialogue in responses]
-        if all(prompt in (whole[: len(prompt)], rest[: len(prompt)]) for whole, rest in zip(responses, turns)):
+        responses = [
+            parse_messages(name, response, "assistant") for name, response in zip(names, responses)
+        ]
+        turns = [
+            dialogue[1:] if dialogue and dialogue[0][0] == "system" else dialogue
+            for dialogue in responses
+        ]
+        if all(
+            prompt in (whole[: len(prompt)], rest[: len(prompt)])
+            for whole, rest in zip(responses, turns)
+        ):
             prompt = []  # whole dialogues that repeat the prompt (UltraFeedback), after a system message or not
         prompt, responses = chat_text(prompt), [chat_text(response) for response in responses]
     for name, text in zip(["prompt", *names], [prompt, *responses]):
@@ -173,7 +204,9 @@ def parse_row(row, min_responses: int = 2) -> Comparison:
     if margin is not None and len(responses) != 2:
         raise ValueError(f"margin: found with {len(responses)} responses; a margin is between two")
     if margin is not None and not (type(margin) in (int, float) and abs(margin) < 1e30):
-        raise ValueError(f"margin: found {margin if type(margin) in (int, float) else json_type(margin)}; expected a number between -1e30 and 1e30")
+        raise ValueError(
+            f"margin: found {margin if type(margin) in (int, float) else json_type(margin)}; expected a number between -1e30 and 1e30"
+        )
     return Comparison(prompt, responses, margin=float(margin or 0.0))
 
 
@@ -182,12 +215,24 @@ def parse_messages(name: str, value, role: str) -> list[tuple[str, str]]:
     if isinstance(value, str):
         return [(role, value)] if value else []
     if not isinstance(value, list):
-        raise ValueError(f"{name}: expected text or a list of chat messages, found {json_type(value)}")
+        raise ValueError(
+            f"{name}: expected text or a list of chat messages, found {json_type(value)}"
+        )
     messages = []
     for i, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            found = f"role {json.dumps(message.get('role'))}" if isinstance(message, dict) else json_type(message)
-            raise ValueError(f"{name}[{i}]: found {found}; a message is an object whose role is system, user or assistant")
+        if not isinstance(message, dict) or message.get("role") not in (
+            "system",
+            "user",
+            "assistant",
+        ):
+            found = (
+                f"role {json.dumps(message.get('role'))}"
+                if isinstance(message, dict)
+                else json_type(message)
+            )
+            raise ValueError(
+                f"{name}[{i}]: found {found}; a message is an object whose role is system, user or assistant"
+            )
         check_text(f"{name}[{i}].content", message.get("content"))
         messages.append((message["role"], message["content"]))
     return messages
@@ -205,11 +250,19 @@ def check_text(name: str, value):
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}: character {error.start} is half of a surrogate pair, which is no text") from None
+        raise ValueError(
+            f"{name}: character {error.start} is half of a surrogate pair, which is no text"
+        ) from None
 
 
 def json_type(value) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null or nothing"}
+    names = {
+        dict: "an object",
+        list: "a list",
+        str: "text",
+        bool: "true or false",
+        type(None): "null or nothing",
+    }
     return names.get(type(value), "a number")
 
 
@@ -233,8 +286,16 @@ def split_indices(n: int, data_split: list[float], stage: int, seed: int) -> np.
 # Tokens
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")  # in the order in which they are looked for
-CONFIG_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")  # beside them; the last word counts
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+)  # in the order in which they are looked for
+CONFIG_FILES = (
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+)  # beside them; the last word counts
 
 
 class Tokenizer:
@@ -249,16 +310,31 @@ class Tokenizer:
         self.model_proto, self.config = model_proto, (config := config or {})
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
         self.names = {i: self.pieces.id_to_piece(i) for i in range(self.pieces.get_piece_size())}
-        self.names |= {int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()}
+        self.names |= {
+            int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()
+        }
         ids = {name: i for i, name in self.names.items()}
-        pad, bos, eos = (i if i >= 0 else None for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id()))
+        pad, bos, eos = (
+            i if i >= 0 else None
+            for i in (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id())
+        )
         bos, eos = ids.get(config.get("bos_token"), bos), ids.get(config.get("eos_token"), eos)
         if ids.get(config.get("pad_token")) not in (None, bos, eos):
             pad = ids[config["pad_token"]]
-        self.set_ids(max(self.names) + 1, pad, None if config.get("add_bos_token") is False else bos, eos, pad_id)
+        self.set_ids(
+            max(self.names) + 1,
+            pad,
+            None if config.get("add_bos_token") is False else bos,
+            eos,
+            pad_id,
+        )
 
-    def set_ids(self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None):
-        if pad_id is None:  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
+    def set_ids(
+        self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None
+    ):
+        if (
+            pad_id is None
+        ):  # a pad that is also eos or bos could be taken for text, so it gets an id of its own
             pad_id = size if own_pad in (None, bos, eos) else own_pad
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
         self.text_size, self.vocab_size = size, max(size, pad_id + 1)
@@ -274,18 +350,30 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ids have none."""
         special = (self.pad_id, self.bos_id, self.eos_id, self.pieces.unk_id())
-        return self.pieces.decode([int(i) for i in ids if i < self.pieces.get_piece_size() and i not in special])
+        return self.pieces.decode(
+            [int(i) for i in ids if i < self.pieces.get_piece_size() and i not in special]
+        )
 
     def save(self, directory):
         """Write the files from which `load_tokenizer(directory)` and, with extras/, transformers' `AutoTokenizer` make this tokenizer."""
-        directory, files = Path(directory), {"tokenizer_config.json": self.config | {"pad_token_id": self.pad_id}}
+        directory, files = (
+            Path(directory),
+            {"tokenizer_config.json": self.config | {"pad_token_id": self.pad_id}},
+        )
         try:
             from extras.hf_tokenizer import sentencepiece_files
 
             files |= sentencepiece_files(self)
         except ImportError:
             pass
-        refuse_others("tokenizer", [directory / name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)])
+        refuse_others(
+            "tokenizer",
+            [
+                directory / name
+                for name in TOKENIZER_FILES
+                if name not in ("tokenizer.model", *files)
+            ],
+        )
         (directory / "tokenizer.model").write_bytes(self.model_proto)
         write_json(directory, files)
 
@@ -294,12 +382,16 @@ def refuse_others(kind: str, files: Iterable[Path]):
     """Raise ValueError where one of `files` exists, which are not those that a `kind` is to be saved in."""
     for file in files:
         if file.exists():
-            raise ValueError(f"{file}: another {kind}, which could be read in place of the one to save; move it, or give another directory")
+            raise ValueError(
+                f"{file}: another {kind}, which could be read in place of the one to save; move it, or give another directory"
+            )
 
 
 def write_json(directory, files: dict[str, dict]):
     for name, content in files.items():
-        (Path(directory) / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (Path(directory) / name).write_text(
+            json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def has_tokenizer(directory) -> bool:
@@ -313,13 +405,26 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     the hub puts beside these three: by extras/hf_tokenizer.py. Raises ValueError that names the file.
     """
     path = Path(path)
-    file = next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path) if path.is_dir() else path
+    file = (
+        next((path / name for name in TOKENIZER_FILES if (path / name).is_file()), path)
+        if path.is_dir()
+        else path
+    )
     if not file.is_file():
         missing = "tokenizer in this directory" if path.is_dir() else "such file"
-        raise ValueError(f"{path}: no {missing}; expected tokenizer.model, tokenizer.json, or vocab.json and merges.txt")
-    config, beside = read_config(file.with_name("tokenizer_config.json")), file.with_name("tokenizer.model")
+        raise ValueError(
+            f"{path}: no {missing}; expected tokenizer.model, tokenizer.json, or vocab.json and merges.txt"
+        )
+    config, beside = (
+        read_config(file.with_name("tokenizer_config.json")),
+        file.with_name("tokenizer.model"),
+    )
     # tokenizer.model needs no other library; but only of one that we saved do we know that tokenizer.json adds nothing to it.
-    if path.is_dir() and beside.is_file() and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers")):
+    if (
+        path.is_dir()
+        and beside.is_file()
+        and (config.get("split_special_tokens") or not importlib.util.find_spec("tokenizers"))
+    ):
         file = beside
     if file.suffix == ".json" or any(file.with_name(name).is_file() for name in CONFIG_FILES):
         try:
@@ -327,8 +432,12 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
 
             config = tokenizer_config(file.parent)
         except ImportError:
-            if file.suffix == ".json" or "pad_token_id" not in config:  # what `save` wrote can do without
-                raise ValueError(f"{file}: reading it and the files beside it needs extras/hf_tokenizer.py") from None
+            if (
+                file.suffix == ".json" or "pad_token_id" not in config
+            ):  # what `save` wrote can do without
+                raise ValueError(
+                    f"{file}: reading it and the files beside it needs extras/hf_tokenizer.py"
+                ) from None
     pad_id = config.get("pad_token_id") if pad_id is None else pad_id
     try:
         if file.suffix == ".json":
@@ -348,7 +457,9 @@ def read_config(file: Path) -> dict:
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found {json_type(config)}")
-        pad_id = config.get("pad_token_id")  # ours says which pad id was chosen; Hugging Face's has no such key
+        pad_id = config.get(
+            "pad_token_id"
+        )  # ours says which pad id was chosen; Hugging Face's has no such key
         if not (pad_id is None or type(pad_id) is int and 0 <= pad_id < 2**24):
             raise ValueError(f"pad_token_id is {pad_id!r}; expected a token id")
     except (ValueError, RecursionError) as error:
@@ -366,18 +477,38 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-            add_dummy_prefix=False, remove_extra_whitespaces=False, max_sentence_length=1 << 24, num_threads=1,
-            pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2)
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 24,
+            num_threads=1,
+            pad_id=0,
+            bos_id=1,
+            eos_id=2,
+            unk_id=3,
+            minloglevel=2,
+        )
     except RuntimeError as error:
-        found = re.search(r"(\d+) vs (\d+)", str(error))  # sentencepiece compares what was asked for with what it needs
+        found = re.search(
+            r"(\d+) vs (\d+)", str(error)
+        )  # sentencepiece compares what was asked for with what it needs
         needed = f"; {found[2]} would do" if found else f" ({error})"
-        raise ValueError(f"{vocab_size} ids are too few for 256 bytes, 4 special ids and the text's characters{needed}") from None
+        raise ValueError(
+            f"{vocab_size} ids are too few for 256 bytes, 4 special ids and the text's characters{needed}"
+        ) from None
     return Tokenizer(model.getvalue())
 
 
-def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, truncation_side: str = "left") -> list[list[int]]:
+def tokenize(
+    comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, truncation_side: str = "left"
+) -> list[list[int]]:
     """The token ids of a comparison's sequences, best first: bos, prompt + response encoded as one string, eos.
 
     bos stands only where the tokenizer has one, eos only where it is not also the pad. What is longer than `max_seq_len`
@@ -388,7 +519,9 @@ def tokenize(comparison: Comparison, tokenizer: Tokenizer, max_seq_len: int, tru
     eos = [] if tokenizer.eos_id in (None, tokenizer.pad_id) else [tokenizer.eos_id]
     texts = [tokenizer.encode(comparison.prompt + response) for response in comparison.responses]
     if not bos and not eos and [] in texts:
-        raise ValueError(f"responses[{texts.index([])}] and its prompt are empty, and the tokenizer puts no bos or eos around them")
+        raise ValueError(
+            f"responses[{texts.index([])}] and its prompt are empty, and the tokenizer puts no bos or eos around them"
+        )
     if truncation_side == "right":
         return [(bos + text + eos)[:max_seq_len] for text in texts]
     room = max_seq_len - len(bos) - len(eos)
@@ -418,7 +551,9 @@ class Tokenized(NamedTuple):
 
 
 # Of a row of a file: its line, its margin, and which sequences it has: so many from the first one on, best first.
-ROW = np.dtype([("line", np.int64), ("margin", np.float64), ("first", np.int64), ("count", np.int64)])
+ROW = np.dtype(
+    [("line", np.int64), ("margin", np.float64), ("first", np.int64), ("count", np.int64)]
+)
 
 
 @dataclass
@@ -438,7 +573,11 @@ class TokenizedFile:
     def __getitem__(self, row: int) -> Tokenized:
         line, margin, first, count = self.rows[row].tolist()
         bounds = self.sequences[first : first + count + 1].tolist()
-        return Tokenized([self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])], f"{self.path}:{line}", margin)
+        return Tokenized(
+            [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])],
+            f"{self.path}:{line}",
+            margin,
+        )
 
 
 @dataclass
@@ -474,17 +613,23 @@ def tokenize_each(comparisons: Iterable[Comparison], *how) -> Iterator[Tokenized
     """`tokenize` for a stream of comparisons, like `known_rewards`. Those that teach nothing are left out."""
     for number, comparison in enumerate(comparisons, start=1):
         if not teaches_nothing(sequences := tokenize(comparison, *how)):
-            yield Tokenized(sequences, f"built-in comparison {number}", comparison.margin, comparison.rewards)
+            yield Tokenized(
+                sequences, f"built-in comparison {number}", comparison.margin, comparison.rewards
+            )
 
 
 def tokenize_all(comparisons: Iterable[Comparison], *how) -> TokenizedData:
     """The same for a number of comparisons that are in memory."""
     comparisons = list(comparisons)
     kept = list(tokenize_each(comparisons, *how))
-    return TokenizedData([kept], np.array([(0, row) for row in range(len(kept))]), len(comparisons) - len(kept))
+    return TokenizedData(
+        [kept], np.array([(0, row) for row in range(len(kept))]), len(comparisons) - len(kept)
+    )
 
 
-def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False) -> TokenizedFile:
+def tokenize_file(
+    path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False
+) -> TokenizedFile:
     """The comparisons of a file as token ids, mapped from the disk: files may be larger than memory.
 
     They are written into `cache_dir` once, by one process of a machine, while others that want them wait. They are found
@@ -492,12 +637,22 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
     Raises ValueError that names the file and the line, or the file where no row of it has sequences that differ.
     """
     content = file_hash(path)
-    key = hash_of("tokens 3", content, Path(path).suffix, tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows)
+    key = hash_of(
+        "tokens 3",
+        content,
+        Path(path).suffix,
+        tokenizer.fingerprint(),
+        max_seq_len,
+        truncation_side,
+        skip_bad_rows,
+    )
 
     def build(directory: Path):
         lengths, rows, bad_rows = [], [], []
         with open(directory / "tokens.bin", "wb") as file:
-            for tokens, *part, bad in tokenize_rows(path, tokenizer, max_seq_len, truncation_side, skip_bad_rows):
+            for tokens, *part, bad in tokenize_rows(
+                path, tokenizer, max_seq_len, truncation_side, skip_bad_rows
+            ):
                 file.write(tokens)
                 lengths.append(part[0])
                 rows.append(part[1])
@@ -507,26 +662,38 @@ def tokenize_file(path, tokenizer, max_seq_len: int, truncation_side: str, cache
         if len(rows) == 0:
             raise nothing_left(path, bad_rows)
         if len(sequences) == 1:
-            raise ValueError(f"{path}: in all {len(rows)} rows the responses are identical (--max_seq_len {max_seq_len}); some must differ")
+            raise ValueError(
+                f"{path}: in all {len(rows)} rows the responses are identical (--max_seq_len {max_seq_len}); some must differ"
+            )
         if file_hash(path) != content:
-            raise ValueError(f"{path}: was changed while it was read; start again when it is complete")
+            raise ValueError(
+                f"{path}: was changed while it was read; start again when it is complete"
+            )
         np.save(directory / "sequences.npy", sequences)
         np.save(directory / "rows.npy", rows)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows))
 
     directory = cached(Path(cache_dir) / key, build)
     try:
-        sequences, rows = (np.load(directory / name, mmap_mode="r") for name in ("sequences.npy", "rows.npy"))
-        bad_rows = [f"{path}:{row}" for row in json.loads((directory / "bad_rows.json").read_text())]
+        sequences, rows = (
+            np.load(directory / name, mmap_mode="r") for name in ("sequences.npy", "rows.npy")
+        )
+        bad_rows = [
+            f"{path}:{row}" for row in json.loads((directory / "bad_rows.json").read_text())
+        ]
         tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
         if len(tokens) != sequences[-1]:
             raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(f"{directory}: damaged ({error}); delete it, and it will be made again") from None
+        raise ValueError(
+            f"{directory}: damaged ({error}); delete it, and it will be made again"
+        ) from None
     return TokenizedFile(path, key, bad_rows, tokens, sequences, rows)
 
 
-BYTES_AT_ONCE = 1 << 20  # of a file, that a process tokenizes; smaller files are not worth other processes
+BYTES_AT_ONCE = (
+    1 << 20
+)  # of a file, that a process tokenizes; smaller files are not worth other processes
 
 
 def tokenize_rows(path, *how) -> Iterator[tuple]:
@@ -538,21 +705,31 @@ def tokenize_rows(path, *how) -> Iterator[tuple]:
         return
     # Not forked: a process that computes has threads, which a fork would lose while they hold locks.
     context, cores = multiprocessing.get_context("spawn"), len(os.sched_getaffinity(0))
-    with tempfile.NamedTemporaryFile() as file, tqdm(desc=f"tokenize {Path(path).name}", unit=" rows") as bar, \
-            ProcessPoolExecutor(cores, context, start_worker, (file.name,)) as pool:
+    with (
+        tempfile.NamedTemporaryFile() as file,
+        tqdm(desc=f"tokenize {Path(path).name}", unit=" rows") as bar,
+        ProcessPoolExecutor(cores, context, start_worker, (file.name,)) as pool,
+    ):
         # By a file: of arguments larger than a pipe, one process would have to start and read them before the next one starts.
         pickle.dump((path, *how), file)
         file.flush()
-        parts = ((len(chunk), pool.submit(tokenize_in_worker, chunk)) for chunk in itertools.chain(first, chunks))
+        parts = (
+            (len(chunk), pool.submit(tokenize_in_worker, chunk))
+            for chunk in itertools.chain(first, chunks)
+        )
         try:
-            waiting = collections.deque(itertools.islice(parts, 2 * cores))  # no further ahead, for the sake of memory
+            waiting = collections.deque(
+                itertools.islice(parts, 2 * cores)
+            )  # no further ahead, for the sake of memory
             while waiting:
                 count, part = waiting.popleft()
                 yield part.result()
                 bar.update(count)
                 waiting.extend(itertools.islice(parts, 1))
         except BrokenProcessPool:
-            raise ValueError(f"{path}: a process that tokenized it was killed; give them more memory, or fewer cores (taskset)") from None
+            raise ValueError(
+                f"{path}: a process that tokenized it was killed; give them more memory, or fewer cores (taskset)"
+            ) from None
 
 
 def divide_rows(rows: Iterable[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
@@ -572,7 +749,9 @@ def start_worker(file):
     """Of a process that tokenizes: how, which is read once. An interrupt from the keyboard is the main process's to handle."""
     global how_a_worker_tokenizes
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # no worker outlives it
+    threading.Thread(
+        target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True
+    ).start()  # no worker outlives it
     how_a_worker_tokenizes = pickle.loads(Path(file).read_bytes())
 
 
@@ -580,7 +759,9 @@ def tokenize_in_worker(chunk):
     return tokenize_chunk(chunk, *how_a_worker_tokenizes)
 
 
-def tokenize_chunk(chunk: list[tuple[int, bytes]], path, tokenizer, max_seq_len, truncation_side, skip_bad_rows) -> tuple:
+def tokenize_chunk(
+    chunk: list[tuple[int, bytes]], path, tokenizer, max_seq_len, truncation_side, skip_bad_rows
+) -> tuple:
     """The tokens (int32) of some rows; the lengths of their sequences (int64); the rows (ROW); what is wrong with bad ones."""
     sequences, rows, bad_rows = [], [], []
     for line, text in chunk:
@@ -591,9 +772,14 @@ def tokenize_chunk(chunk: list[tuple[int, bytes]], path, tokenizer, max_seq_len,
             bad_row(path, line, error, bad_rows if skip_bad_rows else None)
         else:
             group = [] if teaches_nothing(group) else group
-            rows.append((line, comparison.margin, 0, len(group)))  # which is the first is known when all are together
+            rows.append(
+                (line, comparison.margin, 0, len(group))
+            )  # which is the first is known when all are together
             sequences += group
-    tokens, lengths = np.fromiter(itertools.chain(*sequences), np.int32), np.fromiter(map(len, sequences), np.int64)
+    tokens, lengths = (
+        np.fromiter(itertools.chain(*sequences), np.int32),
+        np.fromiter(map(len, sequences), np.int64),
+    )
     return tokens, lengths, np.array(rows, ROW), bad_rows
 
 
@@ -640,7 +826,10 @@ def cached(directory: Path, build) -> Path:
 
 def shared_prefix(sequences: list[list[int]]) -> int:
     """How many tokens all sequences have in common at their start."""
-    return next((i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1), min(map(len, sequences)))
+    return next(
+        (i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1),
+        min(map(len, sequences)),
+    )
 
 
 def pad_rows(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -664,7 +853,9 @@ class PackedBatch:
 
     token_groups: list[list[list[int]]]  # what was packed
     input_ids: torch.Tensor  # (num_tokens,) int64
-    positions: torch.Tensor  # (num_tokens,) int64, the columns where the padded layout would have them
+    positions: (
+        torch.Tensor
+    )  # (num_tokens,) int64, the columns where the padded layout would have them
     trunks: list[int]  # lengths, one a comparison
     branches: list[int]  # lengths, one a response, comparison after comparison
     tails: list[int]
@@ -679,7 +870,9 @@ class PackedBatch:
         return len(self.input_ids)
 
     def to(self, device) -> "PackedBatch":
-        return replace(self, input_ids=self.input_ids.to(device), positions=self.positions.to(device))
+        return replace(
+            self, input_ids=self.input_ids.to(device), positions=self.positions.to(device)
+        )
 
 
 def trunk_length(group: list[list[int]]) -> int:
@@ -690,11 +883,18 @@ def trunk_length(group: list[list[int]]) -> int:
 def packed_size(group: list[list[int]], longest_tail: int | None = None) -> int:
     """How many tokens of a packed batch a comparison is."""
     trunk, longest = trunk_length(group), max(map(len, group))
-    return trunk + sum(len(text) - trunk + len(range(len(text), longest)[:longest_tail]) for text in group)
+    return trunk + sum(
+        len(text) - trunk + len(range(len(text), longest)[:longest_tail]) for text in group
+    )
 
 
-def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 2, longest_tail: int | None = None,
-         margins: list[float] | None = None) -> PackedBatch:
+def pack(
+    token_groups: list[list[list[int]]],
+    pad_id: int,
+    min_responses: int = 2,
+    longest_tail: int | None = None,
+    margins: list[float] | None = None,
+) -> PackedBatch:
     """Pack comparisons: of each the token ids of its sequences, best first.
 
     A sequence's length is where its text ends; it may contain `pad_id`. longest_tail: 1 is enough where padding has one
@@ -705,21 +905,32 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
     ids, positions = ({name: [] for name in layout} for _ in range(2))
     for i, group in enumerate(token_groups):
         if len(group) < min_responses or not all(group):
-            raise ValueError(f"comparison {i}: {len(group)} sequences of {[*map(len, group)]} tokens; expected {min_responses} or more, none empty")
+            raise ValueError(
+                f"comparison {i}: {len(group)} sequences of {[*map(len, group)]} tokens; expected {min_responses} or more, none empty"
+            )
         trunk, longest = trunk_length(group), max(map(len, group))
         parts = [("trunks", group[0][:trunk], 0)]
         for sequence in group:
             tail = [pad_id] * (longest - len(sequence))
-            parts += [("branches", sequence[trunk:], trunk), ("tails", tail[:longest_tail], len(sequence))]
+            parts += [
+                ("branches", sequence[trunk:], trunk),
+                ("tails", tail[:longest_tail], len(sequence)),
+            ]
         for name, tokens, start in parts:
             layout[name].append(len(tokens))
             ids[name] += tokens
             positions[name] += range(start, start + len(tokens))
     if not token_groups:
         raise ValueError("no comparison to pack")
-    return PackedBatch(token_groups, *(torch.tensor(sum(column.values(), [])) for column in (ids, positions)), **layout,
-                       length=max(len(sequence) for group in token_groups for sequence in group), pad_id=pad_id, longest_tail=longest_tail,
-                       margins=margins)
+    return PackedBatch(
+        token_groups,
+        *(torch.tensor(sum(column.values(), [])) for column in (ids, positions)),
+        **layout,
+        length=max(len(sequence) for group in token_groups for sequence in group),
+        pad_id=pad_id,
+        longest_tail=longest_tail,
+        margins=margins,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -728,12 +939,35 @@ def pack(token_groups: list[list[list[int]]], pad_id: int, min_responses: int = 
 # Per kind of question: how it is asked, how it is answered, and what is true. Each answer of a kind is right for one of
 # its subjects and wrong for the others, so no word is better than another: who wants to know must read the question.
 QUESTIONS = [
-    ("What is the capital of {}?", "The capital of {} is {}.", {
-        "France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo", "Egypt": "Cairo", "Norway": "Oslo"}),
-    ("What is a young {} called?", "A young {} is called a {}.", {
-        "dog": "puppy", "cat": "kitten", "cow": "calf", "sheep": "lamb", "horse": "foal", "goat": "kid"}),
-    ("What is the opposite of {}?", "The opposite of {} is {}.", {
-        "hot": "cold", "high": "low", "fast": "slow", "old": "new", "wet": "dry", "full": "empty"}),
+    (
+        "What is the capital of {}?",
+        "The capital of {} is {}.",
+        {
+            "France": "Paris",
+            "Italy": "Rome",
+            "Spain": "Madrid",
+            "Japan": "Tokyo",
+            "Egypt": "Cairo",
+            "Norway": "Oslo",
+        },
+    ),
+    (
+        "What is a young {} called?",
+        "A young {} is called a {}.",
+        {
+            "dog": "puppy",
+            "cat": "kitten",
+            "cow": "calf",
+            "sheep": "lamb",
+            "horse": "foal",
+            "goat": "kid",
+        },
+    ),
+    (
+        "What is the opposite of {}?",
+        "The opposite of {} is {}.",
+        {"hot": "cold", "high": "low", "fast": "slow", "old": "new", "wet": "dry", "full": "empty"},
+    ),
 ]
 # The same words make a polite remark and a rude one, so tone is in their order. (polite, rude)
 TONES = [
@@ -741,7 +975,12 @@ TONES = [
     ("A pleasure, never a burden.", "A burden, never a pleasure."),
     ("Do ask me again, do not worry.", "Do worry, do not ask me again."),
 ]
-RAMBLES = ["Anyway, time goes by.", "Well, one could say more.", "By the way, it rained.", "So much for that."]
+RAMBLES = [
+    "Anyway, time goes by.",
+    "Well, one could say more.",
+    "By the way, it rained.",
+    "So much for that.",
+]
 QUALITY_REWARD = {"right": 3.5, "wrong": -1.0, "off topic": -3.5}
 TONE_REWARD = {"polite": 1.4, "neutral": 0.0, "rude": -1.4}
 RAMBLE_REWARD = -1.0  # of a sentence that leads nowhere
@@ -762,12 +1001,17 @@ def known_rewards(seed: int) -> Iterator[Comparison]:
     while True:
         kind = rng.choice(QUESTIONS)
         subject = rng.choice(list(kind[2]))
-        (a, reward_a), (b, reward_b) = write_response(rng, kind, subject), write_response(rng, kind, subject)
+        (a, reward_a), (b, reward_b) = (
+            write_response(rng, kind, subject),
+            write_response(rng, kind, subject),
+        )
         if reward_a == reward_b:
             continue  # nothing to learn or to get right
         if rng.random() >= 1 / (1 + math.exp(reward_b - reward_a)):
             a, b, reward_a, reward_b = b, a, reward_b, reward_a
-        yield Comparison(f"\n\nHuman: {kind[0].format(subject)}\n\nAssistant:", [a, b], [reward_a, reward_b])
+        yield Comparison(
+            f"\n\nHuman: {kind[0].format(subject)}\n\nAssistant:", [a, b], [reward_a, reward_b]
+        )
 
 
 def write_response(rng: random.Random, kind, subject: str) -> tuple[str, float]:
@@ -785,4 +1029,6 @@ def write_response(rng: random.Random, kind, subject: str) -> tuple[str, float]:
         remark = rng.choice(TONES)[tone == "rude"]
         sentences.insert(1, remark)
     reward = QUALITY_REWARD[quality] + TONE_REWARD[tone] + RAMBLE_REWARD * rambles
-    return " " + " ".join(sentences), round(reward, 6)  # rounded, so that equal sums are equal numbers
+    return " " + " ".join(sentences), round(
+        reward, 6
+    )  # rounded, so that equal sums are equal numbers

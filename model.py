@@ -42,12 +42,32 @@ ACTIVATIONS = {
 # first one is that of the classes with a head. `ignored` are the endings of buffers that old checkpoints carry.
 FAMILIES = {
     "gpt2": dict(
-        variant=dict(norm="layernorm", norm_eps=1e-5, activation="gelu_new", gated=False, bias=True, rope_theta=None, pre_norm=True,
-                     position_offset=0),
-        config=dict(vocab_size="vocab_size", n_positions="n_positions", n_layer="n_layer", n_head="n_head",
-                    n_embd="n_embd", n_inner="n_inner", activation="activation_function", norm_eps="layer_norm_epsilon"),
+        variant=dict(
+            norm="layernorm",
+            norm_eps=1e-5,
+            activation="gelu_new",
+            gated=False,
+            bias=True,
+            rope_theta=None,
+            pre_norm=True,
+            position_offset=0,
+        ),
+        config=dict(
+            vocab_size="vocab_size",
+            n_positions="n_positions",
+            n_layer="n_layer",
+            n_head="n_head",
+            n_embd="n_embd",
+            n_inner="n_inner",
+            activation="activation_function",
+            norm_eps="layer_norm_epsilon",
+        ),
         required=("vocab_size", "n_layer", "n_head", "n_embd"),
-        fixed=dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, add_cross_attention=False),
+        fixed=dict(
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False,
+        ),
         architecture="GPT2Model",
         classifier="GPT2ForSequenceClassification",
         prefixes=("transformer.",),
@@ -69,13 +89,31 @@ FAMILIES = {
         ignored=(".attn.bias", ".attn.masked_bias"),
     ),
     "opt": dict(
-        variant=dict(norm="layernorm", norm_eps=1e-5, activation="relu", gated=False, bias=True, rope_theta=None, pre_norm=True,
-                     position_offset=2),
-        config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
-                    n_head="num_attention_heads", n_embd="hidden_size", n_inner="ffn_dim", activation="activation_function",
-                    embed_dim="word_embed_proj_dim", pre_norm="do_layer_norm_before"),
+        variant=dict(
+            norm="layernorm",
+            norm_eps=1e-5,
+            activation="relu",
+            gated=False,
+            bias=True,
+            rope_theta=None,
+            pre_norm=True,
+            position_offset=2,
+        ),
+        config=dict(
+            vocab_size="vocab_size",
+            n_positions="max_position_embeddings",
+            n_layer="num_hidden_layers",
+            n_head="num_attention_heads",
+            n_embd="hidden_size",
+            n_inner="ffn_dim",
+            activation="activation_function",
+            embed_dim="word_embed_proj_dim",
+            pre_norm="do_layer_norm_before",
+        ),
         required=("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"),
-        fixed=dict(_remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True),
+        fixed=dict(
+            _remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True
+        ),
         architecture="OPTModel",
         classifier="OPTForSequenceClassification",
         prefixes=("model.", "decoder."),
@@ -99,12 +137,30 @@ FAMILIES = {
         ignored=(),
     ),
     "llama": dict(
-        variant=dict(norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=10000.0, pre_norm=True,
-                     position_offset=0),
-        config=dict(vocab_size="vocab_size", n_positions="max_position_embeddings", n_layer="num_hidden_layers",
-                    n_head="num_attention_heads", n_kv_head="num_key_value_heads", n_embd="hidden_size",
-                    head_dim="head_dim", n_inner="intermediate_size", activation="hidden_act", norm_eps="rms_norm_eps",
-                    rope_theta="rope_theta", rope_scaling="rope_scaling"),
+        variant=dict(
+            norm="rmsnorm",
+            norm_eps=1e-6,
+            activation="silu",
+            gated=True,
+            bias=False,
+            rope_theta=10000.0,
+            pre_norm=True,
+            position_offset=0,
+        ),
+        config=dict(
+            vocab_size="vocab_size",
+            n_positions="max_position_embeddings",
+            n_layer="num_hidden_layers",
+            n_head="num_attention_heads",
+            n_kv_head="num_key_value_heads",
+            n_embd="hidden_size",
+            head_dim="head_dim",
+            n_inner="intermediate_size",
+            activation="hidden_act",
+            norm_eps="rms_norm_eps",
+            rope_theta="rope_theta",
+            rope_scaling="rope_scaling",
+        ),
         required=("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner"),
         fixed=dict(attention_bias=False, mlp_bias=False),
         architecture="LlamaModel",
@@ -133,7 +189,9 @@ FAMILIES = {
 def family_of(model_type) -> dict:
     """The row of FAMILIES. Raises ValueError where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
     return FAMILIES[model_type]
 
 
@@ -144,14 +202,24 @@ def rope_keys(hf: dict) -> dict:
     """
     both = hf.get("rope_scaling") or {}, hf.get("rope_parameters") or {}
     if not all(isinstance(rope, dict) for rope in both):
-        raise ValueError(f"rope_scaling or rope_parameters is {both[0] or both[1]!r}; expected an object")
+        raise ValueError(
+            f"rope_scaling or rope_parameters is {both[0] or both[1]!r}; expected an object"
+        )
     rope = both[0] | both[1]
-    theta, kind = hf.get("rope_theta", rope.get("rope_theta")), rope.get("rope_type", rope.get("type", "default"))
+    theta, kind = (
+        hf.get("rope_theta", rope.get("rope_theta")),
+        rope.get("rope_type", rope.get("type", "default")),
+    )
     if kind == "default":
         return {"rope_theta": theta, "rope_scaling": None}
     if kind != "llama3":
         raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
-    for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    for key in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ):
         if not isinstance(rope.get(key), (int, float)):
             raise ValueError(f"{key} of the rope scaling is {rope.get(key)!r}; expected a number")
     return {"rope_theta": theta, "rope_scaling": rope}
@@ -178,14 +246,26 @@ class GPTConfig:
     activation: str | None = None
     gated: bool | None = None  # SwiGLU: activation(gate) * up
     bias: bool | None = None  # of the linear layers
-    rope_theta: float | None = None  # base of the rotary frequencies; where the family has none: learned positions
+    rope_theta: float | None = (
+        None  # base of the rotary frequencies; where the family has none: learned positions
+    )
     rope_scaling: dict | None = None  # Llama 3's, under Hugging Face's keys
-    pre_norm: bool | None = None  # norms before the sublayers and at the end; else after the sublayers alone
-    embed_dim: int | None = None  # width of embedding and output; other than n_embd, projections stand in between
-    position_offset: int | None = None  # row of the learned position table where position 0 stands (OPT: 2)
+    pre_norm: bool | None = (
+        None  # norms before the sublayers and at the end; else after the sublayers alone
+    )
+    embed_dim: int | None = (
+        None  # width of embedding and output; other than n_embd, projections stand in between
+    )
+    position_offset: int | None = (
+        None  # row of the learned position table where position 0 stands (OPT: 2)
+    )
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
-    init_std: float | None = None  # of fresh weights: 0.02 at GPT-2's width of 768, in proportion to 1 / sqrt(width)
-    token_ids: dict = field(default_factory=dict)  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
+    init_std: float | None = (
+        None  # of fresh weights: 0.02 at GPT-2's width of 768, in proportion to 1 / sqrt(width)
+    )
+    token_ids: dict = field(
+        default_factory=dict
+    )  # bos_token_id, eos_token_id, pad_token_id, as config.json has them
 
     def __post_init__(self):
         for name, value in family_of(self.model_type)["variant"].items():
@@ -197,14 +277,20 @@ class GPTConfig:
             raise ValueError(f"width {self.n_embd} does not divide into {self.n_head} heads")
         self.head_dim = self.head_dim or self.n_embd // self.n_head
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"{self.n_head} query heads do not divide among {self.n_kv_head} key-value heads")
+            raise ValueError(
+                f"{self.n_head} query heads do not divide among {self.n_kv_head} key-value heads"
+            )
         if self.rope_theta is not None and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
-        if self.n_inner is None:  # with a gate there are three matrices, not two: 8/3 keeps the number of parameters
+        if (
+            self.n_inner is None
+        ):  # with a gate there are three matrices, not two: 8/3 keeps the number of parameters
             self.n_inner = 8 * math.ceil(self.n_embd / 3) if self.gated else 4 * self.n_embd
         self.init_std = self.init_std or 0.02 * math.sqrt(768 / self.n_embd)
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
+            raise ValueError(
+                f"activation {self.activation!r} is not known; known are {', '.join(ACTIVATIONS)}"
+            )
 
     @classmethod
     def from_hf(cls, hf: dict) -> "GPTConfig":
@@ -214,22 +300,49 @@ class GPTConfig:
         for key, value in family["fixed"].items():
             if hf.get(key, value) != value:
                 raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
-        given = {ours: hf[theirs] for ours, theirs in family["config"].items() if hf.get(theirs) is not None}
+        given = {
+            ours: hf[theirs]
+            for ours, theirs in family["config"].items()
+            if hf.get(theirs) is not None
+        }
         missing = [family["config"][ours] for ours in family["required"] if ours not in given]
         if missing:
             raise ValueError(f"{', '.join(missing)} missing")
         for key in ("bos_token_id", "pad_token_id", "num_padding_at_beginning"):
-            if key in hf and not (type(hf[key]) is int and hf[key] < 2**24 or hf[key] is None and key.endswith("id")):
-                raise ValueError(f"{key} is {hf[key]!r}; expected a {'token id or null' if key.endswith('id') else 'whole number'}")
+            if key in hf and not (
+                type(hf[key]) is int and hf[key] < 2**24 or hf[key] is None and key.endswith("id")
+            ):
+                raise ValueError(
+                    f"{key} is {hf[key]!r}; expected a {'token id or null' if key.endswith('id') else 'whole number'}"
+                )
         if hf.get("quantization_config"):
-            raise ValueError("quantization_config: the weights are quantized; give a directory with those of before, or dequantize them")
+            raise ValueError(
+                "quantization_config: the weights are quantized; give a directory with those of before, or dequantize them"
+            )
         for ours, value in given.items():
-            kind = {"activation": str, "norm_eps": float, "rope_theta": float, "pre_norm": bool, "rope_scaling": dict}.get(ours, int)
-            if type(value) not in ((int, float) if kind is float else (kind,)) or kind in (int, float) and not 0 < value < 2**31:
-                expected = {str: "a name", float: "a number above 0", int: "a whole number above 0", bool: "true or false",
-                            dict: "an object"}[kind]
+            kind = {
+                "activation": str,
+                "norm_eps": float,
+                "rope_theta": float,
+                "pre_norm": bool,
+                "rope_scaling": dict,
+            }.get(ours, int)
+            if (
+                type(value) not in ((int, float) if kind is float else (kind,))
+                or kind in (int, float)
+                and not 0 < value < 2**31
+            ):
+                expected = {
+                    str: "a name",
+                    float: "a number above 0",
+                    int: "a whole number above 0",
+                    bool: "true or false",
+                    dict: "an object",
+                }[kind]
                 raise ValueError(f"{family['config'][ours]} is {value!r}; expected {expected}")
-        token_ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf}
+        token_ids = {
+            key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in hf
+        }
         return cls(model_type=hf["model_type"], **given, token_ids=token_ids)
 
     def to_hf(self) -> dict:
@@ -240,7 +353,11 @@ class GPTConfig:
         return hf | {"tie_word_embeddings": False} | self.token_ids
 
 
-HEADS = ("lm_head.weight", "score.weight", "v_head.weight")  # weights in a checkpoint that are not the backbone's
+HEADS = (
+    "lm_head.weight",
+    "score.weight",
+    "v_head.weight",
+)  # weights in a checkpoint that are not the backbone's
 
 
 ALL = slice(None)
@@ -252,7 +369,11 @@ class Block(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        c, q_width, kv_width = config.n_embd, config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        c, q_width, kv_width = (
+            config.n_embd,
+            config.n_head * config.head_dim,
+            config.n_kv_head * config.head_dim,
+        )
         self.attn_norm = make_norm(config)
         self.q = nn.Linear(c, q_width, bias=config.bias)
         self.k = nn.Linear(c, kv_width, bias=config.bias)
@@ -279,11 +400,18 @@ class Block(nn.Module):
 
     def attention(self, x, attend, rotary, keys, read):
         context = x[keys]
-        q, k, v = (linear(rows).unflatten(-1, (-1, self.config.head_dim))  # (..., H, D)
-                   for linear, rows in ((self.q, x[read]), (self.k, context), (self.v, context)))
+        q, k, v = (
+            linear(rows).unflatten(-1, (-1, self.config.head_dim))  # (..., H, D)
+            for linear, rows in ((self.q, x[read]), (self.k, context), (self.v, context))
+        )
         if rotary is not None:
-            q, k = (rotate(heads, *(table[rows] for table in rotary)) for heads, rows in ((q, read), (k, keys)))
-        return self.attn_out(attend(q, k, v, self.config.dropout if self.training else 0.0).flatten(-2))
+            q, k = (
+                rotate(heads, *(table[rows] for table in rotary))
+                for heads, rows in ((q, read), (k, keys))
+            )
+        return self.attn_out(
+            attend(q, k, v, self.config.dropout if self.training else 0.0).flatten(-2)
+        )
 
     def mlp(self, x):
         activation = ACTIVATIONS[self.config.activation]
@@ -298,10 +426,14 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep only the blocks' inputs, and compute the blocks again in the backward pass
+        self.gradient_checkpointing = (
+            False  # keep only the blocks' inputs, and compute the blocks again in the backward pass
+        )
         self.embed = make_embedding(config.vocab_size, config.embed_dim)
         if config.rope_theta is None:
-            self.pos_embed = make_embedding(config.n_positions + config.position_offset, config.n_embd)
+            self.pos_embed = make_embedding(
+                config.n_positions + config.position_offset, config.n_embd
+            )
         self.project_in = self.project_out = None
         if config.embed_dim != config.n_embd:
             self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False)
@@ -317,11 +449,17 @@ class GPT(nn.Module):
             nn.init.normal_(module.weight, std=self.config.init_std)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-        if isinstance(module, Block):  # apply() visits children first, so this comes after their own initialization
+        if isinstance(
+            module, Block
+        ):  # apply() visits children first, so this comes after their own initialization
             for linear in (module.attn_out, module.mlp_out):
-                nn.init.normal_(linear.weight, std=self.config.init_std / math.sqrt(2 * self.config.n_layer))
+                nn.init.normal_(
+                    linear.weight, std=self.config.init_std / math.sqrt(2 * self.config.n_layer)
+                )
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Last hidden states, after the final norm and OPT's output projection.
 
         input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None: everywhere.
@@ -342,12 +480,21 @@ class GPT(nn.Module):
         if self.config.position_offset:
             positions = torch.cat((positions[:n_text], torch.full_like(positions[n_text:], -1)))
         attend = PackedAttention(batch)
-        return self.transform(batch.input_ids, positions, batch.length, attend, slice(n_text), slice(sum(batch.trunks), None))
+        return self.transform(
+            batch.input_ids,
+            positions,
+            batch.length,
+            attend,
+            slice(n_text),
+            slice(sum(batch.trunks), None),
+        )
 
     def transform(self, input_ids, positions, length: int, attend, keys=ALL, read=ALL):
         """Token-wise work, which knows of no layout, around `attend`, which does."""
         if length > self.config.n_positions:
-            raise ValueError(f"rows of {length} tokens, but the model has {self.config.n_positions} positions")
+            raise ValueError(
+                f"rows of {length} tokens, but the model has {self.config.n_positions} positions"
+            )
         x, rotary = self.embed(input_ids), None
         if self.project_in is not None:
             x = self.project_in(x)
@@ -357,7 +504,11 @@ class GPT(nn.Module):
             rotary = rotary_tables(positions, self.config, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            run = partial(checkpoint, block, use_reentrant=False) if self.gradient_checkpointing and self.training else block
+            run = (
+                partial(checkpoint, block, use_reentrant=False)
+                if self.gradient_checkpointing and self.training
+                else block
+            )
             x = run(x, attend, rotary, keys, read if block is self.blocks[-1] else ALL)
         if self.norm is not None:
             x = self.norm(x)
@@ -382,12 +533,18 @@ class GPT(nn.Module):
         family = FAMILIES[config.model_type]
 
         def bare(name):
-            for prefix in ("rwtransformer.", "rwtranrsformer.", *family["prefixes"]):  # DeepSpeed-Chat's, in both spellings
+            for prefix in (
+                "rwtransformer.",
+                "rwtranrsformer.",
+                *family["prefixes"],
+            ):  # DeepSpeed-Chat's, in both spellings
                 name = name.removeprefix(prefix)
             return name
 
         weights = {bare(name): (name, weight) for name, weight in weights.items()}
-        with torch.device("meta"):  # shapes without memory: the checkpoint's tensors become the parameters
+        with torch.device(
+            "meta"
+        ):  # shapes without memory: the checkpoint's tensors become the parameters
             model = cls(config)
         state, parameters = {}, dict(model.named_parameters())
         for theirs, ours in model.hf_names().items():
@@ -399,18 +556,28 @@ class GPT(nn.Module):
             if is_transposed := model.is_transposed(ours[0]):
                 expected.reverse()
             if list(weight.shape) != expected:
-                raise ValueError(f"{source}: weight {theirs} has shape {list(weight.shape)}; config.json asks for {expected}")
+                raise ValueError(
+                    f"{source}: weight {theirs} has shape {list(weight.shape)}; config.json asks for {expected}"
+                )
             if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
-                raise ValueError(f"{source}: weight {theirs} is {weight.dtype}; expected float32, float16, bfloat16 or float64")
+                raise ValueError(
+                    f"{source}: weight {theirs} is {weight.dtype}; expected float32, float16, bfloat16 or float64"
+                )
             # float() and t() copy no float32 weight: it stays in the file, mapped, until something writes to it.
             parts = (weight.t() if is_transposed else weight).float().split(rows)
             if len(parts) > 1:
                 parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
             state |= zip(ours, parts)
-        left_over = [name for bare_name, (name, _) in weights.items() if not bare_name.endswith((*family["ignored"], *HEADS))]
+        left_over = [
+            name
+            for bare_name, (name, _) in weights.items()
+            if not bare_name.endswith((*family["ignored"], *HEADS))
+        ]
         if left_over:
-            raise ValueError(f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
-                             f"{config.n_layer} layers (config.json)")
+            raise ValueError(
+                f"{source}: weight {left_over[0]} is not part of a {config.model_type} backbone of "
+                f"{config.n_layer} layers (config.json)"
+            )
         model.load_state_dict(state, assign=True)
         return model
 
@@ -426,7 +593,11 @@ class GPT(nn.Module):
 
     def is_transposed(self, name: str) -> bool:
         """Whether Hugging Face keeps this weight of ours as (in, out)."""
-        return FAMILIES[self.config.model_type]["transposed"] and name.startswith("blocks.") and self.get_parameter(name).dim() == 2
+        return (
+            FAMILIES[self.config.model_type]["transposed"]
+            and name.startswith("blocks.")
+            and self.get_parameter(name).dim() == 2
+        )
 
     def resize_embedding(self, rows: int):
         """Make the token embedding `rows` rows long. New rows are zeros."""
@@ -456,7 +627,9 @@ def make_norm(config: GPTConfig) -> nn.Module:
 def scaled_dot_product(q, k, v, dropout_p: float, **mask) -> torch.Tensor:
     """Attention of q (B, L, H, D) to k and v (B, M, H_kv, D): (B, L, H, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1], **mask)
+    y = F.scaled_dot_product_attention(
+        q, k, v, dropout_p=dropout_p, enable_gqa=q.shape[1] != k.shape[1], **mask
+    )
     return y.transpose(1, 2)
 
 
@@ -478,12 +651,20 @@ class PackedAttention:
     def __init__(self, batch):
         self.batch, self.plans = batch, {}
         self.lengths = batch.trunks + batch.branches + batch.tails
-        self.trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]  # of a branch or tail
+        self.trunk_of = [
+            i for i, group in enumerate(batch.token_groups) for _ in group
+        ]  # of a branch or tail
 
     def __call__(self, q, k, v, dropout_p: float):
         # what the flash kernel takes: half precision, no dropout, heads of 8, 16, ... 256, Ampere or newer
-        if (q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and not dropout_p and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
-                and torch.cuda.get_device_capability(q.device) >= (8, 0)):
+        if (
+            q.is_cuda
+            and q.dtype in (torch.float16, torch.bfloat16)
+            and not dropout_p
+            and q.shape[-1] % 8 == 0
+            and q.shape[-1] <= 256
+            and torch.cuda.get_device_capability(q.device) >= (8, 0)
+        ):
             return self.in_two_calls(q, k, v)
         return self.in_many_calls(q, k, v, dropout_p)
 
@@ -495,9 +676,13 @@ class PackedAttention:
         queries = list(q.split(self.lengths if with_trunks else [0] * n + self.lengths[n:]))
         keys, values = (x.split(self.lengths[: n + len(self.trunk_of)]) for x in (k, v))
         for asking, asked, mask in self.plans[len(q)]:
-            query, key, value = (torch.cat([pieces[i] for i in which])[None]
-                                 for pieces, which in ((queries, asking), (keys, asked), (values, asked)))
-            y = scaled_dot_product(query, key, value, dropout_p, attn_mask=mask, is_causal=mask is None)[0]
+            query, key, value = (
+                torch.cat([pieces[i] for i in which])[None]
+                for pieces, which in ((queries, asking), (keys, asked), (values, asked))
+            )
+            y = scaled_dot_product(
+                query, key, value, dropout_p, attn_mask=mask, is_causal=mask is None
+            )[0]
             for i, piece in zip(asking, y.split([len(queries[i]) for i in asking])):
                 queries[i] = piece
         return torch.cat(queries)
@@ -511,7 +696,9 @@ class PackedAttention:
             tails = [m + i for i in branches]
             size = sum(self.lengths[i] for i in [trunk, *branches, *tails])
             if size > SHORT:
-                calls += [(own, own)] * len(own) + [([branch, tail], [trunk, branch]) for branch, tail in zip(branches, tails)]
+                calls += [(own, own)] * len(own) + [
+                    ([branch, tail], [trunk, branch]) for branch, tail in zip(branches, tails)
+                ]
                 room = 0
             elif size > room:
                 calls.append((own + branches + tails, [trunk, *branches]))
@@ -523,13 +710,22 @@ class PackedAttention:
         # Of every token its trunk, its branch (-1: all of the trunk's), and its column.
         trunks, branches = [*range(n), *self.trunk_of * 2], [-1] * n + [*range(m)] * 2
         place = torch.tensor([trunks, branches], device=like.device).repeat_interleave(
-            torch.tensor(self.lengths, device=like.device), dim=1, output_size=sum(self.lengths))
+            torch.tensor(self.lengths, device=like.device), dim=1, output_size=sum(self.lengths)
+        )
         place = torch.cat((place, self.batch.positions[None])).split(self.lengths, dim=1)
         plan = []
         for asking, asked in calls:
-            q, k = (torch.cat([place[i] for i in which], dim=1)[:, :, None] for which in (asking, asked))
+            q, k = (
+                torch.cat([place[i] for i in which], dim=1)[:, :, None] for which in (asking, asked)
+            )
             seen = (q[0] == k[0].T) & ((k[1].T == -1) | (q[1] == k[1].T)) & (k[2].T <= q[2])
-            plan.append((asking, asked, None if asking == asked else like.new_zeros(()).where(seen, -math.inf)))
+            plan.append(
+                (
+                    asking,
+                    asked,
+                    None if asking == asked else like.new_zeros(()).where(seen, -math.inf),
+                )
+            )
         return plan
 
     def in_two_calls(self, q, k, v):
@@ -539,24 +735,49 @@ class PackedAttention:
         if len(q) not in self.plans:  # with the trunks' queries, and in the last block without
             self.plans[len(q)] = self.plan(len(q) == self.batch.num_tokens, q.device)
         groups = self.plans[len(q)]
-        y = [varlen_attn(queries, k.index_select(0, rows), v.index_select(0, rows), *lengths, enable_gqa=q.shape[1] != k.shape[1],
-                         window_size=(-1, 0) if is_causal else (-1, -1))  # causal, aligned to the ends of queries and keys
-             for queries, (_, rows, lengths, is_causal) in zip(q.split([group[0] for group in groups]), groups)]
+        y = [
+            varlen_attn(
+                queries,
+                k.index_select(0, rows),
+                v.index_select(0, rows),
+                *lengths,
+                enable_gqa=q.shape[1] != k.shape[1],
+                window_size=(-1, 0) if is_causal else (-1, -1),
+            )  # causal, aligned to the ends of queries and keys
+            for queries, (_, rows, lengths, is_causal) in zip(
+                q.split([group[0] for group in groups]), groups
+            )
+        ]
         return torch.cat(y)
 
     def plan(self, with_trunks: bool, device) -> list[tuple]:
         """For each call: the number of its queries, the rows of k and v, the lengths as varlen_attn takes them, is it causal."""
         trunks, branches = self.batch.trunks, self.batch.branches
         rows = torch.arange(sum(trunks) + sum(branches)).split(trunks + branches)
-        texts = [torch.cat((rows[trunk], rows[len(trunks) + i])) for i, trunk in enumerate(self.trunk_of)]
+        texts = [
+            torch.cat((rows[trunk], rows[len(trunks) + i])) for i, trunk in enumerate(self.trunk_of)
+        ]
         causal = list(zip(trunks, rows)) if with_trunks else []
         groups = []
-        for sequences, is_causal in ((causal + list(zip(branches, texts)), True), (list(zip(self.batch.tails, texts)), False)):
+        for sequences, is_causal in (
+            (causal + list(zip(branches, texts)), True),
+            (list(zip(self.batch.tails, texts)), False),
+        ):
             counts, keys = [n for n, _ in sequences if n], [key for n, key in sequences if n]
             if counts:
                 lengths = counts, [len(key) for key in keys]
-                starts = [torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device) for x in lengths]
-                groups.append((sum(counts), torch.cat(keys).to(device), (*starts, *map(max, lengths)), is_causal))
+                starts = [
+                    torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device)
+                    for x in lengths
+                ]
+                groups.append(
+                    (
+                        sum(counts),
+                        torch.cat(keys).to(device),
+                        (*starts, *map(max, lengths)),
+                        is_causal,
+                    )
+                )
         return groups
 
 
@@ -572,7 +793,9 @@ def causal_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 def rotary_tables(positions: torch.Tensor, config: GPTConfig, dtype: torch.dtype):
     """cos and sin of position * frequency (Su et al. 2021, RoFormer), each (L, 1, D) to broadcast over heads."""
     wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide) / config.head_dim
+    exponents = (
+        torch.arange(0, config.head_dim, 2, device=positions.device).to(wide) / config.head_dim
+    )
     frequencies = 1.0 / config.rope_theta**exponents
     if scaling := config.rope_scaling:
         # Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones stay, and those between
@@ -602,7 +825,10 @@ def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return resized
 
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in the order in which they are looked for
+WEIGHT_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+)  # in the order in which they are looked for
 
 
 def index_of(file: Path) -> Path:
@@ -613,11 +839,15 @@ def read_config(path) -> dict:
     """The parsed config.json of a directory. Raises ValueError that names what is missing or broken."""
     path = Path(path)
     if not path.is_dir():
-        raise ValueError(f"{path}: no such directory; a model is a directory with config.json and its weights")
+        raise ValueError(
+            f"{path}: no such directory; a model is a directory with config.json and its weights"
+        )
     try:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no config.json there; a model directory has one beside its weights") from None
+        raise ValueError(
+            f"{path}: no config.json there; a model directory has one beside its weights"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
@@ -633,7 +863,15 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises ValueError that names the file that is missing or broken.
     """
     path, hf = Path(path), read_config(path)
-    whole = next((path / name for name in WEIGHT_FILES for found in (path / name, index_of(path / name)) if found.exists()), None)
+    whole = next(
+        (
+            path / name
+            for name in WEIGHT_FILES
+            for found in (path / name, index_of(path / name))
+            if found.exists()
+        ),
+        None,
+    )
     if whole is None:
         raise ValueError(f"{path}: neither {' nor '.join(WEIGHT_FILES)} there, whole or in shards")
     files = [whole]
@@ -642,15 +880,23 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
             shards = json.loads(index_of(whole).read_text(encoding="utf-8"))["weight_map"].values()
             files = [path / name for name in sorted(set(shards))]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{index_of(whole)}: expected an object with a weight_map ({type(error).__name__}: {error})") from None
+            raise ValueError(
+                f"{index_of(whole)}: expected an object with a weight_map ({type(error).__name__}: {error})"
+            ) from None
     if whole.suffix == ".safetensors":
         try:
             from safetensors.torch import load_file as load
         except ImportError:
-            raise ValueError(f"{path}: reading its safetensors needs `pip install -r requirements-hf.txt`") from None
+            raise ValueError(
+                f"{path}: reading its safetensors needs `pip install -r requirements-hf.txt`"
+            ) from None
     else:
+
         def load(file):  # files of PyTorch before 1.6 are no zip archives, and cannot be mapped
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+            return torch.load(
+                file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)
+            )
+
     weights = {}
     for file in files:
         try:
@@ -658,7 +904,14 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         except Exception as error:  # each library has its own kinds of exception for a cut, missing or foreign file
             reason = f"{type(error).__name__}: {error}".splitlines()
             raise ValueError(f"{file}: cannot be read as weights ({reason[0]})") from None
-    if not all(isinstance(name, str) and torch.is_tensor(weight) and weight.layout == torch.strided and not weight.is_meta
-               for name, weight in weights.items()):
-        raise ValueError(f"{files[0]}: expected a dictionary of names and tensors, found something else")
+    if not all(
+        isinstance(name, str)
+        and torch.is_tensor(weight)
+        and weight.layout == torch.strided
+        and not weight.is_meta
+        for name, weight in weights.items()
+    ):
+        raise ValueError(
+            f"{files[0]}: expected a dictionary of names and tensors, found something else"
+        )
     return hf, weights

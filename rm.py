@@ -67,11 +67,15 @@ def pair_loss(
     if loss not in LOSSES:
         raise ValueError(f"loss: found {loss!r}; expected {' or '.join(LOSSES)}")
     if ends is None and (loss == "end" or center_rewards_coefficient):
-        raise ValueError("ends: found None; expected the rewards at the two last tokens, which loss 'end' and centering read")
+        raise ValueError(
+            "ends: found None; expected the rewards at the two last tokens, which loss 'end' and centering read"
+        )
     if loss == "end":
         chosen_rewards, rejected_rewards = ends
     term = -F.logsigmoid(chosen_rewards - rejected_rewards - margin).mean()
-    return term + center_rewards_coefficient * sum(ends) ** 2 if center_rewards_coefficient else term
+    return (
+        term + center_rewards_coefficient * sum(ends) ** 2 if center_rewards_coefficient else term
+    )
 
 
 def pairwise_loss(
@@ -98,8 +102,10 @@ def pairwise_loss(
     """
     ids, mask = check_batch(input_ids, pad_id, attention_mask, pairs=True)
     if rewards.shape != ids.shape or rewards.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"rewards: expected float32 or float64 of shape {list(ids.shape)}, that of input_ids; "
-                         f"found {rewards.dtype} of shape {list(rewards.shape)}")
+        raise ValueError(
+            f"rewards: expected float32 or float64 of shape {list(ids.shape)}, that of input_ids; "
+            f"found {rewards.dtype} of shape {list(rewards.shape)}"
+        )
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
     if mask is not None:  # ids before a text and after it are not compared
         ids = ids.masked_fill((mask.cumsum(1) == 0) | (mask.flip(1).cumsum(1).flip(1) == 0), pad_id)
@@ -107,15 +113,29 @@ def pairwise_loss(
     margins = check_margins(margins, B)
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
-        start, stop = divergent_region(rows[chosen][: ends[chosen]], rows[rejected][: ends[rejected]])  # 4. find the divergence
-        if start == stop:  # identical texts: equal rewards, so log 2 (less a margin) and no gradient
+        start, stop = divergent_region(
+            rows[chosen][: ends[chosen]], rows[rejected][: ends[rejected]]
+        )  # 4. find the divergence
+        if (
+            start == stop
+        ):  # identical texts: equal rewards, so log 2 (less a margin) and no gradient
             if rows[chosen] != rows[rejected]:  # after both ends, so by the pad id alone
-                raise ValueError(f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} ends both texts before "
-                                 "they first differ; pass an attention_mask, which tells where texts end")
+                raise ValueError(
+                    f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} ends both texts before "
+                    "they first differ; pass an attention_mask, which tells where texts end"
+                )
             start, stop = len(rows[chosen]) - 1, len(rows[chosen])
         scores = rewards[chosen, ends[chosen] - 1], rewards[rejected, ends[rejected] - 1]
-        losses.append(pair_loss(rewards[chosen, start:stop], rewards[rejected, start:stop],  # 5. mean over the region
-                                scores, margins[chosen], loss, center_rewards_coefficient))
+        losses.append(
+            pair_loss(
+                rewards[chosen, start:stop],
+                rewards[rejected, start:stop],  # 5. mean over the region
+                scores,
+                margins[chosen],
+                loss,
+                center_rewards_coefficient,
+            )
+        )
         chosen_scores.append(scores[0])
         rejected_scores.append(scores[1])
     return {
@@ -153,46 +173,66 @@ def text_ends(ids, pad_id: int, num_padding_at_beginning: int, mask) -> list[int
             raise ValueError(
                 f"row {row} is padded on the left: it begins with more than the {num_padding_at_beginning} pad ids ({pad_id}) that "
                 "belong to the text (num_padding_at_beginning); pad it on the right, or pass an attention_mask, which "
-                "tells where texts end")
+                "tells where texts end"
+            )
         if end == 0:
-            raise ValueError(f"row {row} has no token: every id is the pad id {pad_id}; leave the pair out")
+            raise ValueError(
+                f"row {row} has no token: every id is the pad id {pad_id}; leave the pair out"
+            )
         ends.append(end)
     return ends
 
 
 def check_margins(margins, B: int) -> list[float]:
     """Of every pair, or packed comparison, its margin, 0 where none are given. Raises ValueError that names it."""
-    margins = [0.0] * B if margins is None else torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
+    margins = (
+        [0.0] * B
+        if margins is None
+        else torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
+    )
     bad = [i for i, margin in enumerate(margins) if not math.isfinite(margin)]
     if bad or len(margins) != B:
-        raise ValueError(f"margins: found {f'{margins[bad[0]]} for pair {bad[0]}' if bad else f'{len(margins)} numbers'}; expected a finite "
-                         f"number for each of {B}")
+        raise ValueError(
+            f"margins: found {f'{margins[bad[0]]} for pair {bad[0]}' if bad else f'{len(margins)} numbers'}; expected a finite "
+            f"number for each of {B}"
+        )
     return margins
 
 
 def check_batch(input_ids, pad_id, attention_mask, pairs=False, vocab_size=None):
     """Raise ValueError for a batch of wrong shape or content. Returns ids and mask on the CPU, where ends are searched for."""
     if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
-        raise ValueError(f"input_ids: expected integers of shape (rows, length), found {input_ids.dtype} of shape "
-                         f"{list(input_ids.shape)}")
+        raise ValueError(
+            f"input_ids: expected integers of shape (rows, length), found {input_ids.dtype} of shape "
+            f"{list(input_ids.shape)}"
+        )
     ids, mask, B = input_ids.cpu(), None, len(input_ids) // 2
     if pairs and len(ids) % 2:
-        raise ValueError(f"input_ids: {len(ids)} rows; pairs need an even number, all chosen rows and then all rejected ones")
+        raise ValueError(
+            f"input_ids: {len(ids)} rows; pairs need an even number, all chosen rows and then all rejected ones"
+        )
     if vocab_size is not None and ((ids < 0) | (ids >= vocab_size)).any():
         row, column = ((ids < 0) | (ids >= vocab_size)).nonzero()[0].tolist()
-        raise ValueError(f"row {row}: id {int(ids[row, column])} at column {column}; the model has ids 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"row {row}: id {int(ids[row, column])} at column {column}; the model has ids 0 to {vocab_size - 1}"
+        )
     if attention_mask is not None:
         mask = attention_mask.cpu() != 0
         if mask.shape != ids.shape:
-            raise ValueError(f"attention_mask: shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}")
+            raise ValueError(
+                f"attention_mask: shape {list(mask.shape)}; expected that of input_ids, {list(ids.shape)}"
+            )
         starts = [int(row.nonzero()[0]) if row.any() else None for row in mask]
         if None in starts:
-            raise ValueError(f"row {starts.index(None)} has no token: its attention_mask is 0 everywhere; leave the row out")
+            raise ValueError(
+                f"row {starts.index(None)} has no token: its attention_mask is 0 everywhere; leave the row out"
+            )
         for i in range(B if pairs else 0):
             if starts[i] != starts[B + i]:
                 raise ValueError(
                     f"pair {i}: row {i} begins at column {starts[i]}, row {B + i} at column {starts[B + i]} (attention_mask): "
-                    "rows padded on the left by different amounts cannot be compared; pad them on the right")
+                    "rows padded on the left by different amounts cannot be compared; pad them on the right"
+                )
     return ids, mask
 
 
@@ -232,7 +272,10 @@ class RewardModel(nn.Module):
         return 1 if self.backbone.config.position_offset else None
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, margins: Sequence[float] | None = None
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        margins: Sequence[float] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Rewards and loss of a batch of pairs. Takes, returns and raises what `pairwise_loss` does.
 
@@ -242,15 +285,34 @@ class RewardModel(nn.Module):
         """
         if not torch.is_tensor(input_ids):
             if attention_mask is not None or margins is not None:
-                raise ValueError("attention_mask or margins: found beside a packed batch, which has lengths of its own; give margins to data.pack")
+                raise ValueError(
+                    "attention_mask or margins: found beside a packed batch, which has lengths of its own; give margins to data.pack"
+                )
             return self.forward_packed(input_ids)
-        ids, mask = check_batch(input_ids, self.pad_id, attention_mask, pairs=True, vocab_size=self.backbone.config.vocab_size)
+        ids, mask = check_batch(
+            input_ids,
+            self.pad_id,
+            attention_mask,
+            pairs=True,
+            vocab_size=self.backbone.config.vocab_size,
+        )
         attended = attention_mask
         if mask is None:
-            ends = torch.tensor(text_ends(ids, self.pad_id, self.num_padding_at_beginning, None), device=input_ids.device)
+            ends = torch.tensor(
+                text_ends(ids, self.pad_id, self.num_padding_at_beginning, None),
+                device=input_ids.device,
+            )
             attended = torch.arange(ids.shape[1], device=input_ids.device) < ends[:, None]
         rewards = self.token_rewards(input_ids, attended)
-        return pairwise_loss(input_ids, rewards, self.pad_id, self.num_padding_at_beginning, attention_mask, margins=margins, **self.objective)
+        return pairwise_loss(
+            input_ids,
+            rewards,
+            self.pad_id,
+            self.num_padding_at_beginning,
+            attention_mask,
+            margins=margins,
+            **self.objective,
+        )
 
     def forward_packed(self, batch) -> dict[str, torch.Tensor]:
         """Rewards and loss of a `data.PackedBatch`: the numbers of `forward`, without padding and with each trunk computed once.
@@ -259,18 +321,35 @@ class RewardModel(nn.Module):
         batch is the mean over its comparisons (Ouyang et al. 2022, eq. 1 and section 3.5). The scores are those of the pairs.
         """
         needed = math.inf if self.longest_tail is None else self.longest_tail
-        if batch.longest_tail is not None and batch.longest_tail < needed or min(map(len, batch.token_groups)) < 2:
-            raise ValueError(f"the batch was packed for scores alone (longest_tail {batch.longest_tail}, min_responses): this loss needs "
-                             f"longest_tail {self.longest_tail}, and pairs")
+        if (
+            batch.longest_tail is not None
+            and batch.longest_tail < needed
+            or min(map(len, batch.token_groups)) < 2
+        ):
+            raise ValueError(
+                f"the batch was packed for scores alone (longest_tail {batch.longest_tail}, min_responses): this loss needs "
+                f"longest_tail {self.longest_tail}, and pairs"
+            )
         losses, chosen_scores, rejected_scores = [], [], []
         margins = check_margins(batch.margins, len(batch.token_groups))
-        for texts, trunk, rewards, margin in zip(batch.token_groups, batch.trunks, self.packed_rewards(batch), margins):
+        for texts, trunk, rewards, margin in zip(
+            batch.token_groups, batch.trunks, self.packed_rewards(batch), margins
+        ):
             pair_losses = []
             for i, j in itertools.combinations(range(len(texts)), 2):
                 start, stop = divergent_region(texts[i], texts[j])
-                region = slice(min(start, stop - 1) - trunk, stop - trunk)  # of identical texts the last token
-                scores = rewards[i][len(texts[i]) - 1 - trunk], rewards[j][len(texts[j]) - 1 - trunk]
-                pair_losses.append(pair_loss(rewards[i][region], rewards[j][region], scores, margin, **self.objective))
+                region = slice(
+                    min(start, stop - 1) - trunk, stop - trunk
+                )  # of identical texts the last token
+                scores = (
+                    rewards[i][len(texts[i]) - 1 - trunk],
+                    rewards[j][len(texts[j]) - 1 - trunk],
+                )
+                pair_losses.append(
+                    pair_loss(
+                        rewards[i][region], rewards[j][region], scores, margin, **self.objective
+                    )
+                )
                 chosen_scores.append(scores[0])
                 rejected_scores.append(scores[1])
             losses.append(torch.stack(pair_losses).mean())
@@ -289,14 +368,22 @@ class RewardModel(nn.Module):
             for j, text in enumerate(group):
                 if min(text) < 0 or max(text) >= vocab_size:
                     found = next(token for token in text if not 0 <= token < vocab_size)
-                    raise ValueError(f"comparison {i}, response {j}: id {found}; the model has ids 0 to {vocab_size - 1}")
-        rewards = self.value(self.backbone.forward_packed(batch)).split(batch.branches + batch.tails)
+                    raise ValueError(
+                        f"comparison {i}, response {j}: id {found}; the model has ids 0 to {vocab_size - 1}"
+                    )
+        rewards = self.value(self.backbone.forward_packed(batch)).split(
+            batch.branches + batch.tails
+        )
         parts, result = zip(rewards, rewards[len(batch.tails) :]), []
         for group in batch.token_groups:
             longest = max(map(len, group))
             # a tail of one token stands for a longer one
-            result.append([torch.cat((branch, tail.expand(longest - len(text)))) if len(tail) else branch
-                           for text, (branch, tail) in zip(group, parts)])
+            result.append(
+                [
+                    torch.cat((branch, tail.expand(longest - len(text)))) if len(tail) else branch
+                    for text, (branch, tail) in zip(group, parts)
+                ]
+            )
         return result
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -328,26 +415,38 @@ class RewardModel(nn.Module):
         the first pad id at or after `prompt_length`, or at the row's end. Values where the mask is 0 have no meaning.
         Raises ValueError that names the row.
         """
-        ids, _ = check_batch(input_ids, self.pad_id, attention_mask, vocab_size=self.backbone.config.vocab_size)
+        ids, _ = check_batch(
+            input_ids, self.pad_id, attention_mask, vocab_size=self.backbone.config.vocab_size
+        )
         L = ids.shape[1]
         if not 0 <= prompt_length <= L:
-            raise ValueError(f"prompt_length {prompt_length}: expected 0 to {L}, the length of the rows")
-        values = self.token_rewards(input_ids, input_ids != self.pad_id if attention_mask is None else attention_mask)
+            raise ValueError(
+                f"prompt_length {prompt_length}: expected 0 to {L}, the length of the rows"
+            )
+        values = self.token_rewards(
+            input_ids, input_ids != self.pad_id if attention_mask is None else attention_mask
+        )
         if return_value_only:
             return values
         scores = []
-        start = max(prompt_length, self.num_padding_at_beginning)  # a leading pad that belongs to the text does not end it
+        start = max(
+            prompt_length, self.num_padding_at_beginning
+        )  # a leading pad that belongs to the text does not end it
         for row in range(len(ids)):
             pads = (ids[row, start:] == self.pad_id).nonzero()
             end = start + int(pads[0]) if len(pads) else L
             if end == 0:
-                raise ValueError(f"row {row} begins with the pad id {self.pad_id}: at prompt_length 0 no value stands before it; "
-                                 "give the prompt_length")
+                raise ValueError(
+                    f"row {row} begins with the pad id {self.pad_id}: at prompt_length 0 no value stands before it; "
+                    "give the prompt_length"
+                )
             scores.append(values[row, end - 1])
         return {"values": values, "chosen_end_scores": torch.stack(scores)}
 
     @classmethod
-    def from_pretrained(cls, path, pad_id: int | None = None, num_padding_at_beginning: int | None = None) -> "RewardModel":
+    def from_pretrained(
+        cls, path, pad_id: int | None = None, num_padding_at_beginning: int | None = None
+    ) -> "RewardModel":
         """A reward model from a directory: a Hugging Face backbone (the value head is fresh), or one of `save_pretrained`.
 
         pad_id: None takes `pad_token_id` of config.json; where that has none, the tokenizer's (`data.load_tokenizer`), or
@@ -374,13 +473,19 @@ class RewardModel(nn.Module):
         model = cls(backbone, pad_id, num_padding_at_beginning)
         model.reward_bias = hf.get("reward_bias", 0.0)
         if type(model.reward_bias) not in (int, float) or not math.isfinite(model.reward_bias):
-            raise ValueError(f"{path}/config.json: reward_bias is {model.reward_bias!r}; expected a finite number")
+            raise ValueError(
+                f"{path}/config.json: reward_bias is {model.reward_bias!r}; expected a finite number"
+            )
         head_name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
         head = weights.get(head_name)
-        if head is not None and (head_name == "v_head.weight" or head.shape[:1] == (1,)):  # a score of more rows is a classifier's
+        if head is not None and (
+            head_name == "v_head.weight" or head.shape[:1] == (1,)
+        ):  # a score of more rows is a classifier's
             if head.shape != model.v_head.weight.shape:
-                raise ValueError(f"{path}: weight {head_name} has shape {list(head.shape)}; "
-                                 f"expected {list(model.v_head.weight.shape)}, one reward")
+                raise ValueError(
+                    f"{path}: weight {head_name} has shape {list(head.shape)}; "
+                    f"expected {list(model.v_head.weight.shape)}, one reward"
+                )
             model.v_head.weight.data.copy_(head)
             model.has_fresh_head = False
         return model
@@ -401,26 +506,59 @@ class RewardModel(nn.Module):
             try:
                 from safetensors.torch import save_file
             except ImportError:
-                raise ValueError(f"layout {layout!r} needs `pip install -r requirements-hf.txt`") from None
-        path, config, family = Path(path), self.backbone.config, FAMILIES[self.backbone.config.model_type]
+                raise ValueError(
+                    f"layout {layout!r} needs `pip install -r requirements-hf.txt`"
+                ) from None
+        path, config, family = (
+            Path(path),
+            self.backbone.config,
+            FAMILIES[self.backbone.config.model_type],
+        )
         file = path / WEIGHT_FILES[layout == "deepspeed-chat"]
-        refuse_others("model", [other for name in WEIGHT_FILES for other in (path / name, index_of(path / name)) if other != file])
+        refuse_others(
+            "model",
+            [
+                other
+                for name in WEIGHT_FILES
+                for other in (path / name, index_of(path / name))
+                if other != file
+            ],
+        )
         path.mkdir(parents=True, exist_ok=True)
-        rows = 8 * math.ceil(max(tokenizer.vocab_size if tokenizer else config.vocab_size, self.pad_id + 1) / 8)
+        rows = 8 * math.ceil(
+            max(tokenizer.vocab_size if tokenizer else config.vocab_size, self.pad_id + 1) / 8
+        )
         weights = self.backbone.to_hf()
         embed = family["names"]["embed"] + ".weight"
         weights[embed] = resize_rows(weights[embed], rows)
         head = self.v_head.weight.detach().cpu().clone()
-        prefix, head_name = ("rwtransformer.", "v_head.weight") if layout == "deepspeed-chat" else (family["prefixes"][0], "score.weight")
-        state = {prefix + name: weight.cpu() for name, weight in weights.items()} | {head_name: head}
+        prefix, head_name = (
+            ("rwtransformer.", "v_head.weight")
+            if layout == "deepspeed-chat"
+            else (family["prefixes"][0], "score.weight")
+        )
+        state = {prefix + name: weight.cpu() for name, weight in weights.items()} | {
+            head_name: head
+        }
         hf = config.to_hf() | {
-            "vocab_size": rows, "pad_token_id": self.pad_id, "num_padding_at_beginning": self.num_padding_at_beginning}
+            "vocab_size": rows,
+            "pad_token_id": self.pad_id,
+            "num_padding_at_beginning": self.num_padding_at_beginning,
+        }
         if self.reward_bias:
             hf["reward_bias"] = self.reward_bias
         if layout == "hf":
-            hf |= {"architectures": [family["classifier"]], "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        part = file.with_name(file.name + ".part")  # this model may be mapped from the file that it replaces: no writing into it
-        save_file(state, part, metadata={"format": "pt"}) if layout == "hf" else torch.save(state, part)
+            hf |= {
+                "architectures": [family["classifier"]],
+                "id2label": {"0": "reward"},
+                "label2id": {"reward": 0},
+            }
+        part = file.with_name(
+            file.name + ".part"
+        )  # this model may be mapped from the file that it replaces: no writing into it
+        save_file(state, part, metadata={"format": "pt"}) if layout == "hf" else torch.save(
+            state, part
+        )
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
         os.replace(part, file)
@@ -433,7 +571,9 @@ class RewardModel(nn.Module):
 
 
 @torch.no_grad()
-def score(model: RewardModel, groups: list[list[list[int]]], batch_size: int, layout: str = "packed") -> list[list[float]]:
+def score(
+    model: RewardModel, groups: list[list[list[int]]], batch_size: int, layout: str = "packed"
+) -> list[list[float]]:
     """The end scores of comparisons of one or more sequences of token ids. At most `batch_size` sequences are computed at
     once, of similar lengths, but all of one comparison."""
     from data import pack, pad_rows  # this program needs them, the algorithm does not
@@ -446,12 +586,20 @@ def score(model: RewardModel, groups: list[list[list[int]]], batch_size: int, la
         chunk, order = order[:n], order[n:]
         batch = [groups[i] for i in chunk]
         if layout == "packed":
-            rewards = model.packed_rewards(pack(batch, model.pad_id, min_responses=1, longest_tail=0).to(device))
+            rewards = model.packed_rewards(
+                pack(batch, model.pad_id, min_responses=1, longest_tail=0).to(device)
+            )
             ends = torch.stack([row[-1] for rows in rewards for row in rows])
         else:
-            input_ids, mask = pad_rows([sequence for group in batch for sequence in group], model.pad_id)
-            values = model.forward_value(input_ids.to(device), mask.to(device), return_value_only=True)
-            ends = values.gather(1, mask.sum(1, keepdim=True).to(device) - 1).flatten()  # known, so a pad id in a text is text
+            input_ids, mask = pad_rows(
+                [sequence for group in batch for sequence in group], model.pad_id
+            )
+            values = model.forward_value(
+                input_ids.to(device), mask.to(device), return_value_only=True
+            )
+            ends = values.gather(
+                1, mask.sum(1, keepdim=True).to(device) - 1
+            ).flatten()  # known, so a pad id in a text is text
         ends = iter(ends.tolist())
         for i in chunk:
             scores[i] = list(itertools.islice(ends, len(groups[i])))
@@ -462,7 +610,9 @@ def trained_model(checkpoint) -> RewardModel:
     """The reward model in a directory, to score with. Raises ValueError where its value head is fresh."""
     model = RewardModel.from_pretrained(checkpoint)
     if model.has_fresh_head:
-        raise ValueError(f"{checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)")
+        raise ValueError(
+            f"{checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)"
+        )
     return model.eval()
 
 
@@ -470,57 +620,104 @@ def score_program(argv: list[str]):
     from data import load_comparisons, load_tokenizer, tokenize
 
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description="Score the responses in a file. One JSON line a row, in the file's order: "
+        allow_abbrev=False,
+        description="Score the responses in a file. One JSON line a row, in the file's order: "
         '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.',
-        epilog="`python rm.py convert --help` tells of the other program in this file.")
-    parser.add_argument("checkpoint", help="a directory with a trained reward model and its tokenizer")
-    parser.add_argument("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
+        epilog="`python rm.py convert --help` tells of the other program in this file.",
+    )
+    parser.add_argument(
+        "checkpoint", help="a directory with a trained reward model and its tokenizer"
+    )
+    parser.add_argument(
+        "file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)"
+    )
     parser.add_argument("--out", help="where to write the scores (default: standard output)")
-    parser.add_argument("--html", help="write a page that shows the comparisons token by token; without --out no scores are written")
-    parser.add_argument("--show", action="store_true", help="print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set")
-    parser.add_argument("--rows", type=int, help="of these two: how many rows of the file to compute and show (100)")
-    parser.add_argument("--batch_size", type=int, default=16, help="sequences computed at once (16)")
-    parser.add_argument("--layout", choices=("packed", "padded"), default="packed", help="how: padded is the reference (packed)")
-    parser.add_argument("--max_seq_len", type=int, help="longer ones are truncated, on the left (default: what the model has positions for)")
+    parser.add_argument(
+        "--html",
+        help="write a page that shows the comparisons token by token; without --out no scores are written",
+    )
+    parser.add_argument(
+        "--show",
+        action="store_true",
+        help="print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set",
+    )
+    parser.add_argument(
+        "--rows", type=int, help="of these two: how many rows of the file to compute and show (100)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=16, help="sequences computed at once (16)"
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("packed", "padded"),
+        default="packed",
+        help="how: padded is the reference (packed)",
+    )
+    parser.add_argument(
+        "--max_seq_len",
+        type=int,
+        help="longer ones are truncated, on the left (default: what the model has positions for)",
+    )
     args = parser.parse_args(argv)
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
     for flag, target in (("--out", args.out), ("--html", args.html)):
         if target and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
-            parser.error(f"argument {flag}: found {target}; expected a file in a directory that exists")
+            parser.error(
+                f"argument {flag}: found {target}; expected a file in a directory that exists"
+            )
         if target and Path(target).resolve() == Path(args.file).resolve():
-            parser.error(f"argument {flag}: found {target}, which is the file to score; give another")
+            parser.error(
+                f"argument {flag}: found {target}, which is the file to score; give another"
+            )
     if args.html and args.out and Path(args.html).resolve() == Path(args.out).resolve():
         parser.error(f"argument --html: found {args.html}, which is that of --out; give another")
     if args.rows is not None and not (args.rows >= 1 and (args.html or args.show)):
-        parser.error(f"argument --rows: found {args.rows}; expected 1 or more, and --html or --show")
+        parser.error(
+            f"argument --rows: found {args.rows}; expected 1 or more, and --html or --show"
+        )
     model = trained_model(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
     rows = model.backbone.config.vocab_size
     if tokenizer.text_size > rows:
-        raise ValueError(f"{args.checkpoint}: the model has {rows} token ids, its tokenizer {tokenizer.text_size}; they don't belong together")
+        raise ValueError(
+            f"{args.checkpoint}: the model has {rows} token ids, its tokenizer {tokenizer.text_size}; they don't belong together"
+        )
     longest = model.backbone.config.n_positions
     max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
     if not 2 <= max_seq_len <= longest:
-        parser.error(f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has")
+        parser.error(
+            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has"
+        )
     if args.html or args.show:
         try:
             from extras import report
         except ImportError:
-            raise ValueError("--html and --show need extras/report.py, which is not there; put it beside rm.py, or leave them out") from None
+            raise ValueError(
+                "--html and --show need extras/report.py, which is not there; put it beside rm.py, or leave them out"
+            ) from None
         shown = report.scored_rows(model, tokenizer, args.file, args.rows or 100, max_seq_len)
         if args.html:
             report.comparisons_page(args.html, shown, args.file, args.checkpoint, max_seq_len)
         if args.show:
             is_for_eyes = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-            report.show(shown, sys.stdout, colors=bool(is_for_eyes) and not os.environ.get("NO_COLOR"))
+            report.show(
+                shown, sys.stdout, colors=bool(is_for_eyes) and not os.environ.get("NO_COLOR")
+            )
         if not args.out:
             return
     margins = []
     comparisons = load_comparisons(args.file, min_responses=1)
-    unfinished = args.out and args.out + ".part"  # so that an --out of before stays until there is a whole new one
-    with open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out, tqdm(unit=" rows", file=sys.stderr) as bar:
-        while window := list(itertools.islice(comparisons, 64 * args.batch_size)):  # within it, batches by length
+    unfinished = (
+        args.out and args.out + ".part"
+    )  # so that an --out of before stays until there is a whole new one
+    with (
+        open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out,
+        tqdm(unit=" rows", file=sys.stderr) as bar,
+    ):
+        while window := list(
+            itertools.islice(comparisons, 64 * args.batch_size)
+        ):  # within it, batches by length
             groups = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
             for row in score(model, groups, args.batch_size, args.layout):
                 margins += [a - b for a, b in itertools.combinations(row, 2)]
@@ -529,28 +726,52 @@ def score_program(argv: list[str]):
     if args.out:
         os.replace(unfinished, args.out)
     if margins:
-        accuracy, mean = sum(margin > 0 for margin in margins) / len(margins), sum(margins) / len(margins)
-        print(f"{len(margins)} pairs: accuracy {accuracy:.4f}, mean margin {mean:.4f}", file=sys.stderr)
+        accuracy, mean = (
+            sum(margin > 0 for margin in margins) / len(margins),
+            sum(margins) / len(margins),
+        )
+        print(
+            f"{len(margins)} pairs: accuracy {accuracy:.4f}, mean margin {mean:.4f}",
+            file=sys.stderr,
+        )
 
 
 def convert_program(argv: list[str]):
     from data import has_tokenizer, load_tokenizer
 
-    parser = argparse.ArgumentParser("rm.py convert", allow_abbrev=False, description="Write a trained reward model in another layout.")
-    parser.add_argument("checkpoint", help="a directory with a trained reward model, in either layout")
+    parser = argparse.ArgumentParser(
+        "rm.py convert",
+        allow_abbrev=False,
+        description="Write a trained reward model in another layout.",
+    )
+    parser.add_argument(
+        "checkpoint", help="a directory with a trained reward model, in either layout"
+    )
     parser.add_argument("directory", help="where to write it: a new directory, or an empty one")
-    parser.add_argument("--layout", choices=LAYOUTS, required=True,
-                        help="deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification")
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        required=True,
+        help="deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification",
+    )
     args = parser.parse_args(argv)
     directory = Path(args.directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        parser.error(f"argument directory: found {args.directory}, which is not empty; give a new one")
+        parser.error(
+            f"argument directory: found {args.directory}, which is not empty; give a new one"
+        )
     model = trained_model(args.checkpoint)
-    tokenizer = load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer(args.checkpoint) else None
+    tokenizer = (
+        load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer(args.checkpoint) else None
+    )
     model.save_pretrained(directory, args.layout, tokenizer)
-    print(f"{directory}: {args.layout} layout, {'with its tokenizer' if tokenizer else 'without a tokenizer, as there was none'}")
+    print(
+        f"{directory}: {args.layout} layout, {'with its tokenizer' if tokenizer else 'without a tokenizer, as there was none'}"
+    )
     if model.reward_bias:
-        print(f"its rewards were normalized: other programs must add {model.reward_bias:.6g} (reward_bias in config.json) to what they compute")
+        print(
+            f"its rewards were normalized: other programs must add {model.reward_bias:.6g} (reward_bias in config.json) to what they compute"
+        )
 
 
 def main():

@@ -23,7 +23,9 @@ CASES = json.loads((Path(__file__).parent / "testdata" / "loss_cases.json").read
 def batch(*rows, seed=0):
     """Rows of ids (chosen rows, then rejected rows) -> (2B, L) ids and random float64 rewards that want a gradient."""
     ids = torch.tensor(rows)
-    rewards = torch.randn(ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    rewards = torch.randn(
+        ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
     return ids, rewards.requires_grad_()
 
 
@@ -40,11 +42,15 @@ def bradley_terry(rewards, chosen, rejected, positions):
 def differences_to_deepspeed_chat(case):
     """The worst differences of loss, end scores and d loss / d rewards to what DeepSpeed-Chat's own code computed."""
     rewards = torch.tensor(case["rewards"], dtype=torch.float64, requires_grad=True)
-    out = pairwise_loss(torch.tensor(case["input_ids"]), rewards, case["pad_id"], case["num_padding_at_beginning"])
+    out = pairwise_loss(
+        torch.tensor(case["input_ids"]), rewards, case["pad_id"], case["num_padding_at_beginning"]
+    )
     out["loss"].backward()
     got = {**out, "grad_rewards": rewards.grad}
-    return {name: (got[name] - torch.tensor(case[name], dtype=torch.float64)).abs().max().item()
-            for name in ("loss", "chosen_mean_scores", "rejected_mean_scores", "grad_rewards")}
+    return {
+        name: (got[name] - torch.tensor(case[name], dtype=torch.float64)).abs().max().item()
+        for name in ("loss", "chosen_mean_scores", "rejected_mean_scores", "grad_rewards")
+    }
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
@@ -83,10 +89,15 @@ def summed(chosen_rewards, rejected_rewards, *_):
 
 
 divergent_region = rm.divergent_region
-WRONG = [("divergent_region", f) for f in (shorter_end, from_the_start, one_too_early, one_too_late, last_token_alone)]
+WRONG = [
+    ("divergent_region", f)
+    for f in (shorter_end, from_the_start, one_too_early, one_too_late, last_token_alone)
+]
 
 
-@pytest.mark.parametrize("name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None))
+@pytest.mark.parametrize(
+    "name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None)
+)
 def test_deepspeed_chat_numbers_tell_wrong_losses_apart(name, wrong, monkeypatch):
     """The cases above would catch these losses, each in its value and in its gradient."""
     monkeypatch.setattr(rm, name, wrong)
@@ -99,17 +110,36 @@ def test_deepspeed_chat_numbers_tell_wrong_losses_apart(name, wrong, monkeypatch
 # The region, case by case
 
 
-@pytest.mark.parametrize("chosen, rejected, region", [
-    ([1, 2, 3, 4, 5], [1, 2, 6, 7, 8], [2, 3, 4]),  # no padding at all
-    ([1, 2, 3, 0, 0, 0], [1, 2, 6, 7, 8, 0], [2, 3, 4]),  # chosen ends first: its rewards at padding count
-    ([1, 2, 6, 7, 8, 0], [1, 2, 3, 0, 0, 0], [2, 3, 4]),  # rejected ends first
-    ([1, 2, 0, 0], [1, 2, 3, 4], [2, 3]),  # a prefix of the other: they diverge where it ends
-    ([1, 2, 3, 4], [1, 2, 3, 5], [3]),  # divergence at the last token
-    ([1, 2, 3], [4, 2, 3], [0, 1, 2]),  # at the first: no shared prompt (DeepSpeed-Chat: AssertionError)
-    ([1, 2, 3, 4, 5], [1, 6, 3, 4, 5], [1, 2, 3, 4]),  # equal again later: still divergent to the end
-    ([1, 2, 0, 3, 4], [1, 5, 6, 0, 7], [1, 2]),  # a pad id inside ends a text; what follows is not read
-    ([1, 2, 0, 0], [1, 2, 0, 0], [3]),  # identical: the row's last position
-])
+@pytest.mark.parametrize(
+    "chosen, rejected, region",
+    [
+        ([1, 2, 3, 4, 5], [1, 2, 6, 7, 8], [2, 3, 4]),  # no padding at all
+        (
+            [1, 2, 3, 0, 0, 0],
+            [1, 2, 6, 7, 8, 0],
+            [2, 3, 4],
+        ),  # chosen ends first: its rewards at padding count
+        ([1, 2, 6, 7, 8, 0], [1, 2, 3, 0, 0, 0], [2, 3, 4]),  # rejected ends first
+        ([1, 2, 0, 0], [1, 2, 3, 4], [2, 3]),  # a prefix of the other: they diverge where it ends
+        ([1, 2, 3, 4], [1, 2, 3, 5], [3]),  # divergence at the last token
+        (
+            [1, 2, 3],
+            [4, 2, 3],
+            [0, 1, 2],
+        ),  # at the first: no shared prompt (DeepSpeed-Chat: AssertionError)
+        (
+            [1, 2, 3, 4, 5],
+            [1, 6, 3, 4, 5],
+            [1, 2, 3, 4],
+        ),  # equal again later: still divergent to the end
+        (
+            [1, 2, 0, 3, 4],
+            [1, 5, 6, 0, 7],
+            [1, 2],
+        ),  # a pad id inside ends a text; what follows is not read
+        ([1, 2, 0, 0], [1, 2, 0, 0], [3]),  # identical: the row's last position
+    ],
+)
 def test_region(chosen, rejected, region):
     ids, rewards = batch(chosen, rejected)
     loss = pairwise_loss(ids, rewards, pad_id=0)["loss"]
@@ -128,9 +158,13 @@ def test_identical_pair_with_equal_rewards_is_log_2_without_gradient():
 
 
 def test_mean_over_pairs_weighs_a_short_and_a_long_region_the_same():
-    ids, rewards = batch([1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 2], [1, 7, 7, 7, 7, 7], [1, 1, 1, 1, 1, 3])
+    ids, rewards = batch(
+        [1, 2, 3, 4, 5, 6], [1, 1, 1, 1, 1, 2], [1, 7, 7, 7, 7, 7], [1, 1, 1, 1, 1, 3]
+    )
     long, short = bradley_terry(rewards, 0, 2, range(1, 6)), bradley_terry(rewards, 1, 3, [5])
-    assert pairwise_loss(ids, rewards, pad_id=0)["loss"].item() == pytest.approx((long + short) / 2, abs=1e-12)
+    assert pairwise_loss(ids, rewards, pad_id=0)["loss"].item() == pytest.approx(
+        (long + short) / 2, abs=1e-12
+    )
 
 
 def test_scores_are_the_rewards_at_the_last_tokens():
@@ -192,8 +226,15 @@ def test_brute_force():
         texts = []
         B, L = rng.randint(1, 4), rng.randint(1, 9)
         for _ in range(B):
-            prompt = [rng.randint(0, 2) for _ in range(rng.randint(0, L))]  # 0, the pad id, occurs in texts
-            texts.append([(prompt + [rng.randint(0, 2) for _ in range(rng.randint(0, L))])[:L] or [1] for _ in range(2)])
+            prompt = [
+                rng.randint(0, 2) for _ in range(rng.randint(0, L))
+            ]  # 0, the pad id, occurs in texts
+            texts.append(
+                [
+                    (prompt + [rng.randint(0, 2) for _ in range(rng.randint(0, L))])[:L] or [1]
+                    for _ in range(2)
+                ]
+            )
         rows = [pair[0] for pair in texts] + [pair[1] for pair in texts]
         ids, rewards = batch(*[row + [0] * (L - len(row)) for row in rows], seed=seed)
         mask = torch.tensor([[1] * len(row) + [0] * (L - len(row)) for row in rows])
@@ -207,15 +248,21 @@ def test_brute_force():
             expected += bradley_terry(rewards, i, B + i, region) / B
         out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)
         assert out["loss"].item() == pytest.approx(expected, abs=1e-12)
-        assert out["chosen_mean_scores"].tolist() == [rewards[i, len(rows[i]) - 1].item() for i in range(B)]
-        assert out["rejected_mean_scores"].tolist() == [rewards[B + i, len(rows[B + i]) - 1].item() for i in range(B)]
+        assert out["chosen_mean_scores"].tolist() == [
+            rewards[i, len(rows[i]) - 1].item() for i in range(B)
+        ]
+        assert out["rejected_mean_scores"].tolist() == [
+            rewards[B + i, len(rows[B + i]) - 1].item() for i in range(B)
+        ]
         if not any(0 in row for row in rows):  # then the pad id says the same as the mask
             assert pairwise_loss(ids, rewards, pad_id=0)["loss"].item() == out["loss"].item()
 
 
 def test_gradient_is_the_finite_difference():
     ids, rewards = batch([1, 2, 3, 0, 0], [1, 1, 1, 1, 2], [1, 2, 4, 5, 0], [1, 3, 0, 0, 0])
-    assert torch.autograd.gradcheck(lambda r: pairwise_loss(ids, r, pad_id=0)["loss"], rewards, eps=1e-6, atol=1e-8)
+    assert torch.autograd.gradcheck(
+        lambda r: pairwise_loss(ids, r, pad_id=0)["loss"], rewards, eps=1e-6, atol=1e-8
+    )
 
 
 def test_large_margins_stay_finite():
@@ -244,14 +291,37 @@ def test_variants_by_hand():
     ids, rewards = batch([1, 2, 3, 0, 0], [1, 4, 5, 6, 7], [1, 2, 4, 5, 0], [1, 4, 5, 6, 7])
     ends, regions, margins, center = [(2, 3), (4, 4)], [[2, 3], [4]], [0.7, -0.3], 0.05
     term = lambda difference: math.log1p(math.exp(-difference))
-    for loss, positions in (("divergent", [[(t, t) for t in region] for region in regions]), ("end", [[pair] for pair in ends])):
+    for loss, positions in (
+        ("divergent", [[(t, t) for t in region] for region in regions]),
+        ("end", [[pair] for pair in ends]),
+    ):
         expected = 0.0
         for i, places in enumerate(positions):
-            expected += sum(term(rewards[i, a].item() - rewards[2 + i, b].item() - margins[i]) for a, b in places) / len(places) / 2
-            expected += center * (rewards[i, ends[i][0]].item() + rewards[2 + i, ends[i][1]].item()) ** 2 / 2
-        out = pairwise_loss(ids, rewards, 0, loss=loss, margins=torch.tensor(margins), center_rewards_coefficient=center)
+            expected += (
+                sum(
+                    term(rewards[i, a].item() - rewards[2 + i, b].item() - margins[i])
+                    for a, b in places
+                )
+                / len(places)
+                / 2
+            )
+            expected += (
+                center
+                * (rewards[i, ends[i][0]].item() + rewards[2 + i, ends[i][1]].item()) ** 2
+                / 2
+            )
+        out = pairwise_loss(
+            ids,
+            rewards,
+            0,
+            loss=loss,
+            margins=torch.tensor(margins),
+            center_rewards_coefficient=center,
+        )
         assert out["loss"].item() == pytest.approx(expected, abs=1e-7)  # margins of float32
-        out = pairwise_loss(ids, rewards, 0, loss=loss, margins=margins, center_rewards_coefficient=center)
+        out = pairwise_loss(
+            ids, rewards, 0, loss=loss, margins=margins, center_rewards_coefficient=center
+        )
         assert out["loss"].item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -264,7 +334,12 @@ def test_loss_of_the_ends_reads_nothing_else():
 def test_centering_alone_pulls_the_sum_of_the_ends_to_zero():
     """Its gradient is 2 c (r_chosen + r_rejected) at both ends, and moves no difference."""
     ids, rewards = batch([1, 2], [1, 3])
-    gradients = [torch.autograd.grad(pairwise_loss(ids, rewards, 0, center_rewards_coefficient=c)["loss"], rewards)[0] for c in (0.0, 0.5)]
+    gradients = [
+        torch.autograd.grad(
+            pairwise_loss(ids, rewards, 0, center_rewards_coefficient=c)["loss"], rewards
+        )[0]
+        for c in (0.0, 0.5)
+    ]
     expected = torch.zeros_like(rewards)
     expected[:, 1] = rewards.detach()[:, 1].sum()
     torch.testing.assert_close(gradients[1] - gradients[0], expected, atol=1e-12, rtol=0)
@@ -272,14 +347,21 @@ def test_centering_alone_pulls_the_sum_of_the_ends_to_zero():
 
 def test_no_margin_and_no_centering_change_no_bit():
     ids, rewards = batch([1, 2, 3, 0], [1, 2, 4, 5])
-    assert pairwise_loss(ids, rewards, 0, margins=[0.0], center_rewards_coefficient=0.0)["loss"] == pairwise_loss(ids, rewards, 0)["loss"]
+    assert (
+        pairwise_loss(ids, rewards, 0, margins=[0.0], center_rewards_coefficient=0.0)["loss"]
+        == pairwise_loss(ids, rewards, 0)["loss"]
+    )
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
-    ({"margins": [1.0, 2.0]}, ["margins", "found 2 numbers", "each of 1"]),
-    ({"margins": [math.nan]}, ["margins", "nan for pair 0"]),
-], ids=["loss", "number", "nan"])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
+        ({"margins": [1.0, 2.0]}, ["margins", "found 2 numbers", "each of 1"]),
+        ({"margins": [math.nan]}, ["margins", "nan for pair 0"]),
+    ],
+    ids=["loss", "number", "nan"],
+)
 def test_bad_variants_are_refused(options, words):
     with pytest.raises(ValueError) as error:
         pairwise_loss(*batch([1, 2], [1, 3]), 0, **options)
@@ -288,7 +370,9 @@ def test_bad_variants_are_refused(options, words):
 
 @pytest.mark.parametrize("options", [{"loss": "end"}, {"center_rewards_coefficient": 0.1}], ids=str)
 def test_term_of_a_pair_that_needs_ends_asks_for_them(options):
-    with pytest.raises(ValueError, match="ends: found None; expected the rewards at the two last tokens"):
+    with pytest.raises(
+        ValueError, match="ends: found None; expected the rewards at the two last tokens"
+    ):
         rm.pair_loss(torch.zeros(2), torch.zeros(2), **options)
 
 
@@ -298,18 +382,42 @@ def test_term_of_a_pair_that_needs_ends_asks_for_them(options):
 MASK = torch.tensor([[1, 1, 1, 0]] * 2)
 
 
-@pytest.mark.parametrize("rows, kwargs, words", [
-    # A pad id in the shared prompt ends both texts before they differ: DeepSpeed-Chat's mean over nothing is NaN.
-    ([[1, 2, 3, 4], [1, 0, 2, 3], [1, 2, 3, 5], [1, 0, 2, 4]], {}, ["pair 1", "rows 1 and 3", "column 1", "attention_mask"]),
-    ([[0, 1, 2, 3], [1, 2, 4, 0]], {}, ["row 0", "left", "attention_mask"]),
-    ([[1, 2, 3, 0], [0, 0, 1, 2]], {}, ["row 1", "left", "attention_mask"]),
-    ([[2, 2, 5, 6], [2, 5, 7, 2]], {"pad_id": 2, "num_padding_at_beginning": 1}, ["row 0", "left", "attention_mask"]),
-    ([[1, 2, 3, 0], [0, 0, 0, 0]], {}, ["row 1", "no token"]),
-    ([[1, 2, 3, 4]] * 3, {}, ["3 rows", "even"]),
-    ([[1, 2, 3, 4]] * 2, {"attention_mask": torch.ones(2, 3)}, ["attention_mask", "[2, 3]", "[2, 4]"]),
-    ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK * torch.tensor([[1], [0]])}, ["row 1", "no token"]),
-    ([[0, 1, 2, 3], [1, 2, 3, 4]], {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])}, ["pair 0", "column 1", "left"]),
-], ids=lambda x: x[0] if isinstance(x, list) and isinstance(x[0], str) else "")
+@pytest.mark.parametrize(
+    "rows, kwargs, words",
+    [
+        # A pad id in the shared prompt ends both texts before they differ: DeepSpeed-Chat's mean over nothing is NaN.
+        (
+            [[1, 2, 3, 4], [1, 0, 2, 3], [1, 2, 3, 5], [1, 0, 2, 4]],
+            {},
+            ["pair 1", "rows 1 and 3", "column 1", "attention_mask"],
+        ),
+        ([[0, 1, 2, 3], [1, 2, 4, 0]], {}, ["row 0", "left", "attention_mask"]),
+        ([[1, 2, 3, 0], [0, 0, 1, 2]], {}, ["row 1", "left", "attention_mask"]),
+        (
+            [[2, 2, 5, 6], [2, 5, 7, 2]],
+            {"pad_id": 2, "num_padding_at_beginning": 1},
+            ["row 0", "left", "attention_mask"],
+        ),
+        ([[1, 2, 3, 0], [0, 0, 0, 0]], {}, ["row 1", "no token"]),
+        ([[1, 2, 3, 4]] * 3, {}, ["3 rows", "even"]),
+        (
+            [[1, 2, 3, 4]] * 2,
+            {"attention_mask": torch.ones(2, 3)},
+            ["attention_mask", "[2, 3]", "[2, 4]"],
+        ),
+        (
+            [[1, 2, 3, 4]] * 2,
+            {"attention_mask": MASK * torch.tensor([[1], [0]])},
+            ["row 1", "no token"],
+        ),
+        (
+            [[0, 1, 2, 3], [1, 2, 3, 4]],
+            {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])},
+            ["pair 0", "column 1", "left"],
+        ),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) and isinstance(x[0], str) else "",
+)
 def test_refused(rows, kwargs, words):
     ids, rewards = batch(*rows)
     with pytest.raises(ValueError) as error:
@@ -317,14 +425,26 @@ def test_refused(rows, kwargs, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-@pytest.mark.parametrize("rewards", [torch.zeros(2, 3), torch.zeros(2, 4, 1), torch.zeros(2, 4).bfloat16(), torch.zeros(2, 4).long()],
-                         ids=["short", "3D", "bfloat16", "integers"])
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        torch.zeros(2, 3),
+        torch.zeros(2, 4, 1),
+        torch.zeros(2, 4).bfloat16(),
+        torch.zeros(2, 4).long(),
+    ],
+    ids=["short", "3D", "bfloat16", "integers"],
+)
 def test_rewards_of_another_shape_or_kind_are_refused(rewards):
     with pytest.raises(ValueError, match="rewards: expected float32 or float64"):
         pairwise_loss(torch.tensor([[1, 2, 3, 4]] * 2), rewards, pad_id=0)
 
 
-@pytest.mark.parametrize("ids", [torch.ones(4).long(), torch.ones(2, 4), torch.ones(2, 0).long()], ids=["1D", "float", "empty"])
+@pytest.mark.parametrize(
+    "ids",
+    [torch.ones(4).long(), torch.ones(2, 4), torch.ones(2, 0).long()],
+    ids=["1D", "float", "empty"],
+)
 def test_input_ids_of_another_shape_or_kind_are_refused(ids):
     with pytest.raises(ValueError, match="input_ids: expected integers"):
         pairwise_loss(ids, torch.zeros(ids.shape), pad_id=0)
@@ -333,24 +453,60 @@ def test_input_ids_of_another_shape_or_kind_are_refused(ids):
 def test_readme_works_a_pair_by_hand():
     """Its table, read and computed again: the ids are numbers of the words, and the padding is 0."""
     text = (Path(__file__).parent / "README.md").read_text()
-    table = {cells[0]: cells[1:] for line in text.splitlines() if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0] in (
-        "chosen", "rejected", "reward, chosen", "reward, rejected", "difference", "-logsigmoid(difference)")}
+    table = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0]
+        in (
+            "chosen",
+            "rejected",
+            "reward, chosen",
+            "reward, rejected",
+            "difference",
+            "-logsigmoid(difference)",
+        )
+    }
     words = {"padding": 0}
-    ids = torch.tensor([[words.setdefault(word, len(words)) for word in table[row]] for row in ("chosen", "rejected")])
-    rewards = torch.tensor([[float(number) for number in table[row]] for row in ("reward, chosen", "reward, rejected")],
-                           dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor(
+        [
+            [words.setdefault(word, len(words)) for word in table[row]]
+            for row in ("chosen", "rejected")
+        ]
+    )
+    rewards = torch.tensor(
+        [
+            [float(number) for number in table[row]]
+            for row in ("reward, chosen", "reward, rejected")
+        ],
+        dtype=torch.float64,
+        requires_grad=True,
+    )
     out = pairwise_loss(ids, rewards, pad_id=0)
     out["loss"].backward()
-    numbers = {name: [number and float(number) for number in table[name]] for name in ("difference", "-logsigmoid(difference)")}
+    numbers = {
+        name: [number and float(number) for number in table[name]]
+        for name in ("difference", "-logsigmoid(difference)")
+    }
     difference = (rewards[0] - rewards[1]).tolist()
     region = [t for t, number in enumerate(numbers["difference"]) if number != ""]
-    assert region == list(range(*divergent_region([i for i in ids[0].tolist() if i], ids[1].tolist()))) == [3, 4, 5, 6]
+    assert (
+        region
+        == list(range(*divergent_region([i for i in ids[0].tolist() if i], ids[1].tolist())))
+        == [3, 4, 5, 6]
+    )
     for t in region:
         assert numbers["difference"][t] == pytest.approx(difference[t], abs=1e-12)
-        assert numbers["-logsigmoid(difference)"][t] == pytest.approx(math.log1p(math.exp(-difference[t])), abs=5e-5)
+        assert numbers["-logsigmoid(difference)"][t] == pytest.approx(
+            math.log1p(math.exp(-difference[t])), abs=5e-5
+        )
     assert re.search(r"the mean of the four: \*\*(.*?)\*\*", text)[1] == f"{out['loss']:.4f}"
-    assert rewards.grad.abs().sum(0).nonzero().flatten().tolist() == region and torch.equal(rewards.grad[0], -rewards.grad[1])
-    assert f"{-rewards.grad[0, 3]:.4f} at position 3, where the model is wrong, and {-rewards.grad[0, 4]:.4f} at position 4" in text
+    assert rewards.grad.abs().sum(0).nonzero().flatten().tolist() == region and torch.equal(
+        rewards.grad[0], -rewards.grad[1]
+    )
+    assert (
+        f"{-rewards.grad[0, 3]:.4f} at position 3, where the model is wrong, and {-rewards.grad[0, 4]:.4f} at position 4"
+        in text
+    )
     chosen, rejected = out["chosen_mean_scores"].item(), out["rejected_mean_scores"].item()
     assert f"{chosen} for the chosen response, at its end; {rejected} for the rejected one" in text
     probability = 1 / (1 + math.exp(rejected - chosen))
@@ -360,10 +516,18 @@ def test_readme_works_a_pair_by_hand():
 def test_readme_points_at_lines_that_exist():
     """The table of the six steps names functions of rm.py and comments in it; each step of the loop has one such line."""
     here = Path(__file__).parent
-    rows = [line for line in (here / "README.md").read_text().splitlines() if re.match(r"\| [1-6]\. ", line)]
+    rows = [
+        line
+        for line in (here / "README.md").read_text().splitlines()
+        if re.match(r"\| [1-6]\. ", line)
+    ]
     assert len(rows) == 6
     loop = inspect.getsource(pairwise_loss)
     for number, row in enumerate(rows, start=1):
-        names = [name for name in re.findall(r"`([A-Za-z_.]+)`", row.split("|")[2]) if "." not in name or name.startswith("RewardModel.")]
+        names = [
+            name
+            for name in re.findall(r"`([A-Za-z_.]+)`", row.split("|")[2])
+            if "." not in name or name.startswith("RewardModel.")
+        ]
         assert names and all(operator.attrgetter(name)(rm) for name in names if name != "collate")
         assert loop.count(f"# {number}. ") == (1 if number >= 3 else 0)

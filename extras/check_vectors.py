@@ -37,9 +37,13 @@ def arguments(case: dict) -> tuple[tuple, dict]:
     mask, options = case["attention_mask"], dict(case["options"])
     if "margins" in options:
         options["margins"] = torch.tensor(options["margins"], dtype=rewards.dtype)
-    return (torch.tensor(case["input_ids"], dtype=getattr(torch, case["input_ids_dtype"])),
-            rewards.requires_grad_(rewards.is_floating_point()),
-            case["pad_id"], case["num_padding_at_beginning"], None if mask is None else torch.tensor(mask)), options
+    return (
+        torch.tensor(case["input_ids"], dtype=getattr(torch, case["input_ids_dtype"])),
+        rewards.requires_grad_(rewards.is_floating_point()),
+        case["pad_id"],
+        case["num_padding_at_beginning"],
+        None if mask is None else torch.tensor(mask),
+    ), options
 
 
 def takes(function, keywords) -> bool:
@@ -48,25 +52,44 @@ def takes(function, keywords) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # built in: it tells nothing
         return not keywords
-    return any(p.kind == p.VAR_KEYWORD for p in parameters) or keywords <= {p.name for p in parameters if p.kind != p.POSITIONAL_ONLY}
+    return any(p.kind == p.VAR_KEYWORD for p in parameters) or keywords <= {
+        p.name for p in parameters if p.kind != p.POSITIONAL_ONLY
+    }
 
 
 def check(function, case: dict) -> dict:
     """One case. Returns `verdict` ("ok", "WRONG" or "not taken"), the columns `loss`, `scores`, `gradient` as text, and a `note`."""
     given, options = arguments(case)
-    row = {"name": case["name"], "loss": "", "scores": "", "gradient": "", "note": "", "verdict": "WRONG"}
+    row = {
+        "name": case["name"],
+        "loss": "",
+        "scores": "",
+        "gradient": "",
+        "note": "",
+        "verdict": "WRONG",
+    }
     if not takes(function, options.keys()):
         return row | {"verdict": "not taken", "note": ", ".join(options)}
     try:
         out = function(*given, **options)
     except Exception as error:  # whatever somebody else's code raises belongs into its line
         said = f"{type(error).__name__}: {error}".splitlines()[0]
-        return row | ({"note": said} if case["error"] is None else {"verdict": "ok", "note": f"refused: {type(error).__name__}"})
+        return row | (
+            {"note": said}
+            if case["error"] is None
+            else {"verdict": "ok", "note": f"refused: {type(error).__name__}"}
+        )
     if case["error"] is not None:
         return row | {"note": f"accepted, but {case['error']}"}
     out = {"loss": out} if torch.is_tensor(out) else out
-    if not isinstance(out, dict) or not torch.is_tensor(out.get("loss")) or out["loss"].numel() != 1:
-        return row | {"note": "expected a tensor of one element, the loss, or a dictionary that has one under \"loss\""}
+    if (
+        not isinstance(out, dict)
+        or not torch.is_tensor(out.get("loss"))
+        or out["loss"].numel() != 1
+    ):
+        return row | {
+            "note": 'expected a tensor of one element, the loss, or a dictionary that has one under "loss"'
+        }
     wrong = []
 
     def difference(what: str, got: torch.Tensor, name: str) -> float:
@@ -76,13 +99,19 @@ def check(function, case: dict) -> dict:
             wrong.append(f"{what} of shape {list(got.shape)}, expected {list(expected.shape)}")
             return float("nan")
         differences = (got - expected).abs()
-        if not (differences <= TOLERANCE[case["rewards_dtype"]] * expected.abs().clamp(min=1)).all():  # NaN is not
+        if not (
+            differences <= TOLERANCE[case["rewards_dtype"]] * expected.abs().clamp(min=1)
+        ).all():  # NaN is not
             wrong.append(what)
         return differences.max().item()
 
     row["loss"] = f"{difference('loss', out['loss'].reshape(()), 'loss'):.1e}"
     given_scores = [name for name in SCORES if torch.is_tensor(out.get(name))]
-    row["scores"] = f"{max(difference('scores', out[name], name) for name in given_scores):.1e}" if given_scores else "not given"
+    row["scores"] = (
+        f"{max(difference('scores', out[name], name) for name in given_scores):.1e}"
+        if given_scores
+        else "not given"
+    )
     why = ""
     try:
         out["loss"].sum().backward()
@@ -97,28 +126,47 @@ def check(function, case: dict) -> dict:
 
 
 def load_function(words: str):
-    """"module:function" -> the function. Raises ValueError that says what is wrong, and what would be right."""
+    """ "module:function" -> the function. Raises ValueError that says what is wrong, and what would be right."""
     module_name, colon, name = words.partition(":")
     if not all((colon, module_name, name)) or ":" in name:
         raise ValueError(f"found {words!r}; expected module:function, for example rm:pairwise_loss")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # also what the module itself raises
-        if isinstance(error, ModuleNotFoundError) and error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise ValueError(f"no module {error.name!r}; expected a module's dotted name as seen from {Path.cwd()}, without .py") from None
-        raise ValueError(f"importing {module_name!r} failed ({' '.join(f'{type(error).__name__}: {error}'.split())}); "
-                         "expected a module that can be imported") from None
+        if (
+            isinstance(error, ModuleNotFoundError)
+            and error.name
+            and f"{module_name}.".startswith(f"{error.name}.")
+        ):
+            raise ValueError(
+                f"no module {error.name!r}; expected a module's dotted name as seen from {Path.cwd()}, without .py"
+            ) from None
+        raise ValueError(
+            f"importing {module_name!r} failed ({' '.join(f'{type(error).__name__}: {error}'.split())}); "
+            "expected a module that can be imported"
+        ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        functions = [key for key, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module_name]
-        raise ValueError(f"{module_name!r} has {'no function' if function is None else 'something else than a function as'} {name!r}; "
-                         f"it has {', '.join(functions) or 'none at all'}")
+        functions = [
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module_name
+        ]
+        raise ValueError(
+            f"{module_name!r} has {'no function' if function is None else 'something else than a function as'} {name!r}; "
+            f"it has {', '.join(functions) or 'none at all'}"
+        )
     return function
 
 
 def main():
-    parser = argparse.ArgumentParser("check_vectors", description="Check an implementation of the loss against vectors/loss.json.")
-    parser.add_argument("function", metavar="module:function", help="what to call, for example rm:pairwise_loss")
+    parser = argparse.ArgumentParser(
+        "check_vectors",
+        description="Check an implementation of the loss against vectors/loss.json.",
+    )
+    parser.add_argument(
+        "function", metavar="module:function", help="what to call, for example rm:pairwise_loss"
+    )
     words = parser.parse_args().function
     try:
         function = load_function(words)
@@ -130,8 +178,14 @@ def main():
     for row in rows:
         line = f"{row['name']:{width}}  {row['loss']:9}  {row['scores']:9}  {row['gradient']:9}  {row['verdict']}"
         print(line + (f" ({row['note']})" if row["note"] else ""))
-    counts = {verdict: sum(row["verdict"] == verdict for row in rows) for verdict in ("ok", "WRONG", "not taken")}
-    print(f"{words}: {len(rows)} cases: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    counts = {
+        verdict: sum(row["verdict"] == verdict for row in rows)
+        for verdict in ("ok", "WRONG", "not taken")
+    }
+    print(
+        f"{words}: {len(rows)} cases: "
+        + ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    )
     sys.exit(counts["WRONG"] > 0)
 
 

@@ -29,13 +29,29 @@ from torch.utils.flop_counter import flop_registry
 from data import Tokenized
 from model import GPT, GPTConfig, read_config
 from rm import RewardModel
-from train import DTYPES, Process, check_positions, collate, distribute, divide, half_precision, set_up
+from train import (
+    DTYPES,
+    Process,
+    check_positions,
+    collate,
+    distribute,
+    divide,
+    half_precision,
+    set_up,
+)
 
 aten = torch.ops.aten
-FLOP = flop_registry | {  # attention is counted in full, also where a causal kernel leaves half of it out
-    aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[aten._scaled_dot_product_flash_attention_backward],
-}
+FLOP = (
+    flop_registry
+    | {  # attention is counted in full, also where a causal kernel leaves half of it out
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+            aten._scaled_dot_product_flash_attention
+        ],
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+            aten._scaled_dot_product_flash_attention_backward
+        ],
+    }
+)
 
 
 class Meter(TorchDispatchMode):
@@ -46,10 +62,19 @@ class Meter(TorchDispatchMode):
 
     def __init__(self, parameters):
         super().__init__()
-        self.sizes, self.live, self.gradients, self.peak, self.activations, self.flop = weakref.WeakKeyDictionary(), 0, 0, 0, 0, 0
+        self.sizes, self.live, self.gradients, self.peak, self.activations, self.flop = (
+            weakref.WeakKeyDictionary(),
+            0,
+            0,
+            0,
+            0,
+            0,
+        )
         for parameter in parameters:
             storage = local(parameter).untyped_storage()
-            self.sizes[storage] = [storage.nbytes()]  # written to or viewed, it is still no activation
+            self.sizes[storage] = [
+                storage.nbytes()
+            ]  # written to or viewed, it is still no activation
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self.add_gradient)
 
@@ -76,7 +101,10 @@ class Meter(TorchDispatchMode):
         for tensor in tree_leaves(out):
             if torch.is_tensor(tensor):
                 self.add(tensor.untyped_storage())
-        self.peak, self.activations = max(self.peak, self.live), max(self.activations, self.live - self.gradients)
+        self.peak, self.activations = (
+            max(self.peak, self.live),
+            max(self.activations, self.live - self.gradients),
+        )
         return out
 
 
@@ -103,8 +131,14 @@ def make_model(args) -> RewardModel:
             pad_id = config.vocab_size if pad_id is None or pad_id < 0 else pad_id
         config.vocab_size = max(config.vocab_size, pad_id + 1)
     else:
-        config = GPTConfig(args.model_type, vocab_size=args.vocab_size, n_positions=args.max_seq_len, n_layer=args.n_layer,
-                           n_head=args.n_head, n_embd=args.n_embd)
+        config = GPTConfig(
+            args.model_type,
+            vocab_size=args.vocab_size,
+            n_positions=args.max_seq_len,
+            n_layer=args.n_layer,
+            n_head=args.n_head,
+            n_embd=args.n_embd,
+        )
     model = RewardModel(GPT(config), pad_id or 0)
     set_up(model, args)
     return model
@@ -122,11 +156,15 @@ def run_largest(model: RewardModel, groups: list, args) -> tuple[Meter, int, int
 
     Returns what it took, its tokens, the tokens of the step, and the number of micro-batches.
     """
-    if args.layout == "padded":  # its loss reads values, which fake tensors don't have, and takes as much as this mean
+    if (
+        args.layout == "padded"
+    ):  # its loss reads values, which fake tensors don't have, and takes as much as this mean
         model.forward = lambda ids, mask, margins: {"loss": model.token_rewards(ids, mask).mean()}
     meter, process, resize_ = Meter(model.parameters()), Process(), torch.UntypedStorage.resize_
     chunks = divide(groups, args.micro_batch_tokens, args, process, model.longest_tail)
-    batches = [collate([groups[i] for i in chunk], model, args.layout, process.device) for chunk in chunks]
+    batches = [
+        collate([groups[i] for i in chunk], model, args.layout, process.device) for chunk in chunks
+    ]
     inputs, tokens = max(batches, key=lambda batch: batch[1])
     if args.layout == "packed":
         inputs[0].margins = None  # 0, too, and no values to read
@@ -170,19 +208,33 @@ def estimate(args, world_size: int, groups: list | None = None) -> dict:
         if sharded:
             distribute(model, args, Process(world_size=world_size))
         weights = sum(local(parameter).nbytes for parameter in model.parameters())
-        gradients = sum(local(parameter).nbytes for parameter in model.parameters() if parameter.requires_grad)
+        gradients = sum(
+            local(parameter).nbytes for parameter in model.parameters() if parameter.requires_grad
+        )
         with fake:
             meter, tokens, step_tokens, count = run_largest(model, groups, args)
     states = weights + 3 * gradients  # with AdamW's two moments
     if args.offload:
         host, peak = states, meter.activations
-    elif count > 1 or world_size > 1 and not sharded:  # there are gradients from the start: of another micro-batch, or in buckets
+    elif (
+        count > 1 or world_size > 1 and not sharded
+    ):  # there are gradients from the start: of another micro-batch, or in buckets
         host, peak = 0, states + meter.activations
     else:
         host, peak = 0, states - gradients + meter.peak
-    return {"parameters": sum(parameters), "trained": sum(trained), "weights": weights, "gradients": gradients, "optimizer": 2 * gradients,
-            "activations": meter.activations, "peak": peak, "host": host, "tokens": step_tokens, "micro_batches": count,
-            "flop": meter.flop * step_tokens / tokens}
+    return {
+        "parameters": sum(parameters),
+        "trained": sum(trained),
+        "weights": weights,
+        "gradients": gradients,
+        "optimizer": 2 * gradients,
+        "activations": meter.activations,
+        "peak": peak,
+        "host": host,
+        "tokens": step_tokens,
+        "micro_batches": count,
+        "flop": meter.flop * step_tokens / tokens,
+    }
 
 
 def measured_flops(dtype: torch.dtype) -> float:
@@ -204,13 +256,19 @@ def report(args, world_size: int) -> str:
     e = estimate(args, world_size)
     flops = args.flops or measured_flops(DTYPES[args.dtype])
     pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps
-    return "\n".join([
-        f"{e['parameters']:,} parameters, {e['trained']:,} of them trained; {world_size} rank{'s' * (world_size > 1)}",
-        f"a step: {pairs} pair{'s' * (pairs > 1)} a rank, assumed to be of {args.max_seq_len} tokens and to share the first half; "
-        f"{args.layout}, these are {e['tokens']:,} tokens in {e['micro_batches']} micro-batch{'es' * (e['micro_batches'] > 1)}",
-        "memory per rank, GB:",
-        *(f"  {name:12}{e[name] / 1e9:10.3f}" for name in ("weights", "gradients", "optimizer", "activations")),
-        f"  {'peak':12}{e['peak'] / 1e9:10.3f}" + (f", and {e['host'] / 1e9:.3f} in the CPU's memory" if e["host"] else ""),
-        f"time per step: {e['flop'] / flops:.3g} s for {e['flop']:.3g} FLOP a rank at {flops:.3g} FLOP/s "
-        f"({'given' if args.flops else 'torch.mm on this machine; a step reaches less'}); the optimizer and communication are not counted",
-    ])
+    return "\n".join(
+        [
+            f"{e['parameters']:,} parameters, {e['trained']:,} of them trained; {world_size} rank{'s' * (world_size > 1)}",
+            f"a step: {pairs} pair{'s' * (pairs > 1)} a rank, assumed to be of {args.max_seq_len} tokens and to share the first half; "
+            f"{args.layout}, these are {e['tokens']:,} tokens in {e['micro_batches']} micro-batch{'es' * (e['micro_batches'] > 1)}",
+            "memory per rank, GB:",
+            *(
+                f"  {name:12}{e[name] / 1e9:10.3f}"
+                for name in ("weights", "gradients", "optimizer", "activations")
+            ),
+            f"  {'peak':12}{e['peak'] / 1e9:10.3f}"
+            + (f", and {e['host'] / 1e9:.3f} in the CPU's memory" if e["host"] else ""),
+            f"time per step: {e['flop'] / flops:.3g} s for {e['flop']:.3g} FLOP a rank at {flops:.3g} FLOP/s "
+            f"({'given' if args.flops else 'torch.mm on this machine; a step reaches less'}); the optimizer and communication are not counted",
+        ]
+    )

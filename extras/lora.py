@@ -49,18 +49,28 @@ def add(model, dim: int, module_name: str | None = None, only: bool = False) -> 
     than a weight. The model is then as it was.
     """
     names = FAMILIES[model.backbone.config.model_type]["names"]
-    layers = [("rwtransformer." + names[f"blocks.{{}}.{child}"].format(i), block, child) for i, block in enumerate(model.backbone.blocks)
-              for child, module in block.named_children() if isinstance(module, nn.Linear)]
+    layers = [
+        ("rwtransformer." + names[f"blocks.{{}}.{child}"].format(i), block, child)
+        for i, block in enumerate(model.backbone.blocks)
+        for child, module in block.named_children()
+        if isinstance(module, nn.Linear)
+    ]
     matching = [layer for layer in layers if module_name is None or module_name in layer[0]]
     if not matching:
-        examples = dict.fromkeys(name for name, block, _ in layers if block is model.backbone.blocks[0])
-        raise ValueError(f"--lora_module_name: found {module_name!r}, which no name of a linear layer contains; those of the first "
-                         f"block are {', '.join(examples)}")
+        examples = dict.fromkeys(
+            name for name, block, _ in layers if block is model.backbone.blocks[0]
+        )
+        raise ValueError(
+            f"--lora_module_name: found {module_name!r}, which no name of a linear layer contains; those of the first "
+            f"block are {', '.join(examples)}"
+        )
     for name, block, child in matching:
         out_features, in_features = getattr(block, child).weight.shape
         if not 0 < dim < min(in_features, out_features):
-            raise ValueError(f"--lora_dim: found {dim}; expected 1 to {min(in_features, out_features) - 1}, because {name} goes from "
-                             f"{in_features} to {out_features} features")
+            raise ValueError(
+                f"--lora_dim: found {dim}; expected 1 to {min(in_features, out_features) - 1}, because {name} goes from "
+                f"{in_features} to {out_features} features"
+            )
     for _, block, child in matching:
         setattr(block, child, LoRALinear(getattr(block, child), dim))
     if only:
@@ -80,5 +90,7 @@ def merge(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             layer, dim = name.removesuffix("lora_right_weight"), right.shape[1]
             weight, left = state[layer + "weight"], state[layer + "lora_left_weight"]
             wide = torch.promote_types(weight.dtype, torch.float32)
-            merged[layer + "weight"] = (weight.to(wide) + (right.to(wide) @ left.to(wide)).T / dim).to(weight.dtype)
+            merged[layer + "weight"] = (
+                weight.to(wide) + (right.to(wide) @ left.to(wide)).T / dim
+            ).to(weight.dtype)
     return merged

@@ -23,14 +23,22 @@ def normalize(model: RewardModel, scores: list[float]) -> str:
     values = torch.tensor(scores, dtype=torch.float64)
     mean, deviation = values.mean().item(), values.std(correction=0).item()
     if not (math.isfinite(deviation) and deviation > 0):
-        raise ValueError(f"--normalize_rewards: the {len(scores)} end scores of the eval responses have mean {mean:g} and standard deviation "
-                         f"{deviation:g}; expected one above 0; leave the flag out")
-    head, norm, shift = model.v_head.weight, model.backbone.norm, (model.reward_bias - mean) / deviation
+        raise ValueError(
+            f"--normalize_rewards: the {len(scores)} end scores of the eval responses have mean {mean:g} and standard deviation "
+            f"{deviation:g}; expected one above 0; leave the flag out"
+        )
+    head, norm, shift = (
+        model.v_head.weight,
+        model.backbone.norm,
+        (model.reward_bias - mean) / deviation,
+    )
     head /= deviation
     if isinstance(norm, torch.nn.LayerNorm) and model.backbone.project_out is None:
         norm.bias += (shift / head.square().sum()) * head[0]
         model.reward_bias, place = 0.0, "the last norm's bias"
     else:
         model.reward_bias, place = shift, "config.json (reward_bias)"
-    return (f"end scores of {len(scores)} eval responses: mean {mean:.4f}, standard deviation {deviation:.4f}; normalized to 0 and 1 in v_head "
-            f"and {place}")
+    return (
+        f"end scores of {len(scores)} eval responses: mean {mean:.4f}, standard deviation {deviation:.4f}; normalized to 0 and 1 in v_head "
+        f"and {place}"
+    )

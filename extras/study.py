@@ -69,7 +69,10 @@ import rm
 import train
 from extras.report import SERIES, Series, chart, standalone
 
-DATA, OBJECTIVES = ("clean", "late", "confounded", "hh-scratch", "hh-head"), ("divergent", "shorter", "end")
+DATA, OBJECTIVES = (
+    ("clean", "late", "confounded", "hh-scratch", "hh-head"),
+    ("divergent", "shorter", "end"),
+)
 BUILT_IN = DATA[:3]
 LENGTH_BONUS = 0.3  # reward of a word, in the confounded labels
 DOCS = Path(__file__).parent.parent / "docs"
@@ -81,7 +84,9 @@ DOCS = Path(__file__).parent.parent / "docs"
 def shorter_region(chosen: list[int], rejected: list[int]) -> tuple[int, int]:
     """In place of `rm.divergent_region`: (start, stop) of the positions from the divergence to the shorter end, one at least."""
     shorter = min(len(chosen), len(rejected))
-    return next((t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b), shorter - 1), shorter
+    return next(
+        (t for t, (a, b) in enumerate(zip(chosen, rejected)) if a != b), shorter - 1
+    ), shorter
 
 
 def words(response: str) -> int:
@@ -95,7 +100,11 @@ def confounded(comparisons: Iterable[data.Comparison], seed: int) -> Iterator[da
         (a, b), (reward_a, reward_b) = comparison.responses, comparison.rewards
         difference = reward_a - reward_b + LENGTH_BONUS * (words(a) - words(b))
         stays = rng.random() < 1 / (1 + math.exp(-difference))
-        yield comparison if stays else data.Comparison(comparison.prompt, [b, a], [reward_b, reward_a])
+        yield (
+            comparison
+            if stays
+            else data.Comparison(comparison.prompt, [b, a], [reward_b, reward_a])
+        )
 
 
 def late(comparisons: Iterable[data.Comparison], seed: int) -> Iterator[data.Comparison]:
@@ -106,7 +115,9 @@ def late(comparisons: Iterable[data.Comparison], seed: int) -> Iterator[data.Com
         for response in comparison.responses:
             remark = next((remark for remark in remarks if f" {remark}" in response), None)
             moved = remark and rng.random() < 0.5
-            responses.append(f" {remark}" + response.replace(f" {remark}", "", 1) if moved else response)
+            responses.append(
+                f" {remark}" + response.replace(f" {remark}", "", 1) if moved else response
+            )
         yield replace(comparison, responses=responses)
 
 
@@ -120,7 +131,9 @@ class StoredBackbone(nn.Module):
     def forward_packed(self, batch: data.PackedBatch) -> torch.Tensor:
         """As `GPT.forward_packed`: (tokens of all branches, then of all tails, C)."""
         branches, tails = zip(*(self.hidden[key_of(group)] for group in batch.token_groups))
-        return torch.cat((*sum(branches, ()), *(tail[:n] for tail, n in zip(sum(tails, ()), batch.tails)))).float()
+        return torch.cat(
+            (*sum(branches, ()), *(tail[:n] for tail, n in zip(sum(tails, ()), batch.tails)))
+        ).float()
 
 
 def key_of(group: list[list[int]]) -> str:
@@ -133,7 +146,9 @@ def backbone_of(path: str, pad_id: int):
 
 
 @torch.no_grad()
-def stored_features(groups: list, path: str, pad_id: int, directory: Path, at_once: int = 5) -> dict:
+def stored_features(
+    groups: list, path: str, pad_id: int, directory: Path, at_once: int = 5
+) -> dict:
     """Of every comparison the hidden states, float16, of its branches and of its tails, one tensor a response each.
 
     They lie in `directory`, in parts of 50 comparisons, each of which is there whole or not at all.
@@ -146,12 +161,27 @@ def stored_features(groups: list, path: str, pad_id: int, directory: Path, at_on
             states, began = {}, time.perf_counter()
             for i in range(0, len(part), at_once):
                 batch = data.pack(part[i : i + at_once], pad_id)
-                rows = backbone_of(path, pad_id).forward_packed(batch).half().split(batch.branches + batch.tails)
-                for j, group in enumerate(batch.token_groups):  # clone: a view would be saved with all that it is a view of
-                    both = (rows[2 * j : 2 * j + 2], rows[len(batch.tails) + 2 * j : len(batch.tails) + 2 * j + 2])
-                    states[key_of(group)] = tuple(tuple(row.clone() for row in some) for some in both)
+                rows = (
+                    backbone_of(path, pad_id)
+                    .forward_packed(batch)
+                    .half()
+                    .split(batch.branches + batch.tails)
+                )
+                for j, group in enumerate(
+                    batch.token_groups
+                ):  # clone: a view would be saved with all that it is a view of
+                    both = (
+                        rows[2 * j : 2 * j + 2],
+                        rows[len(batch.tails) + 2 * j : len(batch.tails) + 2 * j + 2],
+                    )
+                    states[key_of(group)] = tuple(
+                        tuple(row.clone() for row in some) for some in both
+                    )
             torch.save(states, made / "hidden.pt")
-            print(f"features: {start + len(part)} of {len(groups)} pairs, {time.perf_counter() - began:.1f} s", flush=True)
+            print(
+                f"features: {start + len(part)} of {len(groups)} pairs, {time.perf_counter() - began:.1f} s",
+                flush=True,
+            )
 
         hidden |= torch.load(data.cached(directory / data.hash_of(part), build) / "hidden.pt")
     return hidden
@@ -162,14 +192,18 @@ def head_of_stored_features(args, process, out: Path, pairs: int | None = None):
     path = args.model_name_or_path
     tokenizer = data.load_tokenizer(path, args.pad_id)
     sets = train.load_data(args, tokenizer, process)
-    for dataset in sets:  # in the file's order, whatever the seed: the parts of the features are then the same
+    for dataset in (
+        sets
+    ):  # in the file's order, whatever the seed: the parts of the features are then the same
         dataset.selected = dataset.selected[np.argsort(dataset.selected[:, 1])][:pairs]
     groups = [dataset[i].sequences for dataset in sets for i in range(len(dataset))]
     hidden = stored_features(groups, path, tokenizer.pad_id, out / "features")
     sample = np.random.RandomState([args.seed, 316]).randint(len(sets[0]), size=len(sets[0]))
     sets[0].selected = sets[0].selected[sample]
     torch.manual_seed(args.seed)
-    model = rm.RewardModel(StoredBackbone(backbone_of(path, tokenizer.pad_id).config, hidden), tokenizer.pad_id)
+    model = rm.RewardModel(
+        StoredBackbone(backbone_of(path, tokenizer.pad_id).config, hidden), tokenizer.pad_id
+    )
     train.set_up(model, args)
     return model, tokenizer, *sets
 
@@ -177,15 +211,42 @@ def head_of_stored_features(args, process, out: Path, pairs: int | None = None):
 def flags_of(cell: str, options) -> list[str]:
     """train.py's flags for a cell; what is not said here is train.py's default."""
     kind, objective, seed = cell.split("/")
-    flags = ["--seed", seed, "--loss", "end" if objective == "end" else "divergent", "--output_dir", str(options.out / cell), "--resume"]
+    flags = [
+        "--seed",
+        seed,
+        "--loss",
+        "end" if objective == "end" else "divergent",
+        "--output_dir",
+        str(options.out / cell),
+        "--resume",
+    ]
     if kind in BUILT_IN:
         return flags + ["--max_steps", str(options.steps)]
-    flags += ["--data_path", f"{options.hh}/train.jsonl.gz", "--eval_path", f"{options.hh}/eval.jsonl.gz", "--max_seq_len", "256"]
+    flags += [
+        "--data_path",
+        f"{options.hh}/train.jsonl.gz",
+        "--eval_path",
+        f"{options.hh}/eval.jsonl.gz",
+        "--max_seq_len",
+        "256",
+    ]
     flags += ["--max_steps", str(options.hh_steps)] if options.hh_steps else []
     if kind == "hh-scratch":  # README's two processes of 16 pairs each are one of 32
-        return flags + "--model_type gpt2 --n_layer 4 --n_head 4 --n_embd 256 --vocab_size 8000 --per_device_train_batch_size 32".split()
+        return (
+            flags
+            + "--model_type gpt2 --n_layer 4 --n_head 4 --n_embd 256 --vocab_size 8000 --per_device_train_batch_size 32".split()
+        )
     # A fresh head on a frozen backbone takes the learning rate of fresh weights.
-    return flags + ["--model_name_or_path", str(options.backbone), "--learning_rate", "2e-3", "--num_train_epochs", "5", "--save_interval", "0"]
+    return flags + [
+        "--model_name_or_path",
+        str(options.backbone),
+        "--learning_rate",
+        "2e-3",
+        "--num_train_epochs",
+        "5",
+        "--save_interval",
+        "0",
+    ]
 
 
 def run_cell(cell: str, options) -> dict | None:
@@ -198,7 +259,9 @@ def run_cell(cell: str, options) -> dict | None:
             replaced.enter_context(patch.object(*what))
 
         instead(sys, "argv", ["train.py", *flags_of(cell, options)])
-        instead(train, "finish", lambda model, tokenizer, *rest: ended.append((model, tokenizer)))  # only a whole run comes there
+        instead(
+            train, "finish", lambda model, tokenizer, *rest: ended.append((model, tokenizer))
+        )  # only a whole run comes there
         if objective == "shorter":
             instead(rm, "divergent_region", shorter_region)
         if kind == "late":
@@ -207,19 +270,37 @@ def run_cell(cell: str, options) -> dict | None:
         if kind == "confounded":
             instead(train, "built_in_data", lambda args: confounded(built_in(args), args.seed))
         if kind == "hh-head":
-            instead(train, "prepare", functools.partial(head_of_stored_features, out=options.out, pairs=options.hh_pairs))
+            instead(
+                train,
+                "prepare",
+                functools.partial(head_of_stored_features, out=options.out, pairs=options.hh_pairs),
+            )
         for number in (signal.SIGTERM, signal.SIGINT):  # the loop takes them
             replaced.callback(signal.signal, number, signal.getsignal(number))
         args = train.parse_flags()
         train.run(args, train.Process.start(args))
     if not ended:
         return None
-    events = [json.loads(line) for line in (options.out / cell / "metrics.jsonl").read_text().splitlines()]
+    events = [
+        json.loads(line) for line in (options.out / cell / "metrics.jsonl").read_text().splitlines()
+    ]
     steps = [event for event in events if event["event"] == "step"]
-    row = {"cell": cell, "data": kind, "objective": objective, "seed": int(seed), "steps": len(steps),
-           "seconds": round(sum(event["seconds"] for event in steps), 1), "own_loss": events[-1]["loss"], **measure(kind, *ended[0], args, options)}
-    if not math.isclose(row["accuracy"], events[-1]["accuracy"], abs_tol=0.02):  # rounding turns over pairs whose scores are nearly equal
-        raise ValueError(f"{cell}: accuracy {row['accuracy']} measured here, {events[-1]['accuracy']} by train.py")
+    row = {
+        "cell": cell,
+        "data": kind,
+        "objective": objective,
+        "seed": int(seed),
+        "steps": len(steps),
+        "seconds": round(sum(event["seconds"] for event in steps), 1),
+        "own_loss": events[-1]["loss"],
+        **measure(kind, *ended[0], args, options),
+    }
+    if not math.isclose(
+        row["accuracy"], events[-1]["accuracy"], abs_tol=0.02
+    ):  # rounding turns over pairs whose scores are nearly equal
+        raise ValueError(
+            f"{cell}: accuracy {row['accuracy']} measured here, {events[-1]['accuracy']} by train.py"
+        )
     return row
 
 
@@ -230,29 +311,63 @@ def run_cell(cell: str, options) -> dict | None:
 def measure(kind: str, model, tokenizer, args, options) -> dict:
     """The metrics of a trained model on the eval set, from its end scores."""
     built_in, known = kind in BUILT_IN, data.known_rewards(train.EVAL_SEED)
-    comparisons = itertools.islice(late(known, train.EVAL_SEED) if kind == "late" else known, train.BUILT_IN["eval_pairs"]) if built_in else \
-        data.load_comparisons(options.hh / "eval.jsonl.gz")
+    comparisons = (
+        itertools.islice(
+            late(known, train.EVAL_SEED) if kind == "late" else known, train.BUILT_IN["eval_pairs"]
+        )
+        if built_in
+        else data.load_comparisons(options.hh / "eval.jsonl.gz")
+    )
     comparisons = list(comparisons)[: options.hh_pairs if kind == "hh-head" else None]
-    groups = [data.tokenize(comparison, tokenizer, args.max_seq_len, args.truncation_side) for comparison in comparisons]
-    comparisons, groups = zip(*(both for both in zip(comparisons, groups) if both[1][0] != both[1][1]))  # as train.py
+    groups = [
+        data.tokenize(comparison, tokenizer, args.max_seq_len, args.truncation_side)
+        for comparison in comparisons
+    ]
+    comparisons, groups = zip(
+        *(both for both in zip(comparisons, groups) if both[1][0] != both[1][1])
+    )  # as train.py
     scores = rm.score(model.eval(), groups, 64)
     if not built_in:
-        return statistics(scores, [[len(text) - data.shared_prefix(group) for text in group] for group in groups])
-    prompts = [len(tokenizer.encode(comparison.prompt)) + (tokenizer.bos_id is not None) for comparison in comparisons]
+        return statistics(
+            scores, [[len(text) - data.shared_prefix(group) for text in group] for group in groups]
+        )
+    prompts = [
+        len(tokenizer.encode(comparison.prompt)) + (tokenizer.bos_id is not None)
+        for comparison in comparisons
+    ]
     lengths = [[len(text) - prompt for text in group] for group, prompt in zip(groups, prompts)]
     true = [comparison.rewards for comparison in comparisons]
-    taught = np.array(true) + LENGTH_BONUS * np.array([[words(response) for response in comparison.responses] for comparison in comparisons])
-    features = [[features_of(*pair) for pair in zip(comparison.responses, comparison.rewards)] for comparison in comparisons]
-    ideal = statistics(taught if kind == "confounded" else true, lengths, true, features)  # of who learned all that the labels say
-    return statistics(scores, lengths, true, features) | {"ideal": {name: ideal[name] for name in LENGTH}}
+    taught = np.array(true) + LENGTH_BONUS * np.array(
+        [[words(response) for response in comparison.responses] for comparison in comparisons]
+    )
+    features = [
+        [features_of(*pair) for pair in zip(comparison.responses, comparison.rewards)]
+        for comparison in comparisons
+    ]
+    ideal = statistics(
+        taught if kind == "confounded" else true, lengths, true, features
+    )  # of who learned all that the labels say
+    return statistics(scores, lengths, true, features) | {
+        "ideal": {name: ideal[name] for name in LENGTH}
+    }
 
 
 def features_of(response: str, reward: float) -> list[bool]:
     """Of a built-in response: is it polite, is it rude, does it ramble, is it right, is it wrong."""
     polite, rude = (any(tone[i] in response for tone in data.TONES) for i in range(2))
     rambles = any(sentence in response for sentence in data.RAMBLES)
-    quality = reward - data.TONE_REWARD["polite"] * polite - data.TONE_REWARD["rude"] * rude - data.RAMBLE_REWARD * rambles
-    return [polite, rude, rambles, *(abs(quality - data.QUALITY_REWARD[name]) < 1e-4 for name in ("right", "wrong"))]
+    quality = (
+        reward
+        - data.TONE_REWARD["polite"] * polite
+        - data.TONE_REWARD["rude"] * rude
+        - data.RAMBLE_REWARD * rambles
+    )
+    return [
+        polite,
+        rude,
+        rambles,
+        *(abs(quality - data.QUALITY_REWARD[name]) < 1e-4 for name in ("right", "wrong")),
+    ]
 
 
 def partial_coefficient(y, x, controls) -> float:
@@ -270,16 +385,29 @@ def statistics(scores, lengths, true=None, features=None) -> dict:
     scores, lengths = np.asarray(scores, float), np.asarray(lengths, float)
     margin, longer = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]
     right = margin > 0
-    result = {"pairs": len(margin), "accuracy": right.mean(), "loss": np.logaddexp(0, -margin).mean(),
-              "ece": train.calibration_error(torch.from_numpy(margin)), "accuracy_longer": right[longer > 0].mean(),
-              "accuracy_shorter": right[longer < 0].mean(), "chosen_is_longer": (longer > 0).mean(), "chosen_is_shorter": (longer < 0).mean(),
-              "score_length": np.corrcoef(scores.ravel(), lengths.ravel())[0, 1], "margin_length": np.corrcoef(margin, longer)[0, 1]}
+    result = {
+        "pairs": len(margin),
+        "accuracy": right.mean(),
+        "loss": np.logaddexp(0, -margin).mean(),
+        "ece": train.calibration_error(torch.from_numpy(margin)),
+        "accuracy_longer": right[longer > 0].mean(),
+        "accuracy_shorter": right[longer < 0].mean(),
+        "chosen_is_longer": (longer > 0).mean(),
+        "chosen_is_shorter": (longer < 0).mean(),
+        "score_length": np.corrcoef(scores.ravel(), lengths.ravel())[0, 1],
+        "margin_length": np.corrcoef(margin, longer)[0, 1],
+    }
     if true is not None:
         true, flat = np.asarray(true, float), lengths.ravel()
         p, q = (1 / (1 + np.exp(-difference)) for difference in (margin, true[:, 0] - true[:, 1]))
-        result |= {"probability_error": np.abs(p - q).mean(), "true_length": np.corrcoef(true.ravel(), flat)[0, 1],
-                   "length_given_reward": partial_coefficient(scores.ravel(), flat, true.ravel()),
-                   "length_given_features": partial_coefficient(scores.ravel(), flat, np.reshape(features, (len(flat), -1)))}
+        result |= {
+            "probability_error": np.abs(p - q).mean(),
+            "true_length": np.corrcoef(true.ravel(), flat)[0, 1],
+            "length_given_reward": partial_coefficient(scores.ravel(), flat, true.ravel()),
+            "length_given_features": partial_coefficient(
+                scores.ravel(), flat, np.reshape(features, (len(flat), -1))
+            ),
+        }
     return {name: float(value) if name != "pairs" else value for name, value in result.items()}
 
 
@@ -293,10 +421,14 @@ def results(out: Path) -> list[dict]:
 
 
 def run(options):
-    cells = ["/".join(map(str, cell)) for cell in itertools.product(DATA, OBJECTIVES, options.seeds)]
+    cells = [
+        "/".join(map(str, cell)) for cell in itertools.product(DATA, OBJECTIVES, options.seeds)
+    ]
     for only in options.only or ():
         if not any(f"{cell}/".startswith(f"{only}/") for cell in cells):
-            raise SystemExit(f"--only: found {only!r}; expected the start of a cell, such as {cells[0]}, clean/end, or {', '.join(DATA)}")
+            raise SystemExit(
+                f"--only: found {only!r}; expected the start of a cell, such as {cells[0]}, clean/end, or {', '.join(DATA)}"
+            )
     for cell in cells:
         if options.only and not any(f"{cell}/".startswith(f"{only}/") for only in options.only):
             continue
@@ -315,9 +447,14 @@ def run(options):
             row = run_cell(cell, options)
             if row is None:
                 raise SystemExit(f"{cell}: stopped; the same command goes on")
-            with open(options.out / "results.jsonl", "a") as file:  # O_APPEND, and one write: whole lines
+            with open(
+                options.out / "results.jsonl", "a"
+            ) as file:  # O_APPEND, and one write: whole lines
                 file.write(json.dumps(row) + "\n")
-            print(f"{cell}: {row['steps']} steps in {row['seconds']} s, accuracy {row['accuracy']:.4f}", flush=True)
+            print(
+                f"{cell}: {row['steps']} steps in {row['seconds']} s, accuracy {row['accuracy']:.4f}",
+                flush=True,
+            )
 
 
 def features(options):
@@ -332,7 +469,9 @@ def convert(options):
 
     source = dict(pretrained_model_name_or_path=options.gguf.parent, gguf_file=options.gguf.name)
     model = AutoModel.from_pretrained(**source, dtype=torch.float32)
-    model.hf_quantizer = None  # what was quantized is not any more, but transformers 5.23 would refuse to save it
+    model.hf_quantizer = (
+        None  # what was quantized is not any more, but transformers 5.23 would refuse to save it
+    )
     del model.config.quantization_config
     model.save_pretrained(options.directory)
     AutoTokenizer.from_pretrained(**source).save_pretrained(options.directory)
@@ -441,15 +580,27 @@ There are no true rewards. What counts is how the margin goes with the differenc
 About an hour on 2 cores of an AMD EPYC (no GPU), features included; the docstring says how to come by SmolLM2.
 The measures of every cell are in [study-results.jsonl](study-results.jsonl).
 """
-QUALITY = {"accuracy": "accuracy", "loss": "loss", "ece": "ece", "probability_error": "probability error",
-           "accuracy_longer": "accuracy, chosen is longer", "accuracy_shorter": "accuracy, chosen is shorter"}
-LENGTH = {"score_length": "score and length", "margin_length": "margin and difference of lengths",
-          "length_given_reward": "length, given reward", "length_given_features": "length, given features"}
+QUALITY = {
+    "accuracy": "accuracy",
+    "loss": "loss",
+    "ece": "ece",
+    "probability_error": "probability error",
+    "accuracy_longer": "accuracy, chosen is longer",
+    "accuracy_shorter": "accuracy, chosen is shorter",
+}
+LENGTH = {
+    "score_length": "score and length",
+    "margin_length": "margin and difference of lengths",
+    "length_given_reward": "length, given reward",
+    "length_given_features": "length, given features",
+}
 
 
 def summary(values: list[float]) -> tuple[float, float]:
     """Mean and standard error; of a single value the latter is NaN."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(
+        values
+    ) > 1 else math.nan
 
 
 def plus_minus(values: list[float]) -> str:
@@ -467,17 +618,30 @@ def tables(kind: str, rows: list[dict]) -> str:
     if not rows:
         return f"(No cell of {kind} has been run.)\n"
     if len(sizes := {(row["steps"], row["pairs"]) for row in rows}) > 1:
-        raise ValueError(f"{kind}: cells of different (steps, eval pairs): {sorted(sizes)}; one --out is for cells that can be compared")
+        raise ValueError(
+            f"{kind}: cells of different (steps, eval pairs): {sorted(sizes)}; one --out is for cells that can be compared"
+        )
     ((steps, pairs),), first = sizes, rows[0]
     accuracy = first["accuracy"]
-    text = (f"`{kind}`: {steps} steps, {pairs} eval pairs; the chosen response is the longer one in {first['chosen_is_longer']:.3f} of them, the\n"
-            f"shorter one in {first['chosen_is_shorter']:.3f}. Of the eval set alone the standard error of an accuracy near {accuracy:.2f} is "
-            f"{math.sqrt(accuracy * (1 - accuracy) / pairs):.3f}, that of a\ncorrelation between pairs near 0 is {1 / math.sqrt(pairs):.3f}.\n")
+    text = (
+        f"`{kind}`: {steps} steps, {pairs} eval pairs; the chosen response is the longer one in {first['chosen_is_longer']:.3f} of them, the\n"
+        f"shorter one in {first['chosen_is_shorter']:.3f}. Of the eval set alone the standard error of an accuracy near {accuracy:.2f} is "
+        f"{math.sqrt(accuracy * (1 - accuracy) / pairs):.3f}, that of a\ncorrelation between pairs near 0 is {1 / math.sqrt(pairs):.3f}.\n"
+    )
     for what, names in (("", QUALITY), ("correlation, coefficient: ", LENGTH)):
         names = {name: words for name, words in names.items() if name in first}
-        of = {objective: [row for row in rows if row["objective"] == objective] for objective in OBJECTIVES}
-        body = [[f"`{objective}` (n = {len(some)})", *(plus_minus([row[name] for row in some]) for name in names)]
-                for objective, some in of.items() if some]
+        of = {
+            objective: [row for row in rows if row["objective"] == objective]
+            for objective in OBJECTIVES
+        }
+        body = [
+            [
+                f"`{objective}` (n = {len(some)})",
+                *(plus_minus([row[name] for row in some]) for name in names),
+            ]
+            for objective, some in of.items()
+            if some
+        ]
         if what and "ideal" in first:
             who = "all that the labels teach" if kind == "confounded" else "the true reward"
             body.append([who, *(f"{first['ideal'][name]:.4f}" for name in names)])
@@ -489,80 +653,192 @@ def differences(rows: list[dict]) -> str:
     """Every objective minus divergent, by seed."""
     at, body = {(row["data"], row["objective"], row["seed"]): row for row in rows}, []
     for kind, objective in itertools.product(DATA, OBJECTIVES[1:]):
-        seeds = [seed for *cell, seed in at if cell == [kind, objective] and (kind, "divergent", seed) in at]
+        seeds = [
+            seed
+            for *cell, seed in at
+            if cell == [kind, objective] and (kind, "divergent", seed) in at
+        ]
         pairs = [(at[kind, objective, seed], at[kind, "divergent", seed]) for seed in seeds]
         names = ("accuracy", "loss", "ece", "length_given_reward", "margin_length")
-        cells = [plus_minus([a[name] - b[name] for a, b in pairs]) if pairs and name in pairs[0][0] else "" for name in names]
+        cells = [
+            plus_minus([a[name] - b[name] for a, b in pairs])
+            if pairs and name in pairs[0][0]
+            else ""
+            for name in names
+        ]
         body += [[f"{kind}, `{objective}` (n = {len(pairs)})", *cells]] if pairs else []
-    return markdown(["", "accuracy", "loss", "ece", LENGTH["length_given_reward"], LENGTH["margin_length"]], body)
+    return markdown(
+        ["", "accuracy", "loss", "ece", LENGTH["length_given_reward"], LENGTH["margin_length"]],
+        body,
+    )
 
 
-def plot(title: str, categories: list[str], groups: dict[str, list[list[float]]], lines: dict[str, list[float]] | None = None) -> str:
+def plot(
+    title: str,
+    categories: list[str],
+    groups: dict[str, list[list[float]]],
+    lines: dict[str, list[float]] | None = None,
+) -> str:
     """Mean and standard error by category and group, as the content of an .svg file. groups[name][i]: the values of category i, maybe none.
 
     lines: points without an error beside them, one a category.
     """
     series = []
     for color, (name, row) in enumerate(groups.items()):
-        means, errors = zip(*(summary(values) if values else (None, 0.0) for values in row)) if row else ((), ())
-        series.append(Series(means, name=name, kind="point", color=color, error=[0.0 if math.isnan(error) else error for error in errors]))
-    series += [Series(row, name=name, kind="point", color=len(SERIES) - 1) for name, row in (lines or {}).items()]
-    return standalone(chart(series, title, categories=categories, size=(max(460, 155 * len(categories)), 260)))
-
+        means, errors = (
+            zip(*(summary(values) if values else (None, 0.0) for values in row))
+            if row
+            else ((), ())
+        )
+        series.append(
+            Series(
+                means,
+                name=name,
+                kind="point",
+                color=color,
+                error=[0.0 if math.isnan(error) else error for error in errors],
+            )
+        )
+    series += [
+        Series(row, name=name, kind="point", color=len(SERIES) - 1)
+        for name, row in (lines or {}).items()
+    ]
+    return standalone(
+        chart(series, title, categories=categories, size=(max(460, 155 * len(categories)), 260))
+    )
 
 
 def page(options):
     rows = results(options.out)
     if not rows:
-        raise SystemExit(f"--out {options.out}: no results.jsonl there, or an empty one; `run` comes first")
+        raise SystemExit(
+            f"--out {options.out}: no results.jsonl there, or an empty one; `run` comes first"
+        )
     seen = [kind for kind in DATA if any(row["data"] == kind for row in rows)]
-    built_in, human = [kind for kind in seen if kind in BUILT_IN], [kind for kind in seen if kind not in BUILT_IN]
+    built_in, human = (
+        [kind for kind in seen if kind in BUILT_IN],
+        [kind for kind in seen if kind not in BUILT_IN],
+    )
 
     def values(kinds: list[str], name: str) -> dict[str, list[list[float]]]:
-        return {objective: [[row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)] for kind in kinds]
-                for objective in OBJECTIVES}
+        return {
+            objective: [
+                [row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)]
+                for kind in kinds
+            ]
+            for objective in OBJECTIVES
+        }
 
     def by_length(kinds: list[str]) -> tuple[list[str], dict]:
-        parts = [values([kind], f"accuracy_{side}") for kind in kinds for side in ("longer", "shorter")]
+        parts = [
+            values([kind], f"accuracy_{side}") for kind in kinds for side in ("longer", "shorter")
+        ]
         names = [f"{kind}: {side}" for kind in kinds for side in ("longer", "shorter")]
-        return names, {objective: [part[objective][0] for part in parts] for objective in OBJECTIVES}
+        return names, {
+            objective: [part[objective][0] for part in parts] for objective in OBJECTIVES
+        }
 
-    ideal = [next((row["ideal"]["length_given_reward"] for row in rows if row["data"] == kind), math.nan) for kind in built_in]
-    plots = {"length": ("Coefficient of length in the end score, given the true reward", built_in, values(built_in, "length_given_reward"),
-                        {"the labels": ideal}),
-             "accuracy": ("Accuracy where the chosen response is the longer, and the shorter one", *by_length(built_in)),
-             "hh": ("hh-harmless: correlation of margin and difference of lengths", human, values(human, "margin_length")),
-             "loss": ("Eval loss of the end scores", seen, values(seen, "loss"))}
+    ideal = [
+        next((row["ideal"]["length_given_reward"] for row in rows if row["data"] == kind), math.nan)
+        for kind in built_in
+    ]
+    plots = {
+        "length": (
+            "Coefficient of length in the end score, given the true reward",
+            built_in,
+            values(built_in, "length_given_reward"),
+            {"the labels": ideal},
+        ),
+        "accuracy": (
+            "Accuracy where the chosen response is the longer, and the shorter one",
+            *by_length(built_in),
+        ),
+        "hh": (
+            "hh-harmless: correlation of margin and difference of lengths",
+            human,
+            values(human, "margin_length"),
+        ),
+        "loss": ("Eval loss of the end scores", seen, values(seen, "loss")),
+    }
     options.docs.mkdir(exist_ok=True)
     for name, what in plots.items():
         (options.docs / f"study-{name}.svg").write_text(plot(*what))
-    places = {f"{kind}_tables": tables(kind, rows) for kind in BUILT_IN} | {"hh_tables": "\n".join(tables(kind, rows) for kind in DATA[3:])}
-    (options.docs / "study.md").write_text(PAGE.format(bonus=LENGTH_BONUS, differences=differences(rows), **SAID, **places))
+    places = {f"{kind}_tables": tables(kind, rows) for kind in BUILT_IN} | {
+        "hh_tables": "\n".join(tables(kind, rows) for kind in DATA[3:])
+    }
+    (options.docs / "study.md").write_text(
+        PAGE.format(bonus=LENGTH_BONUS, differences=differences(rows), **SAID, **places)
+    )
     print(f"{options.docs}/study.md, of {len(rows)} cells")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser("python -m extras.study", description="Does a loss that reads rewards at padding teach length?")
+    parser = argparse.ArgumentParser(
+        "python -m extras.study",
+        description="Does a loss that reads rewards at padding teach length?",
+    )
     programs = parser.add_subparsers(required=True, dest="program")
     count = train.number(int, 1)
-    for program, what in ((run, "train and measure the cells that are missing"), (features, "compute what hh-head needs"), (page, "write docs/study.md")):
+    for program, what in (
+        (run, "train and measure the cells that are missing"),
+        (features, "compute what hh-head needs"),
+        (page, "write docs/study.md"),
+    ):
         one = programs.add_parser(program.__name__, help=what, allow_abbrev=False)
         one.set_defaults(call=program)
         one.add_argument("--out", type=Path, required=True, metavar="DIR")
         if program is page:
-            one.add_argument("--docs", type=Path, default=DOCS, metavar="DIR", help="where to write (docs)")
+            one.add_argument(
+                "--docs", type=Path, default=DOCS, metavar="DIR", help="where to write (docs)"
+            )
             continue
-        one.add_argument("--hh", type=Path, default=Path("hh-harmless"), metavar="DIR",
-                         help="train.jsonl.gz and eval.jsonl.gz, from the harmless-base part of Anthropic/hh-rlhf (%(default)s)")
-        one.add_argument("--backbone", type=Path, metavar="DIR", help="the pre-trained model of hh-head (OUT/SmolLM2)")
-        one.add_argument("--hh_pairs", type=count, help="for trials of hh-head: at most so many pairs to train, and to evaluate, on")
-        one.add_argument("--hh_steps", type=count, help="optimizer steps on hh-harmless (default: 1 epoch from scratch, 5 of the head)")
+        one.add_argument(
+            "--hh",
+            type=Path,
+            default=Path("hh-harmless"),
+            metavar="DIR",
+            help="train.jsonl.gz and eval.jsonl.gz, from the harmless-base part of Anthropic/hh-rlhf (%(default)s)",
+        )
+        one.add_argument(
+            "--backbone",
+            type=Path,
+            metavar="DIR",
+            help="the pre-trained model of hh-head (OUT/SmolLM2)",
+        )
+        one.add_argument(
+            "--hh_pairs",
+            type=count,
+            help="for trials of hh-head: at most so many pairs to train, and to evaluate, on",
+        )
+        one.add_argument(
+            "--hh_steps",
+            type=count,
+            help="optimizer steps on hh-harmless (default: 1 epoch from scratch, 5 of the head)",
+        )
         if program is run:
-            one.add_argument("--seeds", type=train.number(int, 0, 2**32 - 1), nargs="+", default=[1, 2, 3], help="(1 2 3)")
-            one.add_argument("--steps", type=count, default=1000, help="optimizer steps on the built-in data (1000)")
-            one.add_argument("--only", nargs="+", metavar="CELL", help=f"DATA, DATA/OBJECTIVE or DATA/OBJECTIVE/SEED, of {', '.join(DATA)}; "
-                             f"{', '.join(OBJECTIVES)} (all)")
-    one = programs.add_parser("convert", help="a GGUF file to a model directory in float32 (needs transformers and gguf)")
+            one.add_argument(
+                "--seeds",
+                type=train.number(int, 0, 2**32 - 1),
+                nargs="+",
+                default=[1, 2, 3],
+                help="(1 2 3)",
+            )
+            one.add_argument(
+                "--steps",
+                type=count,
+                default=1000,
+                help="optimizer steps on the built-in data (1000)",
+            )
+            one.add_argument(
+                "--only",
+                nargs="+",
+                metavar="CELL",
+                help=f"DATA, DATA/OBJECTIVE or DATA/OBJECTIVE/SEED, of {', '.join(DATA)}; "
+                f"{', '.join(OBJECTIVES)} (all)",
+            )
+    one = programs.add_parser(
+        "convert", help="a GGUF file to a model directory in float32 (needs transformers and gguf)"
+    )
     one.set_defaults(call=convert)
     one.add_argument("gguf", type=Path)
     one.add_argument("directory", type=Path)

@@ -28,4 +28,6 @@ class Writer:
 
 
 def unwritable(directory, error: OSError) -> ValueError:
-    return ValueError(f"--tensorboard_path {directory}: cannot be written to ({error.strerror}); give another directory")
+    return ValueError(
+        f"--tensorboard_path {directory}: cannot be written to ({error.strerror}); give another directory"
+    )

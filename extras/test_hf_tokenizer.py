@@ -14,41 +14,89 @@ from data import Comparison
 from extras import hf_tokenizer
 from test_data import PADS, TEXTS, sentencepiece_model, tokenizer  # noqa: F401, the last is a fixture
 
-HARD_TEXTS = ["", " ", "Hello world", "  two  spaces ", "line\n\nHuman: hi\r\n\tx", "naïve café ☕ 日本語 🙂", "I'll, you're; 1234 don't",
-              "a</s>b<s> c<pad>d <|endoftext|>"]
-CHATML = {"<|im_end|>": 295, "<|im_start|>": 296}  # right behind the vocabulary that the texts support
+HARD_TEXTS = [
+    "",
+    " ",
+    "Hello world",
+    "  two  spaces ",
+    "line\n\nHuman: hi\r\n\tx",
+    "naïve café ☕ 日本語 🙂",
+    "I'll, you're; 1234 don't",
+    "a</s>b<s> c<pad>d <|endoftext|>",
+]
+CHATML = {
+    "<|im_end|>": 295,
+    "<|im_start|>": 296,
+}  # right behind the vocabulary that the texts support
 FAST, GPT2 = {"tokenizer_class": "PreTrainedTokenizerFast"}, {"tokenizer_class": "GPT2Tokenizer"}
-BEGIN_END, LLAMA_3 = ["<|begin|>", "<|end|>", "<|pad|>"], {
-    "bos_token": "<|begin|>", "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True}, **FAST}
+BEGIN_END, LLAMA_3 = (
+    ["<|begin|>", "<|end|>", "<|pad|>"],
+    {
+        "bos_token": "<|begin|>",
+        "eos_token": {"__type": "AddedToken", "content": "<|end|>", "special": True},
+        **FAST,
+    },
+)
 HUB = {  # name: (special tokens, tokenizer_config.json, is a bos put in front, has a pad that nothing else is)
     "gpt2": (["<|endoftext|>"], GPT2, False, False),
-    "opt": (["<s>", "<pad>", "</s>"], GPT2 | {  # its eos is its bos, as in facebook/opt-350m
-        "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>", "add_bos_token": True}, True, True),
+    "opt": (
+        ["<s>", "<pad>", "</s>"],
+        GPT2
+        | {  # its eos is its bos, as in facebook/opt-350m
+            "bos_token": "</s>",
+            "eos_token": "</s>",
+            "unk_token": "</s>",
+            "pad_token": "<pad>",
+            "add_bos_token": True,
+        },
+        True,
+        True,
+    ),
     "llama": (BEGIN_END, LLAMA_3, True, False),
-    "llama, a pad of its own": (BEGIN_END, LLAMA_3 | {"pad_token": "<|pad|>"}, True, True)}
+    "llama, a pad of its own": (BEGIN_END, LLAMA_3 | {"pad_token": "<|pad|>"}, True, True),
+}
 
 
 def byte_level(special=("<|endoftext|>",), template=None):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=list(special), show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(
+        TEXTS,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=300,
+            special_tokens=list(special),
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if template:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[(special[0], 0)])
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[(special[0], 0)]
+        )
     return tokenizer
 
 
-def hub_files(directory, *, backend=None, sentencepiece_proto=None, config, added=None, model_type="llama"):
+def hub_files(
+    directory, *, backend=None, sentencepiece_proto=None, config, added=None, model_type="llama"
+):
     """A tokenizer directory as the hub has them; `backend` is saved as tokenizer.json, or as vocab.json and merges.txt."""
     directory.mkdir()
-    if backend is not None and config.get("tokenizer_class") == "GPT2Tokenizer" and "add_prefix_space" not in config:
+    if (
+        backend is not None
+        and config.get("tokenizer_class") == "GPT2Tokenizer"
+        and "add_prefix_space" not in config
+    ):
         backend.model.save(str(directory))
     elif backend is not None:
         backend.save(str(directory / "tokenizer.json"))
     if sentencepiece_proto is not None:
         (directory / "tokenizer.model").write_bytes(sentencepiece_proto)
-    for name, content in (("added_tokens", added), ("tokenizer_config", config), ("config", {"model_type": model_type})):
+    for name, content in (
+        ("added_tokens", added),
+        ("tokenizer_config", config),
+        ("config", {"model_type": model_type}),
+    ):
         if content is not None:
             (directory / f"{name}.json").write_text(json.dumps(content))
     return directory
@@ -59,7 +107,9 @@ def hub_directory(request, tmp_path_factory):
     """Tokenizer files as the hub has them -> (directory, is a bos put in front, has a pad that nothing else is)."""
     (special, config, *expected), family = HUB[request.param], request.param.split(",")[0]
     backend = byte_level(special, "<|begin|> $A" if family == "llama" else None)
-    return hub_files(tmp_path_factory.mktemp("hub") / family, backend=backend, config=config, model_type=family), *expected
+    return hub_files(
+        tmp_path_factory.mktemp("hub") / family, backend=backend, config=config, model_type=family
+    ), *expected
 
 
 @pytest.fixture
@@ -79,7 +129,10 @@ def saved(tmp_path):
 
 
 def test_same_ids_as_transformers(hub_directory):
-    ours, theirs = data.load_tokenizer(hub_directory[0]), transformers.AutoTokenizer.from_pretrained(hub_directory[0])
+    ours, theirs = (
+        data.load_tokenizer(hub_directory[0]),
+        transformers.AutoTokenizer.from_pretrained(hub_directory[0]),
+    )
     for text in HARD_TEXTS + TEXTS:
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
     for text in HARD_TEXTS[:-1]:
@@ -90,37 +143,93 @@ def test_same_ids_as_transformers(hub_directory):
 def test_special_ids_of_hub_tokenizers(hub_directory):
     directory, bos_in_front, own_pad = hub_directory
     tokenizer = data.load_tokenizer(directory)
-    assert tokenizer.encode("a")[0] != tokenizer.bos_id and (tokenizer.bos_id is not None) == bos_in_front
+    assert (
+        tokenizer.encode("a")[0] != tokenizer.bos_id
+        and (tokenizer.bos_id is not None) == bos_in_front
+    )
     assert (tokenizer.pad_id < tokenizer.text_size) == own_pad
     assert tokenizer.vocab_size == tokenizer.text_size + (not own_pad)
     assert tokenizer.pad_id not in (tokenizer.bos_id, tokenizer.eos_id)
-    assert data.load_tokenizer(directory, pad_id=tokenizer.eos_id).pad_id == tokenizer.eos_id  # DeepSpeed-Chat's choice
+    assert (
+        data.load_tokenizer(directory, pad_id=tokenizer.eos_id).pad_id == tokenizer.eos_id
+    )  # DeepSpeed-Chat's choice
 
 
 @pytest.mark.parametrize("options, given, pad_id, bos_id, eos_id, vocab_size", PADS)
-def test_a_pad_token_that_is_eos_says_nothing_about_padding(tmp_path, saved, options, given, pad_id, bos_id, eos_id, vocab_size):
-    directory = hub_files(tmp_path / "hub", sentencepiece_proto=sentencepiece_model(**options), config={"pad_token": "</s>"})
+def test_a_pad_token_that_is_eos_says_nothing_about_padding(
+    tmp_path, saved, options, given, pad_id, bos_id, eos_id, vocab_size
+):
+    directory = hub_files(
+        tmp_path / "hub",
+        sentencepiece_proto=sentencepiece_model(**options),
+        config={"pad_token": "</s>"},
+    )
     data.load_tokenizer(directory, given).save(saved)
     for loaded in (data.load_tokenizer(directory, given), data.load_tokenizer(saved)):
-        assert (loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (pad_id, bos_id, eos_id, vocab_size)
+        assert (loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (
+            pad_id,
+            bos_id,
+            eos_id,
+            vocab_size,
+        )
 
 
-@pytest.mark.parametrize("files", [
-    dict(backend=byte_level, config={"eos_token": "<|im_end|>", **GPT2}, added=CHATML, model_type="gpt2"),
-    dict(backend=byte_level, config={"eos_token": "<|im_end|>", "added_tokens_decoder": {
-        str(i): {"content": name, "special": True} for name, i in CHATML.items()}, **FAST}),
-    dict(backend=lambda: byte_level(["<s>", "</s>"]), config={"eos_token": "</s>", "bos_token": None, **FAST}),
-    dict(backend=byte_level, config={"eos_token": None, "bos_token": None, **FAST}),
-    dict(backend=byte_level, config={"add_prefix_space": True, **GPT2}, model_type="gpt2"),
-    dict(backend=byte_level, config={"eos_token": "<|endoftext|>", "additional_special_tokens": ["cat", "<|new|>"], **FAST}),
-], ids=["added_tokens.json", "added_tokens_decoder", "no bos", "no eos", "prefix space", "additional special tokens"])
+@pytest.mark.parametrize(
+    "files",
+    [
+        dict(
+            backend=byte_level,
+            config={"eos_token": "<|im_end|>", **GPT2},
+            added=CHATML,
+            model_type="gpt2",
+        ),
+        dict(
+            backend=byte_level,
+            config={
+                "eos_token": "<|im_end|>",
+                "added_tokens_decoder": {
+                    str(i): {"content": name, "special": True} for name, i in CHATML.items()
+                },
+                **FAST,
+            },
+        ),
+        dict(
+            backend=lambda: byte_level(["<s>", "</s>"]),
+            config={"eos_token": "</s>", "bos_token": None, **FAST},
+        ),
+        dict(backend=byte_level, config={"eos_token": None, "bos_token": None, **FAST}),
+        dict(backend=byte_level, config={"add_prefix_space": True, **GPT2}, model_type="gpt2"),
+        dict(
+            backend=byte_level,
+            config={
+                "eos_token": "<|endoftext|>",
+                "additional_special_tokens": ["cat", "<|new|>"],
+                **FAST,
+            },
+        ),
+    ],
+    ids=[
+        "added_tokens.json",
+        "added_tokens_decoder",
+        "no bos",
+        "no eos",
+        "prefix space",
+        "additional special tokens",
+    ],
+)
 def test_what_files_beside_a_tokenizer_say_is_heard(files, tmp_path, saved):
     """Ids and special ids are those of AutoTokenizer; and saved, they stay."""
     directory = hub_files(tmp_path / "hub", **{**files, "backend": files["backend"]()})
-    ours, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    ours, theirs = (
+        data.load_tokenizer(directory),
+        transformers.AutoTokenizer.from_pretrained(directory),
+    )
     ours.save(saved)
     again = data.load_tokenizer(saved)
-    assert ours.eos_id == again.eos_id == theirs.eos_token_id and ours.text_size == len(theirs) <= ours.pad_id == again.pad_id
+    assert (
+        ours.eos_id == again.eos_id == theirs.eos_token_id
+        and ours.text_size == len(theirs) <= ours.pad_id == again.pad_id
+    )
     assert ours.bos_id is None is again.bos_id
     for text in [*HARD_TEXTS, *TEXTS, "the cat<|im_end|>\n<|im_start|>x", "<|new|>"]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
@@ -132,15 +241,41 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
     proto = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
     n = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
     spec = hf_tokenizer.sentencepiece_files(data.Tokenizer(proto, pad_id=0))["tokenizer.json"]
-    spec["added_tokens"] += [hf_tokenizer.added_token(n, "<|im_end|>"), hf_tokenizer.added_token(n + 1, "<|im_start|>")]
-    config = {"bos_token": "<s>", "eos_token": "<|im_end|>", "pad_token": "<unk>", "add_bos_token": True, **FAST}
+    spec["added_tokens"] += [
+        hf_tokenizer.added_token(n, "<|im_end|>"),
+        hf_tokenizer.added_token(n + 1, "<|im_start|>"),
+    ]
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<unk>",
+        "add_bos_token": True,
+        **FAST,
+    }
     added = {"<|im_end|>": n, "<|im_start|>": n + 1}
-    directory = hub_files(tmp_path / "hub", backend=tokenizers.Tokenizer.from_str(json.dumps(spec)), sentencepiece_proto=proto, config=config, added=added)
-    ours, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2) == (
-        theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs))
-    assert ours.encode("a cat<|im_end|>") == theirs("a cat<|im_end|>", add_special_tokens=False)["input_ids"]
-    (directory / "tokenizer.json").unlink()  # then sentencepiece alone; the special ids are the same, and none is taken for padding
+    directory = hub_files(
+        tmp_path / "hub",
+        backend=tokenizers.Tokenizer.from_str(json.dumps(spec)),
+        sentencepiece_proto=proto,
+        config=config,
+        added=added,
+    )
+    ours, theirs = (
+        data.load_tokenizer(directory),
+        transformers.AutoTokenizer.from_pretrained(directory),
+    )
+    assert (
+        (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size)
+        == (1, n, 0, n + 2)
+        == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id, len(theirs))
+    )
+    assert (
+        ours.encode("a cat<|im_end|>")
+        == theirs("a cat<|im_end|>", add_special_tokens=False)["input_ids"]
+    )
+    (
+        directory / "tokenizer.json"
+    ).unlink()  # then sentencepiece alone; the special ids are the same, and none is taken for padding
     ours = data.load_tokenizer(directory)
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2)
     assert_transformers_agrees(ours, saved)
@@ -151,39 +286,69 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
     (tmp_path / "unigram").mkdir()
     unigram.save(tmp_path / "unigram")
     again = data.load_tokenizer(tmp_path / "unigram")
-    assert (again.bos_id, again.eos_id, again.pad_id) == (unigram.bos_id, unigram.eos_id, unigram.pad_id) == (1, 400, 0)
-    monkeypatch.setitem(sys.modules, "extras.hf_tokenizer", None)  # what has been saved is read without
+    assert (
+        (again.bos_id, again.eos_id, again.pad_id)
+        == (unigram.bos_id, unigram.eos_id, unigram.pad_id)
+        == (1, 400, 0)
+    )
+    monkeypatch.setitem(
+        sys.modules, "extras.hf_tokenizer", None
+    )  # what has been saved is read without
     for tokenizer, directory in ((ours, saved), (unigram, tmp_path / "unigram")):
         again = data.load_tokenizer(directory)
         assert (again.bos_id, again.eos_id, again.pad_id, again.vocab_size) == (
-            tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size)
+            tokenizer.bos_id,
+            tokenizer.eos_id,
+            tokenizer.pad_id,
+            tokenizer.vocab_size,
+        )
 
 
 def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
     backend = byte_level(template="$A <|endoftext|>")
-    assert data.load_tokenizer(hub_files(tmp_path / "hub", backend=backend, config={}, model_type="gpt2")).bos_id is None
+    assert (
+        data.load_tokenizer(
+            hub_files(tmp_path / "hub", backend=backend, config={}, model_type="gpt2")
+        ).bos_id
+        is None
+    )
 
 
 def test_without_the_tokenizers_library(gpt2, monkeypatch, tokenizer):
     """The message says what to install; a sentencepiece model beside a tokenizer.json needs nothing."""
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match=f"^{gpt2}/tokenizer.json: reading it needs `pip install -r requirements-hf.txt`"):
+    with pytest.raises(
+        ValueError,
+        match=f"^{gpt2}/tokenizer.json: reading it needs `pip install -r requirements-hf.txt`",
+    ):
         data.load_tokenizer(gpt2)
     (gpt2 / "tokenizer.model").write_bytes(tokenizer.model_proto)
     assert data.load_tokenizer(gpt2).encode("a cat") == tokenizer.encode("a cat")
 
 
-@pytest.mark.parametrize("file, content", [
-    ("tokenizer_config.json", {"eos_token": 5}), ("tokenizer_config.json", {"unk_token": ["a"]}), ("special_tokens_map.json", {"pad_token": 1}),
-    ("tokenizer_config.json", {"pad_token_id": 2**63}), ("added_tokens.json", {"a": "b"}), ("added_tokens.json", []),
-    ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}), ("tokenizer_config.json", {"added_tokens_decoder": [1]})], ids=str)
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"unk_token": ["a"]}),
+        ("special_tokens_map.json", {"pad_token": 1}),
+        ("tokenizer_config.json", {"pad_token_id": 2**63}),
+        ("added_tokens.json", {"a": "b"}),
+        ("added_tokens.json", []),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "a"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [1]}),
+    ],
+    ids=str,
+)
 def test_what_files_beside_a_tokenizer_say_wrongly_is_said_with_their_name(file, content, gpt2):
     (gpt2 / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"^{gpt2}/{file}: "):
         data.load_tokenizer(gpt2)
 
 
-@pytest.mark.parametrize("file, content", [("tokenizer.json", "{"), ("vocab.json", "[]"), ("vocab.json", "{}")])
+@pytest.mark.parametrize(
+    "file, content", [("tokenizer.json", "{"), ("vocab.json", "[]"), ("vocab.json", "{}")]
+)
 def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
     (tmp_path / file).write_text(content)  # the third lacks its merges.txt
     with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: not a tokenizer"):
@@ -197,26 +362,65 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
 def assert_transformers_agrees(tokenizer, directory):
     """What `save` wrote is the same tokenizer to us and to AutoTokenizer, whose default is the sequence that we train on."""
     tokenizer.save(directory)
-    again, theirs = data.load_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    again, theirs = (
+        data.load_tokenizer(directory),
+        transformers.AutoTokenizer.from_pretrained(directory),
+    )
     names = ("pad_id", "bos_id", "eos_id", "vocab_size")
     assert [getattr(again, name) for name in names] == [getattr(tokenizer, name) for name in names]
-    assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (tokenizer.pad_id, tokenizer.eos_id, tokenizer.vocab_size)
+    assert (theirs.pad_token_id, theirs.eos_token_id, len(theirs)) == (
+        tokenizer.pad_id,
+        tokenizer.eos_id,
+        tokenizer.vocab_size,
+    )
     rng = random.Random(0)
-    alphabet = ["a", "aa", "ab", " ", "  ", "\n", "the", " the", "é", "e\u0301", "ﬁ", "😀", "日本", "\u2581", "<s>", "</s>", "<unk>", "<0x41>"]
-    drawn = ["".join(rng.choices([*alphabet, chr(rng.randrange(1, 0x3000))], k=rng.randrange(30))) for _ in range(500)]
+    alphabet = [
+        "a",
+        "aa",
+        "ab",
+        " ",
+        "  ",
+        "\n",
+        "the",
+        " the",
+        "é",
+        "e\u0301",
+        "ﬁ",
+        "😀",
+        "日本",
+        "\u2581",
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<0x41>",
+    ]
+    drawn = [
+        "".join(rng.choices([*alphabet, chr(rng.randrange(1, 0x3000))], k=rng.randrange(30)))
+        for _ in range(500)
+    ]
     for text in HARD_TEXTS + TEXTS + drawn:
         ids = tokenizer.encode(text)
-        assert again.encode(text) == ids == theirs(text, add_special_tokens=False)["input_ids"], text
+        assert again.encode(text) == ids == theirs(text, add_special_tokens=False)["input_ids"], (
+            text
+        )
         if ids or tokenizer.bos_id or tokenizer.eos_id:
-            assert theirs(text)["input_ids"] == data.tokenize(Comparison("", [text]), tokenizer, 10**6)[0], text
+            assert (
+                theirs(text)["input_ids"]
+                == data.tokenize(Comparison("", [text]), tokenizer, 10**6)[0]
+            ), text
     chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
     messages = [{"role": role, "content": content} for role, content in chat]
     assert theirs.apply_chat_template(messages, tokenize=False) == data.chat_text(chat)
-    assert theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True) == data.chat_text(chat[:2]) + "\n\nAssistant:"
+    assert (
+        theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+        == data.chat_text(chat[:2]) + "\n\nAssistant:"
+    )
 
 
 @pytest.mark.parametrize("above", [None, 0, 7])
-def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(hub_directory, tmp_path, above):
+def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(
+    hub_directory, tmp_path, above
+):
     """Also with a pad id that we are given, at the end of the vocabulary or some ids behind it."""
     tokenizer = data.load_tokenizer(hub_directory[0])
     if above is not None:
@@ -229,10 +433,14 @@ def test_saved_tokenizer_of_ours_is_the_same_for_transformers(tokenizer, tmp_pat
     assert_transformers_agrees(data.Tokenizer(tokenizer.model_proto, pad_id), tmp_path)
 
 
-@pytest.mark.parametrize("options", [{}, dict(bos_id=-1, eos_id=-1), dict(byte_fallback=False), dict(pad_id=3)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, dict(bos_id=-1, eos_id=-1), dict(byte_fallback=False), dict(pad_id=3)], ids=str
+)
 def test_saved_sentencepiece_of_llama_2_is_the_same_for_transformers(tmp_path, options):
     """A space in front of every text, and none of them lost."""
-    model = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False, **options)
+    model = sentencepiece_model(
+        normalization_rule_name="identity", remove_extra_whitespaces=False, **options
+    )
     assert_transformers_agrees(data.Tokenizer(model), tmp_path)
 
 
@@ -254,19 +462,40 @@ def test_two_new_pad_ids_one_after_the_other_are_two_tokens(gpt2, saved, tmp_pat
 
 
 @pytest.mark.parametrize("kinds", [("ours", "hub"), ("hub", "unigram")], ids=" then ".join)
-def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(kinds, tokenizer, gpt2, saved):
-    of_kind = {"ours": tokenizer, "unigram": data.Tokenizer(sentencepiece_model(model_type="unigram")), "hub": data.load_tokenizer(gpt2)}
+def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(
+    kinds, tokenizer, gpt2, saved
+):
+    of_kind = {
+        "ours": tokenizer,
+        "unigram": data.Tokenizer(sentencepiece_model(model_type="unigram")),
+        "hub": data.load_tokenizer(gpt2),
+    }
     of_kind[kinds[0]].save(saved)
     with pytest.raises(ValueError, match="saved/tokenizer.*: another tokenizer"):
         of_kind[kinds[1]].save(saved)
 
 
-@pytest.mark.parametrize("options", [{}, dict(model_type="unigram"), dict(normalization_rule_name="identity"), dict(user_defined_symbols=["ab"])],
-                         ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(model_type="unigram"),
+        dict(normalization_rule_name="identity"),
+        dict(user_defined_symbols=["ab"]),
+    ],
+    ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"],
+)
 def test_no_tokenizer_json_is_written_that_would_not_be_the_same(options, tmp_path):
     same = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    options = {**same, **options} if "model_type" in options or "user_defined_symbols" in options else options
+    options = (
+        {**same, **options}
+        if "model_type" in options or "user_defined_symbols" in options
+        else options
+    )
     tokenizer = data.Tokenizer(sentencepiece_model(**options))
     tokenizer.save(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["tokenizer.model", "tokenizer_config.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
     assert data.load_tokenizer(tmp_path).encode("a  ﬁ ab") == tokenizer.encode("a  ﬁ ab")

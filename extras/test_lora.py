@@ -16,15 +16,27 @@ from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel
 
 TESTDATA = Path(__file__).parent.parent / "testdata"
-VARIANTS = {"gpt2": {}, "opt": {}, "opt post-norm": {"pre_norm": False, "embed_dim": 8}, "llama": {}, "llama grouped": {"n_kv_head": 2}}
+VARIANTS = {
+    "gpt2": {},
+    "opt": {},
+    "opt post-norm": {"pre_norm": False, "embed_dim": 8},
+    "llama": {},
+    "llama grouped": {"n_kv_head": 2},
+}
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 3, 6]], [[7, 8], [7, 9, 10, 11, 12, 13]]]
-INPUT_IDS, MASK = data.pad_rows([chosen for chosen, _ in GROUPS] + [rejected for _, rejected in GROUPS], 0)
+INPUT_IDS, MASK = data.pad_rows(
+    [chosen for chosen, _ in GROUPS] + [rejected for _, rejected in GROUPS], 0
+)
 
 
 def plain_model(variant="opt", dtype=torch.float64, **overrides):
     """Two blocks with random weights everywhere, biases and norms too."""
     torch.manual_seed(0)
-    shape = dict(vocab_size=20, n_positions=16, n_layer=2, n_head=4, n_embd=16) | VARIANTS[variant] | overrides
+    shape = (
+        dict(vocab_size=20, n_positions=16, n_layer=2, n_head=4, n_embd=16)
+        | VARIANTS[variant]
+        | overrides
+    )
     model = RewardModel(GPT(GPTConfig(variant.split()[0], **shape)), pad_id=0).to(dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -42,7 +54,11 @@ def lora_model(*args, dim=3, module_name=None, only=False, **kwargs):
 
 
 def layers_with_lora(model):
-    return {name: module for name, module in model.backbone.named_modules() if isinstance(module, lora.LoRALinear)}
+    return {
+        name: module
+        for name, module in model.backbone.named_modules()
+        if isinstance(module, lora.LoRALinear)
+    }
 
 
 def trainable(model):
@@ -72,7 +88,9 @@ def test_right_is_uniform_within_one_over_the_root_of_dim_and_left_is_zero(dtype
         assert right.shape == (layer.in_features, 4) and left.shape == (4, layer.out_features)
         assert right.dtype == left.dtype == dtype and not left.any()
         assert 0.45 < right.max() <= 0.5 and -0.5 <= right.min() < -0.45  # 1 / sqrt(4)
-        assert right.float().std().item() == pytest.approx(1 / math.sqrt(12), rel=0.15)  # of at least 256 numbers
+        assert right.float().std().item() == pytest.approx(
+            1 / math.sqrt(12), rel=0.15
+        )  # of at least 256 numbers
 
 
 def test_layer_multiplies_by_weight_plus_low_rank_product():
@@ -83,9 +101,13 @@ def test_layer_multiplies_by_weight_plus_low_rank_product():
         x, expected = torch.randn(2, 4, 7).double(), torch.zeros(2, 4, 5).double()
         for o in range(5):
             for i in range(7):
-                product = sum(layer.lora_right_weight[i, d] * layer.lora_left_weight[d, o] for d in range(3))
+                product = sum(
+                    layer.lora_right_weight[i, d] * layer.lora_left_weight[d, o] for d in range(3)
+                )
                 expected[..., o] += x[..., i] * (layer.weight[o, i] + product / 3).item()
-        torch.testing.assert_close(layer(x), expected + layer.bias if bias else expected, atol=1e-14, rtol=1e-14)
+        torch.testing.assert_close(
+            layer(x), expected + layer.bias if bias else expected, atol=1e-14, rtol=1e-14
+        )
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -95,9 +117,15 @@ def test_loss_and_gradients_are_those_of_the_papers_equation(variant, only, grad
     """Hu et al., eq. 3, and alpha / r of section 4.1: h = W x + (alpha / r) B A x, by hooks on the layers of a plain model."""
     model, reference, pairs = lora_model(variant, only=only), plain_model(variant), []
     for name, layer in layers_with_lora(model).items():
-        A, B = (weight.detach().T.clone().requires_grad_() for weight in (layer.lora_right_weight, layer.lora_left_weight))
+        A, B = (
+            weight.detach().T.clone().requires_grad_()
+            for weight in (layer.lora_right_weight, layer.lora_left_weight)
+        )
         reference.backbone.get_submodule(name).register_forward_hook(
-            lambda _, args, h, A=A, B=B: h + torch.einsum("dr,rk,...k->...d", B, A, args[0]) * (1 / len(A)))
+            lambda _, args, h, A=A, B=B: (
+                h + torch.einsum("dr,rk,...k->...d", B, A, args[0]) * (1 / len(A))
+            )
+        )
         pairs += [(layer.lora_right_weight, A), (layer.lora_left_weight, B)]
     model.backbone.gradient_checkpointing = gradient_checkpointing
     out, expected = model(INPUT_IDS, MASK), reference(INPUT_IDS, MASK)
@@ -108,8 +136,12 @@ def test_loss_and_gradients_are_those_of_the_papers_equation(variant, only, grad
     for ours, theirs in pairs:
         torch.testing.assert_close(ours.grad, theirs.grad.T, atol=1e-12, rtol=0)
     for name in trainable(model) & trainable(reference):
-        torch.testing.assert_close(model.get_parameter(name).grad, reference.get_parameter(name).grad, atol=1e-12, rtol=0)
-    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+        torch.testing.assert_close(
+            model.get_parameter(name).grad, reference.get_parameter(name).grad, atol=1e-12, rtol=0
+        )
+    assert all(
+        parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -127,7 +159,9 @@ def test_gradients_are_finite_differences(variant):
                 down = model(batch)["loss"]
                 parameter += step * direction
             slope = (parameter.grad * direction).sum().item()
-            assert ((up - down) / (2 * step)).item() == pytest.approx(slope, rel=1e-6, abs=1e-9), name
+            assert ((up - down) / (2 * step)).item() == pytest.approx(slope, rel=1e-6, abs=1e-9), (
+                name
+            )
 
 
 def test_autocast_computes_in_bfloat16_and_trains_in_float32():
@@ -138,7 +172,9 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y.float(), layer(x), atol=0.03, rtol=0.01)  # values up to 4 or so, 2^-9 of which is 0.008
+    torch.testing.assert_close(
+        y.float(), layer(x), atol=0.03, rtol=0.01
+    )  # values up to 4 or so, 2^-9 of which is 0.008
     y.sum().backward()
     assert layer.lora_right_weight.grad.dtype == layer.lora_left_weight.grad.dtype == torch.float32
 
@@ -147,8 +183,21 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32():
 # Which layers, and what is trained
 
 
-@pytest.mark.parametrize("module_name", [
-    None, "rwtransformer.", "decoder.layers.", "layers.1.", "q_proj", "self_attn", "c_attn", "fc", "h.0.", "mlp"])
+@pytest.mark.parametrize(
+    "module_name",
+    [
+        None,
+        "rwtransformer.",
+        "decoder.layers.",
+        "layers.1.",
+        "q_proj",
+        "self_attn",
+        "c_attn",
+        "fc",
+        "h.0.",
+        "mlp",
+    ],
+)
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type, module_name):
     """DeepSpeed-Chat's rule on its reward model: a linear layer whose name contains the given one. We have GPT-2's Conv1D, too."""
@@ -156,10 +205,15 @@ def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type,
 
     model = plain_model(model_type)
     theirs = nn.Module()
-    theirs.rwtransformer = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**model.backbone.config.to_hf()))
+    theirs.rwtransformer = transformers.AutoModel.from_config(
+        transformers.AutoConfig.for_model(**model.backbone.config.to_hf())
+    )
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
-    expected = sum(3 if "c_attn" in name else 1 for name, module in theirs.named_modules()
-                   if isinstance(module, linear) and (module_name is None or module_name in name))
+    expected = sum(
+        3 if "c_attn" in name else 1
+        for name, module in theirs.named_modules()
+        if isinstance(module, linear) and (module_name is None or module_name in name)
+    )
     if expected == 0:
         with pytest.raises(ValueError, match="--lora_module_name"):
             lora.add(model, 3, module_name)
@@ -167,12 +221,20 @@ def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type,
         assert lora.add(model, 3, module_name) == expected == len(layers_with_lora(model))
 
 
-@pytest.mark.parametrize("variant, module_name, expected", [
-    ("gpt2", "c_attn", ["blocks.0.q", "blocks.0.k", "blocks.0.v", "blocks.1.q", "blocks.1.k", "blocks.1.v"]),
-    ("gpt2", "rwtransformer.h.1.mlp.c_proj", ["blocks.1.mlp_out"]),
-    ("opt", "q_proj", ["blocks.0.q", "blocks.1.q"]),
-    ("opt post-norm", "decoder.layers.0.fc", ["blocks.0.mlp_in", "blocks.0.mlp_out"]),
-    ("llama", "gate", ["blocks.0.mlp_gate", "blocks.1.mlp_gate"])])
+@pytest.mark.parametrize(
+    "variant, module_name, expected",
+    [
+        (
+            "gpt2",
+            "c_attn",
+            ["blocks.0.q", "blocks.0.k", "blocks.0.v", "blocks.1.q", "blocks.1.k", "blocks.1.v"],
+        ),
+        ("gpt2", "rwtransformer.h.1.mlp.c_proj", ["blocks.1.mlp_out"]),
+        ("opt", "q_proj", ["blocks.0.q", "blocks.1.q"]),
+        ("opt post-norm", "decoder.layers.0.fc", ["blocks.0.mlp_in", "blocks.0.mlp_out"]),
+        ("llama", "gate", ["blocks.0.mlp_gate", "blocks.1.mlp_gate"]),
+    ],
+)
 def test_other_layers_and_other_weights_stay_as_they_are(variant, module_name, expected):
     """Without `only`, the weights beside which LoRA stands are frozen, and nothing else (DeepSpeed-Chat)."""
     model = plain_model(variant)
@@ -185,14 +247,23 @@ def test_other_layers_and_other_weights_stay_as_they_are(variant, module_name, e
     assert trainable(model) == (before | added) - {name + ".weight" for name in layers}
 
 
-@pytest.mark.parametrize("model_type, weights", [("gpt2", 12 * 16 * 16), ("opt", 12 * 16 * 16), ("llama", 4 * 16 * 16 + 3 * 16 * 48)])
+@pytest.mark.parametrize(
+    "model_type, weights",
+    [("gpt2", 12 * 16 * 16), ("opt", 12 * 16 * 16), ("llama", 4 * 16 * 16 + 3 * 16 * 48)],
+)
 def test_numbers_of_trained_parameters(model_type, weights):
     """dim * (in + out) for each layer; with `only` also the value head, without it all but the weights of these layers."""
     widths = 4 * (16 + 16) + (3 * (16 + 48) if model_type == "llama" else 2 * (16 + 64))
     full = sum(p.numel() for p in plain_model(model_type).parameters())
     for dim in (1, 8):
-        count = {only: sum(p.numel() for p in lora_model(model_type, dim=dim, only=only).parameters() if p.requires_grad)
-                 for only in (False, True)}
+        count = {
+            only: sum(
+                p.numel()
+                for p in lora_model(model_type, dim=dim, only=only).parameters()
+                if p.requires_grad
+            )
+            for only in (False, True)
+        }
         assert count[True] == 2 * dim * widths + 16
         assert count[False] == full + 2 * dim * widths - 2 * weights
 
@@ -207,7 +278,9 @@ def test_only_trains_lora_and_the_value_head(variant):
         model(INPUT_IDS, MASK)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    changed = {
+        name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])
+    }
     assert changed == {name for name in before if "lora_" in name or name == "v_head.weight"}
 
 
@@ -215,29 +288,49 @@ def test_only_trains_lora_and_the_value_head(variant):
 def test_weights_are_the_same_parameters_as_before(name):
     """Also those of gpt2, which are transposed views of the mapped file."""
     model = RewardModel.from_pretrained(TESTDATA / name, pad_id=0)
-    before = {name: (parameter, parameter.data_ptr(), parameter.stride()) for name, parameter in model.named_parameters()}
+    before = {
+        name: (parameter, parameter.data_ptr(), parameter.stride())
+        for name, parameter in model.named_parameters()
+    }
     lora.add(model, 2)
     for name, (parameter, pointer, stride) in before.items():
         now = model.get_parameter(name)
         assert now is parameter and now.data_ptr() == pointer and now.stride() == stride
-    assert model.backbone.blocks[0].mlp_in.weight.is_contiguous() == (model.backbone.config.model_type != "gpt2")
+    assert model.backbone.blocks[0].mlp_in.weight.is_contiguous() == (
+        model.backbone.config.model_type != "gpt2"
+    )
 
 
-@pytest.mark.parametrize("dim, module_name, words", [
-    (3, "decoder.layers.", ["--lora_module_name", "'decoder.layers.'", "rwtransformer.layers.0.self_attn.q_proj", ".down_proj"]),
-    (3, "blocks.0.q", ["--lora_module_name", "'blocks.0.q'"]),  # our name
-    (3, "norm", ["--lora_module_name", "'norm'"]),  # not a linear layer
-    (16, None, ["--lora_dim", "16", "1 to 15", "rwtransformer.layers.0.self_attn.q_proj"]),
-    (8, "v_proj", ["--lora_dim", "8", "1 to 7", "v_proj", "from 16 to 8"]),
-    (8, None, ["--lora_dim", "8", "1 to 7", "k_proj"]),
-    (0, None, ["--lora_dim", "0"])])
+@pytest.mark.parametrize(
+    "dim, module_name, words",
+    [
+        (
+            3,
+            "decoder.layers.",
+            [
+                "--lora_module_name",
+                "'decoder.layers.'",
+                "rwtransformer.layers.0.self_attn.q_proj",
+                ".down_proj",
+            ],
+        ),
+        (3, "blocks.0.q", ["--lora_module_name", "'blocks.0.q'"]),  # our name
+        (3, "norm", ["--lora_module_name", "'norm'"]),  # not a linear layer
+        (16, None, ["--lora_dim", "16", "1 to 15", "rwtransformer.layers.0.self_attn.q_proj"]),
+        (8, "v_proj", ["--lora_dim", "8", "1 to 7", "v_proj", "from 16 to 8"]),
+        (8, None, ["--lora_dim", "8", "1 to 7", "k_proj"]),
+        (0, None, ["--lora_dim", "0"]),
+    ],
+)
 def test_errors_say_what_to_give_and_leave_the_model_alone(dim, module_name, words):
     model = plain_model("llama grouped")
     with pytest.raises(ValueError) as error:
         lora.add(model, dim, module_name, only=True)
     assert all(word in str(error.value) for word in words), error.value
     assert not layers_with_lora(model) and trainable(model) == set(model.state_dict())
-    assert lora.add(model, 8, "q_proj") == 2 and lora.add(model, 7, "v_proj") == 2  # as wide as they go
+    assert (
+        lora.add(model, 8, "q_proj") == 2 and lora.add(model, 7, "v_proj") == 2
+    )  # as wide as they go
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,12 +340,16 @@ def test_errors_say_what_to_give_and_leave_the_model_alone(dim, module_name, wor
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("module_name", [None, "0."])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_merged_weights_make_a_plain_model_of_the_same_rewards(variant, module_name, dtype, tolerance):
+def test_merged_weights_make_a_plain_model_of_the_same_rewards(
+    variant, module_name, dtype, tolerance
+):
     model = lora_model(variant, dtype, module_name=module_name)
     state = model.state_dict()
     before = copy.deepcopy(state)
     merged = lora.merge(state)
-    assert list(state) == list(before) and all(torch.equal(state[name], before[name]) for name in before)
+    assert list(state) == list(before) and all(
+        torch.equal(state[name], before[name]) for name in before
+    )
     with torch.device("meta"):
         plain = RewardModel(GPT(model.backbone.config), 0)
     plain.load_state_dict(merged, assign=True)
@@ -265,7 +362,10 @@ def test_merged_weights_make_a_plain_model_of_the_same_rewards(variant, module_n
 
 def test_merge_rounds_half_precision_once():
     model = lora_model(dtype=torch.bfloat16)
-    merged, state = lora.merge(model.state_dict()), {name: weight.double() for name, weight in model.state_dict().items()}
+    merged, state = (
+        lora.merge(model.state_dict()),
+        {name: weight.double() for name, weight in model.state_dict().items()},
+    )
     exact = lora.merge(state)
     assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
     for name, weight in merged.items():
@@ -307,7 +407,11 @@ def one_of_two_processes(rank, path):
                     fully_shard(block)
                 forward = fully_shard(model)
             train_two_steps(model, forward, [rank, rank + 2])  # one pair each
-            state = lora.merge(get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)))
+            state = lora.merge(
+                get_model_state_dict(
+                    model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+                )
+            )
             if rank == 0:
                 torch.save(state, path / f"{wrapper} {only}.pt")
     dist.barrier()
@@ -320,8 +424,12 @@ def test_two_processes_train_the_model_of_one(tmp_path):
     for only in (False, True):
         model = lora_model(dim=1, only=only)
         train_two_steps(model, model, [0, 1, 2, 3])
-        expected, before = (lora.merge(m.state_dict()) for m in (model, lora_model(dim=1, only=only)))
-        assert (expected["backbone.blocks.0.q.weight"] - before["backbone.blocks.0.q.weight"]).abs().max() > 1e-3
+        expected, before = (
+            lora.merge(m.state_dict()) for m in (model, lora_model(dim=1, only=only))
+        )
+        assert (
+            expected["backbone.blocks.0.q.weight"] - before["backbone.blocks.0.q.weight"]
+        ).abs().max() > 1e-3
         for wrapper in ("ddp", "fsdp"):
             state = torch.load(tmp_path / f"{wrapper} {only}.pt")
             assert list(state) == list(expected)

@@ -37,8 +37,16 @@ def test_up_to_the_shorter_end_no_reward_at_padding_is_read(monkeypatch):
 
 def test_confounded_labels_have_the_stated_probability():
     pairs = list(itertools.islice(data.known_rewards(3), 20_000))
-    stays = [drawn.responses == pair.responses for pair, drawn in zip(pairs, study.confounded(pairs, seed=5))]
-    difference = [c.rewards[0] - c.rewards[1] + 0.3 * (len(c.responses[0].split()) - len(c.responses[1].split())) for c in pairs]
+    stays = [
+        drawn.responses == pair.responses
+        for pair, drawn in zip(pairs, study.confounded(pairs, seed=5))
+    ]
+    difference = [
+        c.rewards[0]
+        - c.rewards[1]
+        + 0.3 * (len(c.responses[0].split()) - len(c.responses[1].split()))
+        for c in pairs
+    ]
     p = 1 / (1 + np.exp(-np.array(difference)))
     for low in np.arange(0, 1, 0.1):
         some = (low <= p) & (p < low + 0.1)
@@ -51,9 +59,13 @@ def test_confounded_pairs_are_the_same_pairs_and_a_word_weighs_as_tone_does():
     drawn = list(study.confounded(pairs, seed=5))
     assert drawn == list(study.confounded(pairs, seed=5)) != list(study.confounded(pairs, seed=6))
     for a, b in zip(pairs, drawn):
-        assert a.prompt == b.prompt and sorted(zip(a.responses, a.rewards)) == sorted(zip(b.responses, b.rewards))
+        assert a.prompt == b.prompt and sorted(zip(a.responses, a.rewards)) == sorted(
+            zip(b.responses, b.rewards)
+        )
     words = [len(response.split()) for pair in pairs for response in pair.responses]
-    assert study.LENGTH_BONUS * np.std(words) == pytest.approx(np.std(list(data.TONE_REWARD.values())), rel=0.05)
+    assert study.LENGTH_BONUS * np.std(words) == pytest.approx(
+        np.std(list(data.TONE_REWARD.values())), rel=0.05
+    )
 
 
 def test_late_pairs_have_half_of_the_remarks_in_front_and_the_same_sentences():
@@ -64,7 +76,9 @@ def test_late_pairs_have_half_of_the_remarks_in_front_and_the_same_sentences():
     for a, b in zip(pairs, moved):
         assert (a.prompt, a.rewards) == (b.prompt, b.rewards)
         for before, after in zip(a.responses, b.responses):
-            assert sorted(before.split()) == sorted(after.split()) and not before.startswith(remarks)
+            assert sorted(before.split()) == sorted(after.split()) and not before.startswith(
+                remarks
+            )
             in_front += [after.startswith(remarks)] * any(remark in before for remark in remarks)
             assert in_front and in_front[-1] or after == before
     assert abs(sum(in_front) - len(in_front) / 2) < 4 * math.sqrt(len(in_front)) / 2
@@ -75,7 +89,9 @@ def test_features_of_a_response_give_its_reward():
         for response, reward in zip(pair.responses, pair.rewards):
             polite, rude, rambles, right, wrong = study.features_of(response, reward)
             off_topic = 1 - right - wrong
-            assert reward == pytest.approx(1.4 * polite - 1.4 * rude - rambles + 3.5 * right - wrong - 3.5 * off_topic)
+            assert reward == pytest.approx(
+                1.4 * polite - 1.4 * rude - rambles + 3.5 * right - wrong - 3.5 * off_topic
+            )
 
 
 def test_partial_coefficient():
@@ -92,11 +108,20 @@ def test_partial_coefficient():
 
 def test_statistics_of_a_few_pairs():
     found = study.statistics([[2, 1], [0, 3], [5, 1], [1, 0]], [[4, 2], [3, 1], [1, 2], [2, 2]])
-    assert found["pairs"] == 4 and found["accuracy"] == 0.75 and found["accuracy_longer"] == 0.5 and found["accuracy_shorter"] == 1
+    assert (
+        found["pairs"] == 4
+        and found["accuracy"] == 0.75
+        and found["accuracy_longer"] == 0.5
+        and found["accuracy_shorter"] == 1
+    )
     assert found["chosen_is_longer"] == 0.5 and found["chosen_is_shorter"] == 0.25
-    assert found["loss"] == pytest.approx(np.mean([math.log(1 + math.exp(-m)) for m in (1, -3, 4, 1)]))
+    assert found["loss"] == pytest.approx(
+        np.mean([math.log(1 + math.exp(-m)) for m in (1, -3, 4, 1)])
+    )
     true = [[1.5, 0], [1, 0], [0, 1], [0, 2.5]]
-    found = study.statistics(true, [[4, 2], [3, 1], [1, 2], [2, 2]], true, [[[i, j] for j in range(2)] for i in range(4)])
+    found = study.statistics(
+        true, [[4, 2], [3, 1], [1, 2], [2, 2]], true, [[[i, j] for j in range(2)] for i in range(4)]
+    )
     assert found["probability_error"] == 0 and found["score_length"] == found["true_length"]
     assert found["length_given_reward"] == pytest.approx(0, abs=1e-9)
 
@@ -104,7 +129,10 @@ def test_statistics_of_a_few_pairs():
 @pytest.mark.parametrize("objective", [{}, {"loss": "end"}])
 def test_stored_features_give_the_loss_of_the_backbone(objective, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = rm.RewardModel(GPT(GPTConfig("llama", vocab_size=20, n_positions=16, n_layer=2, n_head=2, n_embd=8)), pad_id=0)
+    model = rm.RewardModel(
+        GPT(GPTConfig("llama", vocab_size=20, n_positions=16, n_layer=2, n_head=2, n_embd=8)),
+        pad_id=0,
+    )
     monkeypatch.setattr(study, "backbone_of", lambda path, pad_id: model.backbone)
     hidden = study.stored_features(GROUPS, "there", 0, tmp_path, at_once=2)
     monkeypatch.setattr(study, "backbone_of", None)  # found again, not made again
@@ -117,17 +145,36 @@ def test_stored_features_give_the_loss_of_the_backbone(objective, tmp_path, monk
     for name, found in head(batch).items():
         assert torch.allclose(found, expected[name], atol=2e-3)
     assert list(head.parameters()) == [head.v_head.weight]
-    assert rm.score(head, GROUPS, 4) == [pytest.approx(row, abs=2e-3) for row in rm.score(model, GROUPS, 4)]
+    assert rm.score(head, GROUPS, 4) == [
+        pytest.approx(row, abs=2e-3) for row in rm.score(model, GROUPS, 4)
+    ]
 
 
 def made_up(cell):
     kind, objective, seed = cell.split("/")
     rng = random.Random(cell)
-    known = ("probability_error", "length_given_reward", "length_given_features")  # where the true rewards are
+    known = (
+        "probability_error",
+        "length_given_reward",
+        "length_given_features",
+    )  # where the true rewards are
     names = [name for name in METRICS if not kind.startswith("hh") or name not in known]
-    row = {"cell": cell, "data": kind, "objective": objective, "seed": int(seed), "steps": 10, "pairs": 100, "seconds": 1.0,
-           "chosen_is_longer": 0.4, "chosen_is_shorter": 0.5} | {name: rng.random() for name in names}
-    return row if kind.startswith("hh") else row | {"ideal": {name: rng.random() for name in study.LENGTH}}
+    row = {
+        "cell": cell,
+        "data": kind,
+        "objective": objective,
+        "seed": int(seed),
+        "steps": 10,
+        "pairs": 100,
+        "seconds": 1.0,
+        "chosen_is_longer": 0.4,
+        "chosen_is_shorter": 0.5,
+    } | {name: rng.random() for name in names}
+    return (
+        row
+        if kind.startswith("hh")
+        else row | {"ideal": {name: rng.random() for name in study.LENGTH}}
+    )
 
 
 def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch):
@@ -142,11 +189,18 @@ def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     for kind, objective in itertools.product(study.DATA, study.OBJECTIVES):
         for name in set(METRICS) & set(rows[-1] if kind.startswith("hh") else rows[0]):
-            values = [row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)]
+            values = [
+                row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)
+            ]
             assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1) / math.sqrt(3):.4f}" in text
-    assert text.count("(n = 3)") == 5 * 3 * 2 + 10 and all(said in text for said in study.SAID.values())
+    assert text.count("(n = 3)") == 5 * 3 * 2 + 10 and all(
+        said in text for said in study.SAID.values()
+    )
     plots = sorted((tmp_path / "docs").glob("*.svg"))
-    assert len(plots) == 4 and all(plot.name in text and ElementTree.parse(plot).getroot().tag.endswith("svg") for plot in plots)
+    assert len(plots) == 4 and all(
+        plot.name in text and ElementTree.parse(plot).getroot().tag.endswith("svg")
+        for plot in plots
+    )
 
 
 def test_a_page_of_some_cells_and_no_page_of_cells_that_cannot_be_compared(tmp_path):

@@ -39,14 +39,19 @@ def agree(got, expected, tolerance: float, where=""):
         for i, pair in enumerate(zip(got, expected)):
             agree(*pair, tolerance, f"{where}[{i}]")
     elif isinstance(expected, float):
-        assert abs(got - expected) <= tolerance * max(1.0, abs(expected)), f"{where}: {got} {expected}"
+        assert abs(got - expected) <= tolerance * max(1.0, abs(expected)), (
+            f"{where}: {got} {expected}"
+        )
     else:
         assert got == expected, where
 
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, RewardModel]:
-    return {name: RewardModel.from_pretrained(VECTORS / "models" / name).double().eval() for name in MODELS}
+    return {
+        name: RewardModel.from_pretrained(VECTORS / "models" / name).double().eval()
+        for name in MODELS
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -78,14 +83,24 @@ def by_definition(case: dict) -> dict:
         j = pairs + i
         ends = max(texts[i]), max(texts[j])
         scores.append((rewards[i][ends[0]], rewards[j][ends[1]]))
-        differing = [column for column in range(length) if texts[i].get(column) != texts[j].get(column)]
-        region = [(t, t) for t in range(differing[0], max(ends) + 1)] if differing else [(length - 1, length - 1)]
+        differing = [
+            column for column in range(length) if texts[i].get(column) != texts[j].get(column)
+        ]
+        region = (
+            [(t, t) for t in range(differing[0], max(ends) + 1)]
+            if differing
+            else [(length - 1, length - 1)]
+        )
         if options.get("loss") == "end":
             region = [ends]
         for a, b in region:
             x = rewards[i][a] - rewards[j][b] - options.get("margins", [0.0] * pairs)[i]
             loss += (math.log1p(math.exp(-abs(x))) + max(-x, 0.0)) / len(region) / pairs
-            slope = -(1 / (1 + math.exp(x)) if x < 0 else math.exp(-x) / (1 + math.exp(-x))) / len(region) / pairs
+            slope = (
+                -(1 / (1 + math.exp(x)) if x < 0 else math.exp(-x) / (1 + math.exp(-x)))
+                / len(region)
+                / pairs
+            )
             gradient[i][a] += slope
             gradient[j][b] -= slope
         c, total = options.get("center_rewards_coefficient", 0.0), sum(scores[-1])
@@ -93,7 +108,12 @@ def by_definition(case: dict) -> dict:
         gradient[i][ends[0]] += 2 * c * total / pairs
         gradient[j][ends[1]] += 2 * c * total / pairs
     chosen, rejected = map(list, zip(*scores))
-    return {"loss": loss, "chosen_mean_scores": chosen, "rejected_mean_scores": rejected, "grad_rewards": gradient}
+    return {
+        "loss": loss,
+        "chosen_mean_scores": chosen,
+        "rejected_mean_scores": rejected,
+        "grad_rewards": gradient,
+    }
 
 
 @pytest.mark.parametrize("case", DEEPSPEED_CHAT + NUMBERS, ids=lambda case: case["name"])
@@ -117,15 +137,24 @@ def with_region(wrong):
 
     def function(input_ids, rewards, pad_id, num_padding_at_beginning=0, attention_mask=None):
         with mock.patch.object(rm, "divergent_region", lambda a, b: wrong(a, b, *right(a, b))):
-            return pairwise_loss(input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask)
+            return pairwise_loss(
+                input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask
+            )
+
     return function
 
 
 def with_pair_loss(wrong):
     """Our loss with another term of a pair."""
+
     def function(input_ids, rewards, pad_id, num_padding_at_beginning=0, attention_mask=None):
-        with mock.patch.object(rm, "pair_loss", lambda chosen, rejected, *_: wrong(chosen - rejected)):
-            return pairwise_loss(input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask)
+        with mock.patch.object(
+            rm, "pair_loss", lambda chosen, rejected, *_: wrong(chosen - rejected)
+        ):
+            return pairwise_loss(
+                input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask
+            )
+
     return function
 
 
@@ -136,7 +165,9 @@ def pad_over_mask(input_ids, rewards, pad_id, num_padding_at_beginning, attentio
 def at_padding_nothing(input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask):
     """Rewards at padding count as 0: the mean has the right length, but not the right terms."""
     text = input_ids != pad_id if attention_mask is None else attention_mask.bool()
-    return pairwise_loss(input_ids, rewards * text, pad_id, num_padding_at_beginning, attention_mask)
+    return pairwise_loss(
+        input_ids, rewards * text, pad_id, num_padding_at_beginning, attention_mask
+    )
 
 
 def refuses_nothing(input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask):
@@ -148,27 +179,74 @@ def refuses_nothing(input_ids, rewards, pad_id, num_padding_at_beginning, attent
 
 logsigmoid = torch.nn.functional.logsigmoid
 WRONG = {  # function, and cases that must tell it apart
-    "the whole row": (with_region(lambda a, b, start, stop: (0, stop)), {"no padding", "differs in the last token", "many pairs"}),
-    "to the end of L": (with_region(lambda a, b, start, stop: (start, None if start < stop else stop)),
-                        {"ragged both ways, one row fills L", "differs in the last token, padded"}),
-    "up to the shorter end": (with_region(lambda a, b, start, stop: (start, max(start + 1, min(len(a), len(b))))),
-                              {"chosen ends first", "rejected ends first", "mask: one has ended, and equal ids lie behind it"}),
-    "a sum for the mean": (with_pair_loss(lambda x: -logsigmoid(x).sum()), {"no padding", "a long region and a short one weigh the same"}),
-    "one too early": (with_region(lambda a, b, start, stop: (max(0, start - (start < stop)), stop)),
-                      {"no padding", "differs in the last token"}),
-    "one too late": (with_region(lambda a, b, start, stop: (min(start + 1, max(stop - 1, start)), stop)),
-                     {"no padding", "no shared prefix"}),
-    "the last token alone": (with_region(lambda a, b, start, stop: (max(start, stop - 1), stop)), {"no padding", "equal again later"}),
-    "the pad id over the mask": (pad_over_mask, {"mask: pad id in the prompt", "mask: pad id in a response",
-                                                 "mask: the texts end with the pad id"}),
-    "nothing at padding": (at_padding_nothing, {"chosen ends first", "chosen is a prefix of rejected", "identical, padded"}),
-    "chosen and rejected swapped": (with_pair_loss(lambda x: -logsigmoid(-x).mean()), {"no padding", "one token"}),
-    "log of sigmoid as written": (with_pair_loss(lambda x: -torch.log(torch.sigmoid(x)).mean()), {"large differences against the chosen"}),
-    "nothing refused": (refuses_nothing, {"refused: odd rows", "refused: left padding by different amounts",
-                                          "refused: rewards of bfloat16"}),
-    "leading pads unknown": (lambda ids, rewards, pad_id, n, mask: pairwise_loss(ids, rewards, pad_id, 0, mask),
-                             {"leading pad of the text"}),
-    "no gradient": (lambda ids, rewards, *rest: pairwise_loss(ids, rewards.detach(), *rest), {"no padding"}),
+    "the whole row": (
+        with_region(lambda a, b, start, stop: (0, stop)),
+        {"no padding", "differs in the last token", "many pairs"},
+    ),
+    "to the end of L": (
+        with_region(lambda a, b, start, stop: (start, None if start < stop else stop)),
+        {"ragged both ways, one row fills L", "differs in the last token, padded"},
+    ),
+    "up to the shorter end": (
+        with_region(lambda a, b, start, stop: (start, max(start + 1, min(len(a), len(b))))),
+        {
+            "chosen ends first",
+            "rejected ends first",
+            "mask: one has ended, and equal ids lie behind it",
+        },
+    ),
+    "a sum for the mean": (
+        with_pair_loss(lambda x: -logsigmoid(x).sum()),
+        {"no padding", "a long region and a short one weigh the same"},
+    ),
+    "one too early": (
+        with_region(lambda a, b, start, stop: (max(0, start - (start < stop)), stop)),
+        {"no padding", "differs in the last token"},
+    ),
+    "one too late": (
+        with_region(lambda a, b, start, stop: (min(start + 1, max(stop - 1, start)), stop)),
+        {"no padding", "no shared prefix"},
+    ),
+    "the last token alone": (
+        with_region(lambda a, b, start, stop: (max(start, stop - 1), stop)),
+        {"no padding", "equal again later"},
+    ),
+    "the pad id over the mask": (
+        pad_over_mask,
+        {
+            "mask: pad id in the prompt",
+            "mask: pad id in a response",
+            "mask: the texts end with the pad id",
+        },
+    ),
+    "nothing at padding": (
+        at_padding_nothing,
+        {"chosen ends first", "chosen is a prefix of rejected", "identical, padded"},
+    ),
+    "chosen and rejected swapped": (
+        with_pair_loss(lambda x: -logsigmoid(-x).mean()),
+        {"no padding", "one token"},
+    ),
+    "log of sigmoid as written": (
+        with_pair_loss(lambda x: -torch.log(torch.sigmoid(x)).mean()),
+        {"large differences against the chosen"},
+    ),
+    "nothing refused": (
+        refuses_nothing,
+        {
+            "refused: odd rows",
+            "refused: left padding by different amounts",
+            "refused: rewards of bfloat16",
+        },
+    ),
+    "leading pads unknown": (
+        lambda ids, rewards, pad_id, n, mask: pairwise_loss(ids, rewards, pad_id, 0, mask),
+        {"leading pad of the text"},
+    ),
+    "no gradient": (
+        lambda ids, rewards, *rest: pairwise_loss(ids, rewards.detach(), *rest),
+        {"no padding"},
+    ),
 }
 
 
@@ -203,8 +281,14 @@ def run(monkeypatch, capsys, *words) -> tuple[object, list[str]]:
 
 def test_program_passes_our_own(monkeypatch, capsys):
     status, lines = run(monkeypatch, capsys, "rm:pairwise_loss")
-    assert not status and lines[-1] == f"rm:pairwise_loss: {len(CASES)} cases: {len(CASES)} ok, 0 WRONG, 0 not taken"
-    assert [line[: max(map(len, (case["name"] for case in CASES)))].rstrip() for line in lines[1:-1]] == [case["name"] for case in CASES]
+    assert (
+        not status
+        and lines[-1]
+        == f"rm:pairwise_loss: {len(CASES)} cases: {len(CASES)} ok, 0 WRONG, 0 not taken"
+    )
+    assert [
+        line[: max(map(len, (case["name"] for case in CASES)))].rstrip() for line in lines[1:-1]
+    ] == [case["name"] for case in CASES]
 
 
 MODULE = """
@@ -237,35 +321,90 @@ SOMETHING = 5
 """
 
 
-@pytest.mark.parametrize("function, status, line, last", [
-    ("five", 0, "no padding +0.0e[+]00 +0.0e[+]00 +0.0e[+]00 +ok$", "{five} ok, 0 WRONG, {options} not taken"),
-    ("keywords", 0, "all three +0.0e[+]00 +0.0e[+]00 +0.0e[+]00 +ok$", "{all} ok, 0 WRONG, 0 not taken"),
-    ("loss_alone", 0, "no padding +0.0e[+]00 +not given +0.0e[+]00 +ok$", "{five} ok, 0 WRONG, {options} not taken"),
-    ("without_gradient", 1, "no padding +0.0e[+]00 +not given +none +WRONG .the loss has no gradient", "{errors} ok, {numbers} WRONG, "),
-    ("breaks", 1, "no padding +WRONG .AttributeError: .*no_such_thing", "{errors} ok, {numbers} WRONG, {options} not taken"),
-    ("nothing", 1, "refused: odd rows +WRONG .accepted, but three rows are no pairs", "0 ok, {five} WRONG, {options} not taken"),
-    ("one_score", 1, r"no padding .* WRONG .scores of shape \[\], expected \[1\]", "{errors} ok, {numbers} WRONG, "),
-])
-def test_program_with_functions_of_others(function, status, line, last, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "function, status, line, last",
+    [
+        (
+            "five",
+            0,
+            "no padding +0.0e[+]00 +0.0e[+]00 +0.0e[+]00 +ok$",
+            "{five} ok, 0 WRONG, {options} not taken",
+        ),
+        (
+            "keywords",
+            0,
+            "all three +0.0e[+]00 +0.0e[+]00 +0.0e[+]00 +ok$",
+            "{all} ok, 0 WRONG, 0 not taken",
+        ),
+        (
+            "loss_alone",
+            0,
+            "no padding +0.0e[+]00 +not given +0.0e[+]00 +ok$",
+            "{five} ok, 0 WRONG, {options} not taken",
+        ),
+        (
+            "without_gradient",
+            1,
+            "no padding +0.0e[+]00 +not given +none +WRONG .the loss has no gradient",
+            "{errors} ok, {numbers} WRONG, ",
+        ),
+        (
+            "breaks",
+            1,
+            "no padding +WRONG .AttributeError: .*no_such_thing",
+            "{errors} ok, {numbers} WRONG, {options} not taken",
+        ),
+        (
+            "nothing",
+            1,
+            "refused: odd rows +WRONG .accepted, but three rows are no pairs",
+            "0 ok, {five} WRONG, {options} not taken",
+        ),
+        (
+            "one_score",
+            1,
+            r"no padding .* WRONG .scores of shape \[\], expected \[1\]",
+            "{errors} ok, {numbers} WRONG, ",
+        ),
+    ],
+)
+def test_program_with_functions_of_others(
+    function, status, line, last, tmp_path, monkeypatch, capsys
+):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "theirs.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     got, lines = run(monkeypatch, capsys, f"others.theirs:{function}")
     options = sum(bool(case["options"]) for case in CASES)
     numbers = sum(not case["options"] for case in NUMBERS)
-    counts = dict(all=len(CASES), options=options, five=len(CASES) - options, numbers=numbers, errors=len(CASES) - options - numbers)
+    counts = dict(
+        all=len(CASES),
+        options=options,
+        five=len(CASES) - options,
+        numbers=numbers,
+        errors=len(CASES) - options - numbers,
+    )
     assert got == status and last.format(**counts) in lines[-1], lines[-1]
     assert any(re.match(line, words) for words in lines), lines
 
 
-@pytest.mark.parametrize("word, words", [
-    ("rm", ["'rm'", "module:function", "rm:pairwise_loss"]), ("rm:", ["'rm:'", "module:function"]), (":f", ["':f'", "module:function"]),
-    ("a:b:c", ["'a:b:c'", "module:function"]), ("no_such_module:f", ["no module 'no_such_module'", "without .py"]),
-    ("rm.py:pairwise_loss", ["no module 'rm.py'", "without .py"]),
-    ("rm:no_such_function", ["no function 'no_such_function'", "pairwise_loss"]),
-    ("others.broken:f", ["importing 'others.broken' failed", "ModuleNotFoundError", "no_such_module_either"]),
-    ("others.constant:F", ["something else than a function as 'F'", "none at all"]),
-])
+@pytest.mark.parametrize(
+    "word, words",
+    [
+        ("rm", ["'rm'", "module:function", "rm:pairwise_loss"]),
+        ("rm:", ["'rm:'", "module:function"]),
+        (":f", ["':f'", "module:function"]),
+        ("a:b:c", ["'a:b:c'", "module:function"]),
+        ("no_such_module:f", ["no module 'no_such_module'", "without .py"]),
+        ("rm.py:pairwise_loss", ["no module 'rm.py'", "without .py"]),
+        ("rm:no_such_function", ["no function 'no_such_function'", "pairwise_loss"]),
+        (
+            "others.broken:f",
+            ["importing 'others.broken' failed", "ModuleNotFoundError", "no_such_module_either"],
+        ),
+        ("others.constant:F", ["something else than a function as 'F'", "none at all"]),
+    ],
+)
 def test_program_says_what_is_wrong_with_its_argument(word, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "broken.py").write_text("import no_such_module_either")
@@ -283,8 +422,15 @@ def test_program_says_what_is_wrong_with_its_argument(word, words, tmp_path, mon
 def test_generator_writes_the_kit_again(tmp_path):
     """Every file: JSON in the same order, weights and tokenizer to the bit, computed numbers up to another machine's rounding."""
     make_vectors.write(tmp_path)
-    names = sorted(str(path.relative_to(VECTORS)) for path in VECTORS.rglob("*") if path.is_file() and path.name != "README.md")
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == names
+    names = sorted(
+        str(path.relative_to(VECTORS))
+        for path in VECTORS.rglob("*")
+        if path.is_file() and path.name != "README.md"
+    )
+    assert (
+        sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+        == names
+    )
     for name in names:
         got, expected = (tmp_path / name).read_bytes(), (VECTORS / name).read_bytes()
         if name.endswith(".json"):
@@ -301,7 +447,9 @@ def test_inputs_are_exact_in_every_format():
         assert torch.equal(rewards.float().double(), rewards), case["name"]
     for name in MODELS:
         for weight in read_checkpoint(VECTORS / "models" / name)[1].values():
-            assert torch.equal(weight.bfloat16().float(), weight) and torch.equal(weight.half().float(), weight)
+            assert torch.equal(weight.bfloat16().float(), weight) and torch.equal(
+                weight.half().float(), weight
+            )
 
 
 def test_kit_is_small():
@@ -312,10 +460,16 @@ def test_kit_is_small():
 def test_generator_gives_deepspeed_chats_numbers(name):
     """From the checkpoints in testdata/, with what DeepSpeed-Chat's own code computed from them in float32."""
     expected = json.loads((TESTDATA / name / "expected.json").read_text())
-    model = RewardModel.from_pretrained(TESTDATA / name, expected.get("pad_id", 0), expected.get("num_padding_at_beginning", 0)).double()
+    model = RewardModel.from_pretrained(
+        TESTDATA / name, expected.get("pad_id", 0), expected.get("num_padding_at_beginning", 0)
+    ).double()
     model.v_head.weight.data = torch.tensor(expected["v_head"], dtype=torch.float64)
-    got = make_vectors.batch_numbers(model, torch.tensor(expected["input_ids"]), torch.tensor(expected["attention_mask"]))
-    assert got["grad_norms"].pop("score.weight") == pytest.approx(torch.tensor(expected["grad_v_head"]).norm().item(), abs=1e-5)
+    got = make_vectors.batch_numbers(
+        model, torch.tensor(expected["input_ids"]), torch.tensor(expected["attention_mask"])
+    )
+    assert got["grad_norms"].pop("score.weight") == pytest.approx(
+        torch.tensor(expected["grad_v_head"]).norm().item(), abs=1e-5
+    )
     del got["grad_norms"]
     agree(got, {key: expected[key] for key in got}, 1e-5)
     ids, mask = (torch.tensor(expected["step3"][key]) for key in ("input_ids", "attention_mask"))
@@ -323,7 +477,11 @@ def test_generator_gives_deepspeed_chats_numbers(name):
     agree(got["chosen_end_scores"], expected["step3"]["chosen_end_scores"], 1e-5)
     compared = torch.tensor(got["compared"]).bool()
     assert 0 < compared.sum() < compared.numel()
-    agree(torch.tensor(got["values"])[compared].tolist(), torch.tensor(expected["step3"]["values"])[compared].tolist(), 1e-5)
+    agree(
+        torch.tensor(got["values"])[compared].tolist(),
+        torch.tensor(expected["step3"]["values"])[compared].tolist(),
+        1e-5,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,7 +489,9 @@ def test_generator_gives_deepspeed_chats_numbers(name):
 
 
 def numbers(out: dict, model) -> dict:
-    return {key: value.tolist() for key, value in out.items()} | make_vectors.backward_norms(model, out["loss"])
+    return {key: value.tolist() for key, value in out.items()} | make_vectors.backward_norms(
+        model, out["loss"]
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -351,12 +511,17 @@ def replay(name: str, **changed) -> list[dict]:
     """The steps of trajectory.json by the formulas of AdamW (Loshchilov & Hutter 2019, algorithm 2), from what the file says alone."""
     file = load(f"models/{name}/trajectory.json")
     o = file["optimizer"] | changed
-    (beta1, beta2), model = o["betas"], RewardModel.from_pretrained(VECTORS / "models" / name).double()
+    (beta1, beta2), model = (
+        o["betas"],
+        RewardModel.from_pretrained(VECTORS / "models" / name).double(),
+    )
     parameters, steps = [*model.parameters()], []
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
     for t, step in enumerate(file["steps"], start=1):
         batch = file["batches"][step["batch"]]
-        loss = model(torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"]))["loss"]
+        loss = model(torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"]))[
+            "loss"
+        ]
         gradients = torch.autograd.grad(loss, parameters)
         norm = sum(g.square().sum() for g in gradients).sqrt().item()
         scale = min(1.0, o["max_grad_norm"] / (norm + 1e-6))
@@ -364,10 +529,21 @@ def replay(name: str, **changed) -> list[dict]:
             for p, g, (m, v) in zip(parameters, gradients, moments):
                 m.mul_(beta1).add_((1 - beta1) * scale * g)
                 v.mul_(beta2).add_((1 - beta2) * (scale * g).square())
-                decay = o["weight_decay_of_matrices"] if p.dim() == 2 else o["weight_decay_of_vectors"]
-                p -= o["learning_rate"] * (m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + o["eps"]) + decay * p)
+                decay = (
+                    o["weight_decay_of_matrices"] if p.dim() == 2 else o["weight_decay_of_vectors"]
+                )
+                p -= o["learning_rate"] * (
+                    m / (1 - beta1**t) / ((v / (1 - beta2**t)).sqrt() + o["eps"]) + decay * p
+                )
         matrices = sum(p.detach().square().sum() for p in parameters if p.dim() == 2).sqrt().item()
-        steps.append({"batch": step["batch"], "loss": loss.item(), "grad_norm": norm, "matrix_norm_after": matrices})
+        steps.append(
+            {
+                "batch": step["batch"],
+                "loss": loss.item(),
+                "grad_norm": norm,
+                "matrix_norm_after": matrices,
+            }
+        )
     return steps
 
 
@@ -376,8 +552,17 @@ def test_training_by_formula(name):
     agree(replay(name), load(f"models/{name}/trajectory.json")["steps"], 1e-9)
 
 
-@pytest.mark.parametrize("changed", [{"betas": [0.9, 0.999]}, {"weight_decay_of_matrices": 0.0}, {"weight_decay_of_vectors": 0.1},
-                                     {"max_grad_norm": 1e9}, {"eps": 1e-5}], ids=str)
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"betas": [0.9, 0.999]},
+        {"weight_decay_of_matrices": 0.0},
+        {"weight_decay_of_vectors": 0.1},
+        {"max_grad_norm": 1e9},
+        {"eps": 1e-5},
+    ],
+    ids=str,
+)
 def test_training_in_another_way_is_told_apart(changed):
     """By more than the tolerance of float32."""
     with pytest.raises(AssertionError):
@@ -387,29 +572,51 @@ def test_training_in_another_way_is_told_apart(changed):
 @pytest.mark.parametrize("name", MODELS)
 def test_model_packed_and_without_a_mask(name, models):
     model, expected = models[name], load(f"models/{name}/expected.json")
-    assert (model.pad_id, model.num_padding_at_beginning) == (expected["pad_id"], expected["num_padding_at_beginning"])  # by config.json
+    assert (model.pad_id, model.num_padding_at_beginning) == (
+        expected["pad_id"],
+        expected["num_padding_at_beginning"],
+    )  # by config.json
     ids = torch.tensor(expected["input_ids"])
-    texts = [row[: sum(mask)] for row, mask in zip(expected["input_ids"], expected["attention_mask"])]
-    for out in (model(ids), model(data.pack([*map(list, zip(texts[:4], texts[4:]))], model.pad_id))):
+    texts = [
+        row[: sum(mask)] for row, mask in zip(expected["input_ids"], expected["attention_mask"])
+    ]
+    for out in (
+        model(ids),
+        model(data.pack([*map(list, zip(texts[:4], texts[4:]))], model.pad_id)),
+    ):
         got = numbers(out, model)
         agree(got, {key: expected[key] for key in got}, 1e-10)
-    out = model.forward_value(torch.tensor(expected["step3"]["input_ids"]), prompt_length=expected["step3"]["prompt_length"])
+    out = model.forward_value(
+        torch.tensor(expected["step3"]["input_ids"]),
+        prompt_length=expected["step3"]["prompt_length"],
+    )
     agree(out["chosen_end_scores"].tolist(), expected["step3"]["chosen_end_scores"], 1e-10)
 
 
-@pytest.mark.parametrize("name, changed", [
-    ("gpt2", {"activation_function": "gelu"}), ("gpt2", {"n_head": 2}), ("opt", {"activation_function": "gelu"}),
-    ("opt_postnorm_proj", {"num_attention_heads": 2}), ("llama_gqa", {"rope_theta": 500.0}), ("llama_gqa", {"rms_norm_eps": 1e-5}),
-    ("gpt2", {"layer_norm_epsilon": 1e-6}), ("llama_rope_scaling", {"rope_scaling": None}),
-    ("llama_rope_scaling", {"rope_scaling": make_vectors.LLAMA_3 | {"high_freq_factor": 3.0}}),
-], ids=str)
+@pytest.mark.parametrize(
+    "name, changed",
+    [
+        ("gpt2", {"activation_function": "gelu"}),
+        ("gpt2", {"n_head": 2}),
+        ("opt", {"activation_function": "gelu"}),
+        ("opt_postnorm_proj", {"num_attention_heads": 2}),
+        ("llama_gqa", {"rope_theta": 500.0}),
+        ("llama_gqa", {"rms_norm_eps": 1e-5}),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}),
+        ("llama_rope_scaling", {"rope_scaling": None}),
+        ("llama_rope_scaling", {"rope_scaling": make_vectors.LLAMA_3 | {"high_freq_factor": 3.0}}),
+    ],
+    ids=str,
+)
 def test_models_that_differ_in_one_detail_are_told_apart(name, changed):
     """By ten times the tolerance of float32, and more."""
     hf, weights = read_checkpoint(VECTORS / "models" / name)
     expected = load(f"models/{name}/expected.json")
     backbone = GPT.from_hf(hf | changed, weights, source=name).double()
     hidden = backbone(torch.tensor(expected["input_ids"]), torch.tensor(expected["attention_mask"]))
-    assert (hidden - torch.tensor(expected["last_hidden_state"], dtype=torch.float64)).abs().max() > 1e-4
+    assert (
+        hidden - torch.tensor(expected["last_hidden_state"], dtype=torch.float64)
+    ).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -417,11 +624,20 @@ def test_hidden_states_are_those_of_transformers(name):
     import transformers
 
     expected = load(f"models/{name}/expected.json")
-    theirs = transformers.AutoModel.from_pretrained(VECTORS / "models" / name, dtype=torch.float64, attn_implementation="sdpa").eval()
+    theirs = transformers.AutoModel.from_pretrained(
+        VECTORS / "models" / name, dtype=torch.float64, attn_implementation="sdpa"
+    ).eval()
     ids, mask = torch.tensor(expected["input_ids"]), torch.tensor(expected["attention_mask"])
     got = theirs(ids, attention_mask=mask).last_hidden_state
-    tolerance = 1e-5 if "llama" in name else 1e-12  # there transformers computes rotary angles and RMSNorm in float32 even then
-    torch.testing.assert_close(got, torch.tensor(expected["last_hidden_state"], dtype=torch.float64), atol=tolerance, rtol=0)
+    tolerance = (
+        1e-5 if "llama" in name else 1e-12
+    )  # there transformers computes rotary angles and RMSNorm in float32 even then
+    torch.testing.assert_close(
+        got,
+        torch.tensor(expected["last_hidden_state"], dtype=torch.float64),
+        atol=tolerance,
+        rtol=0,
+    )
 
 
 @pytest.mark.parametrize("case", load("packed.json")["cases"], ids=lambda case: case["name"])
@@ -429,20 +645,30 @@ def test_packed(case, models):
     """What is attended to: of equal scores, attention is the mean over the keys that a query sees, here of unit vectors."""
     batch = data.pack(case["token_groups"], case["pad_id"], longest_tail=case["longest_tail"])
     tokens, keys = batch.num_tokens, batch.num_tokens - sum(case["tails"])
-    zeros, units = torch.zeros(tokens, 1, keys, dtype=torch.float64), torch.eye(keys, dtype=torch.float64)[:, None]
+    zeros, units = (
+        torch.zeros(tokens, 1, keys, dtype=torch.float64),
+        torch.eye(keys, dtype=torch.float64)[:, None],
+    )
     seen = (PackedAttention(batch)(zeros, zeros[:keys], units, 0.0)[:, 0] > 0).long().tolist()
     assert ["".join(map(str, row)) + "0" * (tokens - keys) for row in seen] == case["attends"]
     # What lies where: a text is its trunk and its branch, in its columns; its tail is padding, in those behind it.
     parts = iter(zip(case["input_ids"], case["positions"]))
-    trunks, branches, tails = ([[next(parts) for _ in range(length)] for length in case[name]] for name in ("trunks", "branches", "tails"))
+    trunks, branches, tails = (
+        [[next(parts) for _ in range(length)] for length in case[name]]
+        for name in ("trunks", "branches", "tails")
+    )
     rows = iter(zip(branches, tails))
     for trunk, group in zip(trunks, case["token_groups"]):
         longest = max(map(len, group))
-        alike = next((t for t, column in enumerate(zip(*group)) if len({*column}) > 1), min(map(len, group)))
+        alike = next(
+            (t for t, column in enumerate(zip(*group)) if len({*column}) > 1), min(map(len, group))
+        )
         assert len(trunk) == min(alike, min(map(len, group)) - 1)
         for tokens, (branch, tail) in zip(group, rows):
             padding = range(len(tokens), longest)[: case["longest_tail"]]
-            assert trunk + branch + tail == [*zip(tokens, range(len(tokens)))] + [(case["pad_id"], column) for column in padding]
+            assert trunk + branch + tail == [*zip(tokens, range(len(tokens)))] + [
+                (case["pad_id"], column) for column in padding
+            ]
     assert not [*parts]
     # The numbers are the padded layout's, a comparison at a time.
     model, outs = models[case["model"]], []
@@ -451,7 +677,12 @@ def test_packed(case, models):
     with mock.patch.object(model, "objective", objective):
         for group, margin in zip(case["token_groups"], margins):
             chosen, rejected = zip(*itertools.combinations(group, 2))
-            outs.append(model(*data.pad_rows([*chosen, *rejected], model.pad_id), margins=[margin] * len(chosen)))
+            outs.append(
+                model(
+                    *data.pad_rows([*chosen, *rejected], model.pad_id),
+                    margins=[margin] * len(chosen),
+                )
+            )
     scores = {key: torch.cat([out[key] for out in outs]) for key in check_vectors.SCORES}
     got = numbers({"loss": torch.stack([out["loss"] for out in outs]).mean()} | scores, model)
     agree(got, {key: case[key] for key in got}, 1e-10)
@@ -467,14 +698,25 @@ def test_rankings(case, models):
     for number, i, j in case["pairs"]:
         group, rewards = case["token_groups"][number], case["rewards"][number]
         ids, mask = data.pad_rows(group, case["pad_id"])
-        out = by_definition({"attention_mask": mask[[i, j]].tolist(), "input_ids": ids[[i, j]].tolist(),
-                             "rewards": [rewards[i], rewards[j]]})
+        out = by_definition(
+            {
+                "attention_mask": mask[[i, j]].tolist(),
+                "input_ids": ids[[i, j]].tolist(),
+                "rewards": [rewards[i], rewards[j]],
+            }
+        )
         losses[number].append(out["loss"])
         scores[0].extend(out["chosen_mean_scores"])
         scores[1].extend(out["rejected_mean_scores"])
     means = [sum(terms) / len(terms) for terms in losses]
-    agree([means, sum(means) / len(means), *scores],
-          [case[key] for key in ("loss_of_comparisons", "loss", "chosen_mean_scores", "rejected_mean_scores")], 1e-12)
+    agree(
+        [means, sum(means) / len(means), *scores],
+        [
+            case[key]
+            for key in ("loss_of_comparisons", "loss", "chosen_mean_scores", "rejected_mean_scores")
+        ],
+        1e-12,
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -492,26 +734,48 @@ def tokenizer():
 def test_tokens(case, tokenizer, tmp_path):
     """From a file, as training reads it; what the sequences decode to is the text, or the part of it that was to stay."""
     (tmp_path / "row.jsonl").write_text(json.dumps(case["row"]) + "\n")
-    comparison, = data.load_comparisons(tmp_path / "row.jsonl")
-    assert [comparison.prompt + response for response in comparison.responses] == case["texts"] and comparison.margin == case["margin"]
-    assert data.tokenize(comparison, tokenizer, case["max_seq_len"], case["truncation_side"]) == case["tokens"]
-    assert (len(data.tokenize_all([comparison], tokenizer, case["max_seq_len"], case["truncation_side"])) == 0) == case["dropped"]
+    (comparison,) = data.load_comparisons(tmp_path / "row.jsonl")
+    assert [comparison.prompt + response for response in comparison.responses] == case[
+        "texts"
+    ] and comparison.margin == case["margin"]
+    assert (
+        data.tokenize(comparison, tokenizer, case["max_seq_len"], case["truncation_side"])
+        == case["tokens"]
+    )
+    assert (
+        len(
+            data.tokenize_all([comparison], tokenizer, case["max_seq_len"], case["truncation_side"])
+        )
+        == 0
+    ) == case["dropped"]
     for text, tokens in zip(case["texts"], case["tokens"]):
         assert len(tokens) <= case["max_seq_len"] and tokens[0] == TOKENS["bos_id"]
         decoded = tokenizer.decode(tokens)
         if case["truncation_side"] == "right":
             assert text.startswith(decoded) and decoded != text and TOKENS["eos_id"] not in tokens
         else:
-            assert decoded in text and tokens[-1] == TOKENS["eos_id"] and (decoded == text or case["max_seq_len"] < 99)
+            assert (
+                decoded in text
+                and tokens[-1] == TOKENS["eos_id"]
+                and (decoded == text or case["max_seq_len"] < 99)
+            )
 
 
 def test_token_cases_do_what_their_names_say(tokenizer):
     by_name = {case["name"]: case for case in TOKENS["cases"]}
     row = by_name["encoded as one string: a token may reach over the border"]["row"]
-    assert tokenizer.encode(row["prompt"] + row["chosen"]) != tokenizer.encode(row["prompt"]) + tokenizer.encode(row["chosen"])
-    fits, cut = by_name["left: fits exactly"], by_name["left: what is not shared stays, and then the end is cut before eos"]
+    assert tokenizer.encode(row["prompt"] + row["chosen"]) != tokenizer.encode(
+        row["prompt"]
+    ) + tokenizer.encode(row["chosen"])
+    fits, cut = (
+        by_name["left: fits exactly"],
+        by_name["left: what is not shared stays, and then the end is cut before eos"],
+    )
     assert max(map(len, fits["tokens"])) == fits["max_seq_len"]
-    assert [tokenizer.decode(tokens) for tokens in cut["tokens"]] == ["Rome", "Oslo"]  # without the space in front and the full stop
+    assert [tokenizer.decode(tokens) for tokens in cut["tokens"]] == [
+        "Rome",
+        "Oslo",
+    ]  # without the space in front and the full stop
 
 
 @pytest.mark.parametrize("case", TOKENS["bad_rows"], ids=lambda case: case["name"])
@@ -525,8 +789,20 @@ def test_readme_names_every_file_and_field():
     fields = TOKENS.keys() | TOKENS["cases"][0].keys()
     for path in VECTORS.rglob("*"):
         assert path.is_dir() or path.name in readme or path.name == "README.md", path
-        if path.name in ("loss.json", "packed.json", "rankings.json", "expected.json", "trajectory.json"):
+        if path.name in (
+            "loss.json",
+            "packed.json",
+            "rankings.json",
+            "expected.json",
+            "trajectory.json",
+        ):
             content = json.loads(path.read_text())
-            fields |= content.keys() | content.get("step3", {}).keys() | content.get("optimizer", {}).keys()
-            fields |= {key for item in content.get("cases", []) + content.get("steps", []) for key in item}
+            fields |= (
+                content.keys()
+                | content.get("step3", {}).keys()
+                | content.get("optimizer", {}).keys()
+            )
+            fields |= {
+                key for item in content.get("cases", []) + content.get("steps", []) for key in item
+            }
     assert not [field for field in fields if f"`{field}`" not in readme]
