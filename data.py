@@ -355,13 +355,13 @@ class Tokenizer:
         )
 
     def save(self, directory):
-        """Write the files from which `load_tokenizer(directory)` and, with extras/, transformers' `AutoTokenizer` make this tokenizer."""
+        """Write the files from which `load_tokenizer(directory)` and, transformers' `AutoTokenizer` make this tokenizer."""
         directory, files = (
             Path(directory),
             {"tokenizer_config.json": self.config | {"pad_token_id": self.pad_id}},
         )
         try:
-            from extras.hf_tokenizer import sentencepiece_files
+            from parts.hf_tokenizer import sentencepiece_files
 
             files |= sentencepiece_files(self)
         except ImportError:
@@ -402,7 +402,7 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     """The tokenizer in a directory, or in one of these files; `pad_id` overrides its own.
 
     tokenizer.model: sentencepiece. tokenizer.json, or vocab.json beside merges.txt (byte-level BPE: GPT-2, OPT), and what
-    the hub puts beside these three: by extras/hf_tokenizer.py. Raises ValueError that names the file.
+    the hub puts beside these three: by parts/hf_tokenizer.py. Raises ValueError that names the file.
     """
     path = Path(path)
     file = (
@@ -428,7 +428,7 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
         file = beside
     if file.suffix == ".json" or any(file.with_name(name).is_file() for name in CONFIG_FILES):
         try:
-            from extras.hf_tokenizer import HuggingFaceTokenizer, tokenizer_config
+            from parts.hf_tokenizer import HuggingFaceTokenizer, tokenizer_config
 
             config = tokenizer_config(file.parent)
         except ImportError:
@@ -436,7 +436,7 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
                 file.suffix == ".json" or "pad_token_id" not in config
             ):  # what `save` wrote can do without
                 raise ValueError(
-                    f"{file}: reading it and the files beside it needs extras/hf_tokenizer.py"
+                    f"{file}: reading it and the files beside it needs parts/hf_tokenizer.py"
                 ) from None
     pad_id = config.get("pad_token_id") if pad_id is None else pad_id
     try:

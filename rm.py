@@ -12,7 +12,7 @@
     python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]
 
 scores the responses in FILE: comparisons in any format of data.py, or rows {"prompt": ..., "response": ...}. With --show
-or --html page.html it shows them instead, token by token, and how their loss comes about (extras/report.py).
+or --html page.html it shows them instead, token by token, and how their loss comes about (parts/report.py).
 
     python rm.py convert CHECKPOINT DIRECTORY --layout hf
 
@@ -251,7 +251,7 @@ class RewardModel(nn.Module):
 
     Attributes that are set afterwards, and are no part of the state_dict:
     objective: `loss` and `center_rewards_coefficient` of `pair_loss`, where they are not the default.
-    reward_bias: is added to every reward, which no difference shows (extras/normalize.py).
+    reward_bias: is added to every reward, which no difference shows (parts/normalize.py).
     has_fresh_head: whether nothing has trained the value head.
     """
 
@@ -691,10 +691,10 @@ def score_program(argv: list[str]):
         )
     if args.html or args.show:
         try:
-            from extras import report
+            from parts import report
         except ImportError:
             raise ValueError(
-                "--html and --show need extras/report.py, which is not there; put it beside rm.py, or leave them out"
+                "--html and --show need parts/report.py, which is not there; put it beside rm.py, or leave them out"
             ) from None
         shown = report.scored_rows(model, tokenizer, args.file, args.rows or 100, max_seq_len)
         if args.html:

@@ -520,12 +520,12 @@ def test_damaged_tokenizer_file(tmp_path, tokenizer, file, content, found):
 
 
 @pytest.mark.parametrize("pad_id", [None, 2, 450])
-def test_what_was_saved_is_read_without_extras(tmp_path, monkeypatch, tokenizer, pad_id):
-    """With the same ids, whether extras/ was there to add its files or not."""
+def test_what_was_saved_is_read_without_the_library(tmp_path, monkeypatch, tokenizer, pad_id):
+    """With the same ids, whether parts/ was there to add its files or not."""
     tokenizer = data.Tokenizer(tokenizer.model_proto, pad_id)
     for name in ("with", "without"):
         if name == "without":
-            monkeypatch.setitem(sys.modules, "extras.hf_tokenizer", None)
+            monkeypatch.setitem(sys.modules, "parts.hf_tokenizer", None)
         (tmp_path / name).mkdir()
         tokenizer.save(tmp_path / name)
     assert sorted(file.name for file in (tmp_path / "without").iterdir()) == [
@@ -551,13 +551,13 @@ def test_what_was_saved_is_read_without_extras(tmp_path, monkeypatch, tokenizer,
         ("tokenizer.model", "added_tokens.json"),
     ],
 )
-def test_what_only_extras_can_read(tmp_path, monkeypatch, file, beside):
-    monkeypatch.setitem(sys.modules, "extras.hf_tokenizer", None)
+def test_what_only_the_library_can_read(tmp_path, monkeypatch, file, beside):
+    monkeypatch.setitem(sys.modules, "parts.hf_tokenizer", None)
     for name in (file, beside or file):
         (tmp_path / name).write_text("{}")
     with pytest.raises(
         ValueError,
-        match=f"^{tmp_path}/{file}: reading it and the files beside it needs extras/hf_tokenizer.py",
+        match=f"^{tmp_path}/{file}: reading it and the files beside it needs parts/hf_tokenizer.py",
     ):
         data.load_tokenizer(tmp_path)
 

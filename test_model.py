@@ -853,7 +853,7 @@ def test_embedding_is_saved_with_the_rows_that_the_tokenizer_needs(tmp_path):
 def test_round_trip_with_a_tokenizer(model_type, layout, pad_id, tmp_path):
     """Everything comes back bit for bit, and the rows of the embedding are what the length of the tokenizer asks for: its own pad
     is id 0; a new one stands at the end of a vocabulary of 290, or some ids behind it."""
-    pytest.importorskip("extras.hf_tokenizer")  # writes what AutoTokenizer reads
+    pytest.importorskip("parts.hf_tokenizer")  # writes what AutoTokenizer reads
     import transformers
 
     torch.manual_seed(0)

@@ -410,7 +410,7 @@ def test_last_lines_say_accuracy_where_the_model_lies_and_how_to_score(built_in_
         r"of 128 eval responses' scores with their true rewards: -?0\.\d{4}$", done.stdout, re.M
     )
     assert (
-        (HERE / "extras").exists()
+        (HERE / "parts").exists()
         == (f"{output_dir}/report.html" in place)
         == (output_dir / "report.html").exists()
     )
@@ -840,7 +840,7 @@ def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
 def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_path):
     """vocab.json, merges.txt and a checkpoint by transformers go in. What comes out is loaded as `create_critic_model(rlhf_training
     =True)` does: the backbone from config.json, its embedding resized to 8 * ceil(length of the tokenizer / 8), then the weights."""
-    pytest.importorskip("extras.hf_tokenizer")  # reads vocab.json
+    pytest.importorskip("parts.hf_tokenizer")  # reads vocab.json
     import tokenizers
     import transformers
 
@@ -910,7 +910,7 @@ def test_converted_model_gives_the_same_scores_in_transformers_and_comes_back_bi
     built_in_run, tmp_path
 ):
     """From a text to its score by AutoTokenizer and AutoModelForSequenceClassification alone, as by rm.py."""
-    pytest.importorskip("extras.hf_tokenizer")  # writes what AutoTokenizer reads
+    pytest.importorskip("parts.hf_tokenizer")  # writes what AutoTokenizer reads
     import transformers
 
     output_dir, *_ = built_in_run
@@ -1104,10 +1104,12 @@ def test_bad_rows_left_out_leave_some_and_a_place_for_tokens_can_be_written_to(
 
 @pytest.mark.parametrize("flag, value", [("--lora_dim", [2]), ("--dry_run", [])])
 def test_flag_of_a_missing_extra_is_said(flag, value, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "extras", None)
+    monkeypatch.setitem(sys.modules, "parts", None)
+    monkeypatch.setitem(sys.modules, "tools", None)
     for name in ("lora", "dry_run"):
-        monkeypatch.delitem(sys.modules, f"extras.{name}", raising=False)
-    assert f"{flag}: needs extras/" in complaint(monkeypatch, capsys, flag, *value)
+        monkeypatch.delitem(sys.modules, f"parts.{name}", raising=False)
+        monkeypatch.delitem(sys.modules, f"tools.{name}", raising=False)
+    assert f"{flag}: needs " in complaint(monkeypatch, capsys, flag, *value)
 
 
 def test_model_directory_is_checked_before_the_data_and_both_before_a_tokenizer_is_trained(
@@ -1228,7 +1230,7 @@ def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports it, in two seconds
 NEEDS_LORA = pytest.mark.skipif(
-    not (HERE / "extras" / "lora.py").exists(), reason="extras/ is not there"
+    not (HERE / "parts" / "lora.py").exists(), reason="parts/ is not there"
 )
 SMALL = [
     *TINY,

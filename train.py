@@ -81,6 +81,7 @@ EXTRAS = {
     "normalize": "normalize_rewards",
     "tensorboard": "enable_tensorboard",
 }  # file: flag
+EXTRAS_IN = {"dry_run": "tools", "lora": "parts", "normalize": "parts", "tensorboard": "parts"}
 LONGEST_STREAK = 25  # of steps skipped in fp16: the scaler has then gone from 65536 to 0.002, so it is not the scale
 
 
@@ -422,12 +423,12 @@ def parse_flags():
 
 
 def extra(name: str):
-    """The module in extras/ that a flag asks for."""
+    """The module in parts/ or tools/ that a flag asks for."""
     try:
-        return importlib.import_module(f"extras.{name}")
+        return importlib.import_module(f"{EXTRAS_IN[name]}.{name}")
     except ModuleNotFoundError:
         raise ValueError(
-            f"--{EXTRAS[name]}: needs extras/{name}.py, which is not there; put it beside train.py, or leave the flag out"
+            f"--{EXTRAS[name]}: needs {EXTRAS_IN[name]}/{name}.py, which is not there; put it beside train.py, or leave the flag out"
         ) from None
 
 
@@ -806,8 +807,8 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
             complaint = error  # the model is saved as it is, first
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
-        if has_report := Path(__file__).with_name("extras").joinpath("report.py").exists():
-            from extras.report import run_page
+        if has_report := Path(__file__).with_name("parts").joinpath("report.py").exists():
+            from parts.report import run_page
 
             run_page(
                 output_dir / "report.html",

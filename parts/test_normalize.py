@@ -11,7 +11,7 @@ import torch
 import data
 import rm
 import train
-from extras.normalize import normalize
+from parts.normalize import normalize
 from model import GPT, GPTConfig
 
 KINDS = [

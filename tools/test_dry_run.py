@@ -16,8 +16,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from extras import dry_run
-from extras.bench import SHAPES
+from tools import dry_run
+from tools.bench import SHAPES
 from train import parse_flags
 
 HERE = Path(__file__).resolve().parent.parent
@@ -62,7 +62,7 @@ STEPS = """
 import argparse, json, re, sys
 import torch
 import torch.distributed as dist
-from extras import dry_run
+from tools import dry_run
 from train import Process, collate, distribute, divide, half_precision, make_optimizer
 
 def memory(name):

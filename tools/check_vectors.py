@@ -1,6 +1,6 @@
 """Check another implementation of the loss against vectors/loss.json, whose numbers any implementation must give.
 
-    python -m extras.check_vectors module:function
+    python -m tools.check_vectors module:function
 
 imports `function` from `module`, looked for from the current directory on, and calls it in every case with five arguments:
 
@@ -12,7 +12,7 @@ with other objectives also pass keywords (`loss`, `margins`, `center_rewards_coe
 these is not asked, and the case is counted as not taken. Batches that break a rule have to raise an exception, of any kind.
 
 Prints a line for every case: the differences of loss, end scores and d loss / d rewards (the largest of each), and ok or WRONG.
-Exit status 0 where no case is WRONG. `python -m extras.check_vectors rm:pairwise_loss` checks our own.
+Exit status 0 where no case is WRONG. `python -m tools.check_vectors rm:pairwise_loss` checks our own.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import torch
 
 import data
 import rm
-from extras import study
+from tools import study
 from model import GPT, GPTConfig
 
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 6]], [[7, 8], [7, 9, 10, 11]], [[1, 2], [1, 2, 3, 4]]]

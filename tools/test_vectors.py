@@ -11,7 +11,7 @@ import torch
 
 import data
 import rm
-from extras import check_vectors, make_vectors
+from tools import check_vectors, make_vectors
 from model import GPT, PackedAttention, read_checkpoint
 from rm import RewardModel, pairwise_loss
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import data
-import extras
+import parts
 import rm
 import train
-from extras import report
+from parts import report
 from model import GPT, GPTConfig
 
 HOSTILE = (
@@ -660,13 +660,13 @@ def test_an_error_leaves_the_page_of_before(checkpoint, tmp_path):
 def test_without_the_module_its_flags_say_so_and_the_others_work(
     checkpoint, file, monkeypatch, capsys
 ):
-    monkeypatch.delattr(extras, "report")
-    monkeypatch.setitem(sys.modules, "extras.report", None)
+    monkeypatch.delattr(parts, "report")
+    monkeypatch.setitem(sys.modules, "parts.report", None)
     with pytest.raises(SystemExit) as stop:
         run_rm([checkpoint, file, "--show"])
     assert (
         stop.value.code
-        == "rm.py: error: --html and --show need extras/report.py, which is not there; put it beside rm.py, or leave them out"
+        == "rm.py: error: --html and --show need parts/report.py, which is not there; put it beside rm.py, or leave them out"
     )
     run_rm([checkpoint, file])
     assert len(capsys.readouterr().out.splitlines()) == len(ROWS)

@@ -1,8 +1,8 @@
 """Speed and memory beside other implementations: everything that is compared is measured in turns, in one run.
 
-    python -m extras.bench             a training step in the packed layout, beside the padded ones, transformers and TRL
-    python -m extras.bench ranks       two processes of one thread beside one process of two threads
-    python -m extras.bench load        checkpoints of real shapes with random weights: our loading beside transformers'
+    python -m tools.bench             a training step in the packed layout, beside the padded ones, transformers and TRL
+    python -m tools.bench ranks       two processes of one thread beside one process of two threads
+    python -m tools.bench load        checkpoints of real shapes with random weights: our loading beside transformers'
 
 Needs requirements-dev.txt; TRL where `pip install trl==1.16.0` has put it. The figures in README.md are from here.
 """
@@ -100,7 +100,7 @@ LOAD = (
     + """
 import torch
 base = anonymous_memory()
-from extras.bench import LOADERS
+from tools.bench import LOADERS
 loader, path = sys.argv[1:]
 if "ours" in loader:
     import model, rm
@@ -492,7 +492,7 @@ def bench_steps(rounds: int):
 STEP = (
     MEMORY
     + """
-from extras.bench import *
+from tools.bench import *
 torch.set_num_threads(2)
 if "TRL" in sys.argv[1]:
     import trl, transformers, datasets, tokenizers
@@ -516,7 +516,7 @@ print("ended")
 # A rank: the loop's own division of a batch and averaging of gradients, 16 pairs a step over all ranks. Rank 0 prints pairs a second.
 RANK = """
 import argparse
-from extras.bench import *
+from tools.bench import *
 args = argparse.Namespace(layout="packed", zero_stage=0, process_timeout=600.0)
 process = train.Process.start(args)
 ours, batches = Ours("packed"), random_batches(8, 16)

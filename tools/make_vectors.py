@@ -1,6 +1,6 @@
 """Write the conformance kit: inputs and the numbers that any implementation of this training has to give for them.
 
-    python -m extras.make_vectors [DIRECTORY]                      (default: vectors/)
+    python -m tools.make_vectors [DIRECTORY]                      (default: vectors/)
 
 vectors/README.md tells what the files hold. All inputs follow from SEED and the lists below, and are exact in every format: rewards
 are multiples of 1/64 and weights multiples of 1/128. All expected numbers are computed in float64 by the functions of rm.py, model.py,
@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 
 import data
-from extras.check_vectors import arguments
+from tools.check_vectors import arguments
 from model import FAMILIES, GPT, GPTConfig
 from rm import RewardModel, pairwise_loss
 from train import make_optimizer

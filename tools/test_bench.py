@@ -2,7 +2,7 @@
 
 import torch
 
-from extras import bench
+from tools import bench
 from model import GPT
 
 GROUPS = [[[5, 6, 7, 8], [5, 6, 9]], [[11, 12], [13, 14, 15, 16]]]

@@ -7,7 +7,7 @@ import time
 import pytest
 
 import train
-from extras.tensorboard import Writer
+from parts.tensorboard import Writer
 
 
 def read(directory):
@@ -78,7 +78,7 @@ def test_missing_package_and_bad_path_are_said(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--tensorboard_path .*file: cannot be written to"):
         Writer(str(tmp_path / "file"))
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    monkeypatch.delitem(sys.modules, "extras.tensorboard")
+    monkeypatch.delitem(sys.modules, "parts.tensorboard")
     monkeypatch.setattr(
         sys, "argv", ["train.py", "--data_path", "missing.jsonl", "--enable_tensorboard"]
     )

@@ -11,7 +11,7 @@ import transformers
 
 import data
 from data import Comparison
-from extras import hf_tokenizer
+from parts import hf_tokenizer
 from test_data import PADS, TEXTS, sentencepiece_model, tokenizer  # noqa: F401, the last is a fixture
 
 HARD_TEXTS = [
@@ -292,7 +292,7 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
         == (1, 400, 0)
     )
     monkeypatch.setitem(
-        sys.modules, "extras.hf_tokenizer", None
+        sys.modules, "parts.hf_tokenizer", None
     )  # what has been saved is read without
     for tokenizer, directory in ((ours, saved), (unigram, tmp_path / "unigram")):
         again = data.load_tokenizer(directory)
