@@ -36,7 +36,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,8 @@ import numpy as np
 import sentencepiece
 import torch
 from tqdm import tqdm
+
+from parts.packed import PackedBatch, pack, packed_size, shared_prefix
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
@@ -824,14 +826,6 @@ def cached(directory: Path, build) -> Path:
     return directory
 
 
-def shared_prefix(sequences: list[list[int]]) -> int:
-    """How many tokens all sequences have in common at their start."""
-    return next(
-        (i for i, tokens in enumerate(zip(*sequences)) if len(set(tokens)) > 1),
-        min(map(len, sequences)),
-    )
-
-
 def pad_rows(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-pad N sequences to the longest. Returns input_ids and attention_mask, each (N, L) int64."""
     input_ids = torch.full((len(sequences), max(map(len, sequences))), pad_id)
@@ -840,97 +834,6 @@ def pad_rows(sequences: list[list[int]], pad_id: int) -> tuple[torch.Tensor, tor
         input_ids[row, : len(sequence)] = torch.tensor(sequence)
         attention_mask[row, : len(sequence)] = 1
     return input_ids, attention_mask
-
-
-@dataclass
-class PackedBatch:
-    """Comparisons without padding to a common length, and with what the responses of each share stored once.
-
-    Of a comparison: the trunk is what its sequences have in common at their start, a branch is the rest of one of them, a tail
-    is the padding from the end of that one to the longest one's end, because the loss reads rewards there. All are laid out
-    flat: first all trunks, then all branches, then all tails.
-    """
-
-    token_groups: list[list[list[int]]]  # what was packed
-    input_ids: torch.Tensor  # (num_tokens,) int64
-    positions: (
-        torch.Tensor
-    )  # (num_tokens,) int64, the columns where the padded layout would have them
-    trunks: list[int]  # lengths, one a comparison
-    branches: list[int]  # lengths, one a response, comparison after comparison
-    tails: list[int]
-    length: int  # of the longest sequence
-    pad_id: int
-    longest_tail: int | None  # tails are cut to so many tokens
-    margins: list[float] | None = None  # one a comparison; None: 0
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens computed on."""
-        return len(self.input_ids)
-
-    def to(self, device) -> "PackedBatch":
-        return replace(
-            self, input_ids=self.input_ids.to(device), positions=self.positions.to(device)
-        )
-
-
-def trunk_length(group: list[list[int]]) -> int:
-    """What the sequences of a comparison share, but for the last token of each: there its score is read, in its branch."""
-    return min(shared_prefix(group), min(map(len, group)) - 1)
-
-
-def packed_size(group: list[list[int]], longest_tail: int | None = None) -> int:
-    """How many tokens of a packed batch a comparison is."""
-    trunk, longest = trunk_length(group), max(map(len, group))
-    return trunk + sum(
-        len(text) - trunk + len(range(len(text), longest)[:longest_tail]) for text in group
-    )
-
-
-def pack(
-    token_groups: list[list[list[int]]],
-    pad_id: int,
-    min_responses: int = 2,
-    longest_tail: int | None = None,
-    margins: list[float] | None = None,
-) -> PackedBatch:
-    """Pack comparisons: of each the token ids of its sequences, best first.
-
-    A sequence's length is where its text ends; it may contain `pad_id`. longest_tail: 1 is enough where padding has one
-    position of its own, because then all of a tail's tokens are the same (OPT); 0 where only end scores are read.
-    margins: one a comparison, for the loss. Raises ValueError that names the comparison.
-    """
-    layout = {"trunks": [], "branches": [], "tails": []}
-    ids, positions = ({name: [] for name in layout} for _ in range(2))
-    for i, group in enumerate(token_groups):
-        if len(group) < min_responses or not all(group):
-            raise ValueError(
-                f"comparison {i}: {len(group)} sequences of {[*map(len, group)]} tokens; expected {min_responses} or more, none empty"
-            )
-        trunk, longest = trunk_length(group), max(map(len, group))
-        parts = [("trunks", group[0][:trunk], 0)]
-        for sequence in group:
-            tail = [pad_id] * (longest - len(sequence))
-            parts += [
-                ("branches", sequence[trunk:], trunk),
-                ("tails", tail[:longest_tail], len(sequence)),
-            ]
-        for name, tokens, start in parts:
-            layout[name].append(len(tokens))
-            ids[name] += tokens
-            positions[name] += range(start, start + len(tokens))
-    if not token_groups:
-        raise ValueError("no comparison to pack")
-    return PackedBatch(
-        token_groups,
-        *(torch.tensor(sum(column.values(), [])) for column in (ids, positions)),
-        **layout,
-        length=max(len(sequence) for group in token_groups for sequence in group),
-        pad_id=pad_id,
-        longest_tail=longest_tail,
-        margins=margins,
-    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ Notable features:
 Shapes in comments: B rows, L positions, T tokens of a packed batch, H heads, D width of a head, C width of the hidden state.
 """
 
-import itertools
 import json
 import math
 import re
@@ -26,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from parts.packed import PackedAttention
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -479,7 +480,7 @@ class GPT(nn.Module):
         positions, n_text = batch.positions, batch.num_tokens - sum(batch.tails)
         if self.config.position_offset:
             positions = torch.cat((positions[:n_text], torch.full_like(positions[n_text:], -1)))
-        attend = PackedAttention(batch)
+        attend = PackedAttention(batch, scaled_dot_product)
         return self.transform(
             batch.input_ids,
             positions,
@@ -636,149 +637,6 @@ def scaled_dot_product(q, k, v, dropout_p: float, **mask) -> torch.Tensor:
 def padded_attention(q, k, v, dropout_p: float, mask) -> torch.Tensor:
     """q (B, L, H, D), k and v (B, L, H_kv, D), mask of `causal_mask` or None -> (B, L, H, D)."""
     return scaled_dot_product(q, k, v, dropout_p, attn_mask=mask, is_causal=mask is None)
-
-
-SHORT = 200  # tokens: comparisons up to so many share a call of attention; a small call costs more than what it computes
-
-
-class PackedAttention:
-    """Attention of a `data.PackedBatch`: q (T, H, D), or without the rows of the trunks; k and v without those of the tails.
-
-    A trunk attends to itself; a branch to its trunk and itself; a tail, which is padding, to the whole text and no padding.
-    Pieces are numbered as they lie: trunks, branches, tails.
-    """
-
-    def __init__(self, batch):
-        self.batch, self.plans = batch, {}
-        self.lengths = batch.trunks + batch.branches + batch.tails
-        self.trunk_of = [
-            i for i, group in enumerate(batch.token_groups) for _ in group
-        ]  # of a branch or tail
-
-    def __call__(self, q, k, v, dropout_p: float):
-        # what the flash kernel takes: half precision, no dropout, heads of 8, 16, ... 256, Ampere or newer
-        if (
-            q.is_cuda
-            and q.dtype in (torch.float16, torch.bfloat16)
-            and not dropout_p
-            and q.shape[-1] % 8 == 0
-            and q.shape[-1] <= 256
-            and torch.cuda.get_device_capability(q.device) >= (8, 0)
-        ):
-            return self.in_two_calls(q, k, v)
-        return self.in_many_calls(q, k, v, dropout_p)
-
-    def in_many_calls(self, q, k, v, dropout_p: float):
-        n, with_trunks = len(self.batch.trunks), len(q) == self.batch.num_tokens
-        if len(q) not in self.plans:  # in the last block there are no queries of trunks
-            self.plans[len(q)] = self.calls(with_trunks, q)
-        # split, because its gradient is one concatenation; that of a slice would be as large as q itself
-        queries = list(q.split(self.lengths if with_trunks else [0] * n + self.lengths[n:]))
-        keys, values = (x.split(self.lengths[: n + len(self.trunk_of)]) for x in (k, v))
-        for asking, asked, mask in self.plans[len(q)]:
-            query, key, value = (
-                torch.cat([pieces[i] for i in which])[None]
-                for pieces, which in ((queries, asking), (keys, asked), (values, asked))
-            )
-            y = scaled_dot_product(
-                query, key, value, dropout_p, attn_mask=mask, is_causal=mask is None
-            )[0]
-            for i, piece in zip(asking, y.split([len(queries[i]) for i in asking])):
-                queries[i] = piece
-        return torch.cat(queries)
-
-    def calls(self, with_trunks: bool, like: torch.Tensor) -> list[tuple]:
-        """For every call the pieces that ask, those that are asked, and the mask: None is causal, for a trunk by itself."""
-        n, m, calls, room = len(self.batch.trunks), len(self.trunk_of), [], 0
-        for trunk, texts in itertools.groupby(range(m), key=self.trunk_of.__getitem__):
-            own = [trunk] if with_trunks and self.lengths[trunk] else []
-            branches = [n + i for i in texts]
-            tails = [m + i for i in branches]
-            size = sum(self.lengths[i] for i in [trunk, *branches, *tails])
-            if size > SHORT:
-                calls += [(own, own)] * len(own) + [
-                    ([branch, tail], [trunk, branch]) for branch, tail in zip(branches, tails)
-                ]
-                room = 0
-            elif size > room:
-                calls.append((own + branches + tails, [trunk, *branches]))
-                room = SHORT - size
-            else:
-                calls[-1][0].extend(own + branches + tails)
-                calls[-1][1].extend([trunk, *branches])
-                room -= size
-        # Of every token its trunk, its branch (-1: all of the trunk's), and its column.
-        trunks, branches = [*range(n), *self.trunk_of * 2], [-1] * n + [*range(m)] * 2
-        place = torch.tensor([trunks, branches], device=like.device).repeat_interleave(
-            torch.tensor(self.lengths, device=like.device), dim=1, output_size=sum(self.lengths)
-        )
-        place = torch.cat((place, self.batch.positions[None])).split(self.lengths, dim=1)
-        plan = []
-        for asking, asked in calls:
-            q, k = (
-                torch.cat([place[i] for i in which], dim=1)[:, :, None] for which in (asking, asked)
-            )
-            seen = (q[0] == k[0].T) & ((k[1].T == -1) | (q[1] == k[1].T)) & (k[2].T <= q[2])
-            plan.append(
-                (
-                    asking,
-                    asked,
-                    None if asking == asked else like.new_zeros(()).where(seen, -math.inf),
-                )
-            )
-        return plan
-
-    def in_two_calls(self, q, k, v):
-        """By flash kernels that take many sequences at once and no mask: trunks and branches causally, then the tails."""
-        from torch.nn.attention.varlen import varlen_attn
-
-        if len(q) not in self.plans:  # with the trunks' queries, and in the last block without
-            self.plans[len(q)] = self.plan(len(q) == self.batch.num_tokens, q.device)
-        groups = self.plans[len(q)]
-        y = [
-            varlen_attn(
-                queries,
-                k.index_select(0, rows),
-                v.index_select(0, rows),
-                *lengths,
-                enable_gqa=q.shape[1] != k.shape[1],
-                window_size=(-1, 0) if is_causal else (-1, -1),
-            )  # causal, aligned to the ends of queries and keys
-            for queries, (_, rows, lengths, is_causal) in zip(
-                q.split([group[0] for group in groups]), groups
-            )
-        ]
-        return torch.cat(y)
-
-    def plan(self, with_trunks: bool, device) -> list[tuple]:
-        """For each call: the number of its queries, the rows of k and v, the lengths as varlen_attn takes them, is it causal."""
-        trunks, branches = self.batch.trunks, self.batch.branches
-        rows = torch.arange(sum(trunks) + sum(branches)).split(trunks + branches)
-        texts = [
-            torch.cat((rows[trunk], rows[len(trunks) + i])) for i, trunk in enumerate(self.trunk_of)
-        ]
-        causal = list(zip(trunks, rows)) if with_trunks else []
-        groups = []
-        for sequences, is_causal in (
-            (causal + list(zip(branches, texts)), True),
-            (list(zip(self.batch.tails, texts)), False),
-        ):
-            counts, keys = [n for n, _ in sequences if n], [key for n, key in sequences if n]
-            if counts:
-                lengths = counts, [len(key) for key in keys]
-                starts = [
-                    torch.tensor([0, *itertools.accumulate(x)], dtype=torch.int32, device=device)
-                    for x in lengths
-                ]
-                groups.append(
-                    (
-                        sum(counts),
-                        torch.cat(keys).to(device),
-                        (*starts, *map(max, lengths)),
-                        is_causal,
-                    )
-                )
-        return groups
 
 
 def causal_mask(attention_mask: torch.Tensor) -> torch.Tensor:

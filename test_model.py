@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import data
-from model import FAMILIES, GPT, GPTConfig, PackedAttention
+from model import FAMILIES, GPT, GPTConfig, scaled_dot_product
+from parts.packed import PackedAttention
 from rm import LAYOUTS, RewardModel
 
 TESTDATA = Path(__file__).parent / "testdata"
@@ -525,7 +526,7 @@ def test_packed_loss_scores_and_gradients_are_those_of_the_padded_layout(
     for seed in range(6):
         groups = random_groups(seed)
         monkeypatch.setattr(
-            "model.SHORT", (0, 60, 10**6)[seed % 3]
+            "parts.packed.SHORT", (0, 60, 10**6)[seed % 3]
         )  # each text, some comparisons, all of them at once
         expected = padded(model, groups)
         expected["loss"].backward()
@@ -675,8 +676,19 @@ def test_one_token_of_a_tail_is_enough_where_padding_has_one_position(overrides)
         torch.testing.assert_close(other, one, atol=1e-10, rtol=1e-10)
 
 
-def varlen_by_the_book(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
-    """What torch.nn.attention.varlen.varlen_attn, which runs on GPUs alone, computes; causal is aligned to the ends."""
+def varlen_of_2_13(
+    q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False
+):
+    """Refuse grouped heads unless told, as PyTorch 2.13's varlen_attn does."""
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    return varlen_of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
+
+
+def varlen_of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+    """Compute by definition what torch.nn.attention.varlen.varlen_attn computes on GPUs alone.
+
+    Causal is aligned to the ends. PyTorch 2.11 takes grouped heads without being told.
+    """
     result = []
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and q.shape[-1] % 8 == 0
     for n in range(len(cu_seq_q) - 1):
@@ -693,13 +705,14 @@ def varlen_by_the_book(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size
 
 @pytest.mark.parametrize("longest_tail", [None, 1, 0])
 @pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("varlen_attn", [varlen_of_2_11, varlen_of_2_13])
 def test_the_two_calls_of_the_gpu_path_are_what_many_calls_compute(
-    kv_heads, longest_tail, monkeypatch
+    varlen_attn, kv_heads, longest_tail, monkeypatch
 ):
     """As far as a CPU can tell: which rows go where. With the trunks' queries, and without, as in the last block."""
     import torch.nn.attention.varlen
 
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_by_the_book)
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
     torch.manual_seed(0)
     for seed in range(5):
         batch = data.pack(random_groups(seed), 0, longest_tail=longest_tail)
@@ -709,14 +722,17 @@ def test_the_two_calls_of_the_gpu_path_are_what_many_calls_compute(
             for n, heads in ((batch.num_tokens, 4), (n_text, kv_heads), (n_text, kv_heads))
         )
         for queries in (q, q[sum(batch.trunks) :]):
-            many, two = PackedAttention(batch), PackedAttention(batch)
-            expected = many.in_many_calls(queries, k, v, 0.0)
+            many, two = (
+                PackedAttention(batch, scaled_dot_product),
+                PackedAttention(batch, scaled_dot_product),
+            )
+            expected = many.with_masks(queries, k, v, 0.0)
             for _ in range(2):  # the second time by the plan of the first
                 torch.testing.assert_close(
-                    two.in_two_calls(queries, k, v), expected, atol=1e-12, rtol=0
+                    two.with_varlen(queries, k, v), expected, atol=1e-12, rtol=0
                 )
                 torch.testing.assert_close(
-                    many.in_many_calls(queries, k, v, 0.0), expected, atol=0, rtol=0
+                    many.with_masks(queries, k, v, 0.0), expected, atol=0, rtol=0
                 )
 
 

@@ -12,7 +12,8 @@ import torch
 import data
 import rm
 from tools import check_vectors, make_vectors
-from model import GPT, PackedAttention, read_checkpoint
+from model import GPT, read_checkpoint, scaled_dot_product
+from parts.packed import PackedAttention
 from rm import RewardModel, pairwise_loss
 
 VECTORS = make_vectors.DIRECTORY
@@ -649,7 +650,11 @@ def test_packed(case, models):
         torch.zeros(tokens, 1, keys, dtype=torch.float64),
         torch.eye(keys, dtype=torch.float64)[:, None],
     )
-    seen = (PackedAttention(batch)(zeros, zeros[:keys], units, 0.0)[:, 0] > 0).long().tolist()
+    seen = (
+        (PackedAttention(batch, scaled_dot_product)(zeros, zeros[:keys], units, 0.0)[:, 0] > 0)
+        .long()
+        .tolist()
+    )
     assert ["".join(map(str, row)) + "0" * (tokens - keys) for row in seen] == case["attends"]
     # What lies where: a text is its trunk and its branch, in its columns; its tail is padding, in those behind it.
     parts = iter(zip(case["input_ids"], case["positions"]))

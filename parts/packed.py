@@ -1,0 +1,351 @@
+"""The packed layout: how comparisons lie in memory without padding, who attends to whom, and how.
+
+It computes no loss (rm.py) and no hidden states (model.py, which hands in its attention).
+
+The rows of a pair begin with the same prompt, and the padded layout pads them to a common length:
+
+    chosen      P P P P P P C C C . . . . . . .        P  prompt, in both rows
+    rejected    P P P P P P R R R R R . . . . .        C, R  the responses      .  padding
+
+Packed, nothing is computed twice, and padding only where the loss reads rewards. A comparison is
+one trunk (what its texts share), a branch for each text, and a tail for each text: the padding from
+its own end to the end of the longest text. Rows ask, columns are asked:
+
+                  P P P P P P   C C C   R R R R R
+    trunk     P | x           |       |              A token depends on nothing after it. So a trunk,
+              P | x x         |       |              computed once, gives its branches exactly what
+              : | x x x x x x |       |              they would get in rows of their own. Positions
+    chosen    C | x x x x x x | x     |              are the columns of those rows.
+              C | x x x x x x | x x   |
+              C | x x x x x x | x x x |
+    its tail  . | x x x x x x | x x x |              The loss reads the shorter text's rewards at
+              . | x x x x x x | x x x |              padding. Padding sees the text, no padding.
+    rejected  R | x x x x x x |       | x
+              R | x x x x x x |       | x x
+              : | x x x x x x |       | x x x x x
+
+For sharing prompts compare Wang & Hegde (2024, arXiv 2410.20305).
+
+Shapes: T tokens of a packed batch, H heads, D width of a head.
+"""
+
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+# Comparisons of up to so many tokens share a call of attention: a small call costs more than what
+# it computes.
+SHORT = 200
+
+
+# --------------------------------------------------------------------------------------------------
+# Layout
+
+
+@dataclass
+class PackedBatch:
+    """Comparisons laid out flat: all trunks, then all branches, then all tails."""
+
+    token_groups: list[list[list[int]]]  # what was packed: comparisons, texts, token ids
+    input_ids: torch.Tensor  # (T,) int64
+    positions: torch.Tensor  # (T,) int64, columns of the padded layout
+    trunks: list[int]  # lengths, one for each comparison
+    branches: list[int]  # lengths, one for each text, comparison after comparison
+    tails: list[int]  # lengths, one for each text
+    length: int  # tokens of the longest text
+    pad_id: int
+    longest_tail: int | None  # tails are cut to this length; None: they are whole
+    margins: Sequence[float] | None = None  # one for each comparison; None: 0
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the number of tokens computed on."""
+        return len(self.input_ids)
+
+    def to(self, device) -> "PackedBatch":
+        """Return the batch with its tensors on `device`."""
+        return replace(
+            self, input_ids=self.input_ids.to(device), positions=self.positions.to(device)
+        )
+
+
+def shared_prefix(texts: list[list[int]]) -> int:
+    """Count the tokens that all texts have in common at their start."""
+    for position, tokens in enumerate(zip(*texts)):
+        if len(set(tokens)) > 1:
+            return position
+    return min(map(len, texts))
+
+
+def trunk_length(group: list[list[int]]) -> int:
+    """Count the tokens that the texts of a comparison share, except the last token of each text.
+
+    A text's score is read at its last token, so that token lies in the branch.
+    """
+    return min(shared_prefix(group), min(map(len, group)) - 1)
+
+
+def tail_length(length: int, longest: int, longest_tail: int | None) -> int:
+    """Count the padding behind a text of `length` tokens beside one of `longest` tokens."""
+    padding = longest - length
+    if longest_tail is None:
+        return padding
+    return min(padding, longest_tail)
+
+
+def packed_size(group: list[list[int]], longest_tail: int | None = None) -> int:
+    """Count the tokens that one comparison takes in a packed batch."""
+    trunk = trunk_length(group)
+    longest = max(map(len, group))
+    size = trunk
+    for text in group:
+        size += len(text) - trunk + tail_length(len(text), longest, longest_tail)
+    return size
+
+
+def pack(
+    token_groups: list[list[list[int]]],
+    pad_id: int,
+    margins: Sequence[float] | None = None,
+    min_responses: int = 2,
+    longest_tail: int | None = None,
+) -> PackedBatch:
+    """Pack comparisons, each a list of token lists, best first.
+
+    token_groups: a list's length is where its text ends; it may contain `pad_id`.
+    margins: one for each comparison, for the loss.
+    min_responses: 1 allows single texts, to be scored.
+    longest_tail: `RewardModel.pack` knows how much padding its loss reads. None: all of it.
+    Raises ValueError that names the comparison which has too few texts or an empty one.
+    """
+    if not token_groups:
+        raise ValueError("no comparison to pack")
+    trunks, branches, tails = [], [], []  # pieces: (token ids, column of the first one)
+    for number, group in enumerate(token_groups):
+        if len(group) < min_responses or not all(group):
+            lengths = [len(text) for text in group]
+            raise ValueError(
+                f"comparison {number}: {len(group)} sequences of {lengths} tokens; "
+                f"expected {min_responses} or more, none empty"
+            )
+        shared = trunk_length(group)
+        longest = max(map(len, group))
+        trunks.append((group[0][:shared], 0))
+        for text in group:
+            branches.append((text[shared:], shared))
+            padding = tail_length(len(text), longest, longest_tail)
+            tails.append(([pad_id] * padding, len(text)))
+    input_ids, positions = [], []
+    for tokens, column in trunks + branches + tails:
+        input_ids += tokens
+        positions += range(column, column + len(tokens))
+    return PackedBatch(
+        token_groups,
+        torch.tensor(input_ids),
+        torch.tensor(positions),
+        trunks=[len(tokens) for tokens, _ in trunks],
+        branches=[len(tokens) for tokens, _ in branches],
+        tails=[len(tokens) for tokens, _ in tails],
+        length=max(len(text) for group in token_groups for text in group),
+        pad_id=pad_id,
+        longest_tail=longest_tail,
+        margins=margins,
+    )
+
+
+# --------------------------------------------------------------------------------------------------
+# Attention
+
+
+class PackedAttention:
+    """Attention of a packed batch, called once in every block.
+
+    scaled_dot_product: attention of rows, model.py's: q (B, L, H, D), k and v (B, M, H_kv, D),
+    dropout, and `attn_mask` or `is_causal` by name -> (B, L, H, D).
+
+    Pieces are numbered as they lie: trunks, branches, tails. A trunk attends to itself; a branch to
+    its trunk and itself; a tail to the whole text and to no padding.
+    """
+
+    def __init__(self, batch: PackedBatch, scaled_dot_product: Callable):
+        self.batch = batch
+        self.scaled_dot_product = scaled_dot_product
+        self.lengths = batch.trunks + batch.branches + batch.tails
+        self.plans = {}  # by the number of queries: the last block has fewer
+
+    def __call__(self, q, k, v, dropout_p: float) -> torch.Tensor:
+        """q (T, H, D), in the last block without the trunks; k and v without the tails.
+
+        Returns the shape of q.
+        """
+        if can_use_varlen(q, dropout_p):
+            return self.with_varlen(q, k, v)
+        return self.with_masks(q, k, v, dropout_p)
+
+    def with_masks(self, q, k, v, dropout_p: float) -> torch.Tensor:
+        """Attend by one call of `scaled_dot_product` for each branch, or for short comparisons."""
+        batch = self.batch
+        n_trunks = len(batch.trunks)
+        with_trunks = len(q) == batch.num_tokens
+        if len(q) not in self.plans:
+            self.plans[len(q)] = self.plan_masks(with_trunks, q)
+        key_lengths = batch.trunks + batch.branches
+        query_lengths = key_lengths + batch.tails
+        if not with_trunks:
+            query_lengths = [0] * n_trunks + query_lengths[n_trunks:]
+        # The gradient of a split is one concatenation; that of a slice would be as large as q.
+        pieces = list(q.split(query_lengths))
+        k, v = k.split(key_lengths), v.split(key_lengths)
+        for asking, asked, mask in self.plans[len(q)]:
+            query = torch.cat([pieces[piece] for piece in asking])[None]
+            key = torch.cat([k[piece] for piece in asked])[None]
+            value = torch.cat([v[piece] for piece in asked])[None]
+            y = self.scaled_dot_product(
+                query, key, value, dropout_p, attn_mask=mask, is_causal=mask is None
+            )
+            answers = y[0].split([query_lengths[piece] for piece in asking])
+            for piece, answer in zip(asking, answers):
+                pieces[piece] = answer
+        return torch.cat(pieces)
+
+    def plan_masks(self, with_trunks: bool, like: torch.Tensor) -> list[tuple]:
+        """List the attention calls: query pieces, key pieces, mask (None: causal, one trunk)."""
+        batch, device = self.batch, like.device
+        n_trunks, n_branches = len(batch.trunks), len(batch.branches)
+        trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]
+        # For each piece the trunk it belongs to and the branch, -1 for a trunk, which all share.
+        of_piece = torch.tensor(
+            [
+                [*range(n_trunks), *trunk_of, *trunk_of],
+                [-1] * n_trunks + [*range(n_branches)] * 2,
+            ],
+            device=device,
+        )
+        lengths = torch.tensor(self.lengths, device=device)
+        of_token = of_piece.repeat_interleave(lengths, dim=1, output_size=batch.num_tokens)
+        places = torch.cat((of_token, batch.positions[None])).split(self.lengths, dim=1)
+        plan = []
+        for asking, asked in self.list_calls(with_trunks):
+            mask = None
+            if asking != asked:
+                queries = torch.cat([places[piece] for piece in asking], dim=1)
+                keys = torch.cat([places[piece] for piece in asked], dim=1)
+                mask = like.new_zeros(()).where(sees(queries, keys), -math.inf)
+            plan.append((asking, asked, mask))
+        return plan
+
+    def list_calls(self, with_trunks: bool) -> list[tuple[list[int], list[int]]]:
+        """List the attention calls as numbers of pieces: (those that ask, those that are asked)."""
+        n_branches = len(self.batch.branches)
+        calls = []
+        room = 0  # tokens that the last call could still take in
+        first = len(self.batch.trunks)
+        for trunk, group in enumerate(self.batch.token_groups):
+            branches = list(range(first, first + len(group)))
+            tails = [branch + n_branches for branch in branches]
+            first += len(group)
+            has_queries = with_trunks and self.lengths[trunk] > 0
+            own = [trunk] if has_queries else []
+            size = sum(self.lengths[piece] for piece in [trunk, *branches, *tails])
+            if size > SHORT:
+                if has_queries:
+                    calls.append((own, own))
+                for branch, tail in zip(branches, tails):
+                    calls.append(([branch, tail], [trunk, branch]))
+                room = 0
+                continue
+            if size > room:
+                calls.append(([], []))
+                room = SHORT
+            asking, asked = calls[-1]
+            asking += own + branches + tails
+            asked += [trunk, *branches]
+            room -= size
+        return calls
+
+    def with_varlen(self, q, k, v) -> torch.Tensor:
+        """Attend by flash kernels that take many sequences at once and no mask.
+
+        The first call is causal: trunks and branches. The second one is of the tails.
+        """
+        from torch.nn.attention.varlen import varlen_attn
+
+        if len(q) not in self.plans:
+            with_trunks = len(q) == self.batch.num_tokens
+            self.plans[len(q)] = self.plan_varlen(with_trunks, q.device)
+        options = {}
+        # PyTorch 2.11 takes grouped heads as they are; later ones want to be told.
+        if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            options["enable_gqa"] = True
+        plan = self.plans[len(q)]
+        answers = []
+        queries = q.split([count for count, *_ in plan])
+        for query, (_, rows, lengths, is_causal) in zip(queries, plan):
+            if is_causal:
+                options["window_size"] = (-1, 0)  # aligned to the ends of queries and keys
+            else:
+                options["window_size"] = (-1, -1)
+            key, value = k.index_select(0, rows), v.index_select(0, rows)
+            answers.append(varlen_attn(query, key, value, *lengths, **options))
+        return torch.cat(answers)
+
+    def plan_varlen(self, with_trunks: bool, device) -> list[tuple]:
+        """List the calls: number of queries, rows of k and v, lengths, whether it is causal.
+
+        Lengths are as varlen_attn takes them: starts of queries and of keys, the longest of both.
+        """
+        batch = self.batch
+        key_lengths = batch.trunks + batch.branches
+        rows = torch.arange(sum(key_lengths)).split(key_lengths)
+        trunks, branches = rows[: len(batch.trunks)], iter(rows[len(batch.trunks) :])
+        texts = []
+        for trunk, group in zip(trunks, batch.token_groups):
+            for _ in group:
+                texts.append(torch.cat((trunk, next(branches))))
+        causal = list(zip(batch.trunks, trunks)) if with_trunks else []
+        causal += zip(batch.branches, texts)
+        full = list(zip(batch.tails, texts))
+        plan = []
+        for sequences, is_causal in ((causal, True), (full, False)):
+            sequences = [(count, keys) for count, keys in sequences if count > 0]
+            if not sequences:
+                continue
+            counts = [count for count, _ in sequences]
+            keys = [keys for _, keys in sequences]
+            query_starts, longest_query = starts_of(counts, device)
+            key_starts, longest_key = starts_of([len(rows) for rows in keys], device)
+            lengths = (query_starts, key_starts, longest_query, longest_key)
+            plan.append((sum(counts), torch.cat(keys).to(device), lengths, is_causal))
+        return plan
+
+
+def can_use_varlen(q: torch.Tensor, dropout_p: float) -> bool:
+    """Tell whether the flash kernel takes q (T, H, D): half precision, no dropout, its widths."""
+    is_half = q.dtype in (torch.float16, torch.bfloat16)
+    if not (q.is_cuda and is_half and dropout_p == 0):
+        return False
+    width = q.shape[-1]
+    is_ampere_or_newer = torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return width % 8 == 0 and width <= 256 and is_ampere_or_newer
+
+
+def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Tell which queries attend to which keys, by the (trunk, branch, column) of each token.
+
+    queries (3, N), keys (3, M), int64 -> (N, M) bool. A query sees the trunk of its comparison and
+    its own branch, up to its own column.
+    """
+    trunk, branch, column = queries[:, :, None]
+    key_trunk, key_branch, key_column = keys[:, None, :]
+    is_same_text = (key_branch == -1) | (key_branch == branch)
+    return (key_trunk == trunk) & is_same_text & (key_column <= column)
+
+
+def starts_of(lengths: list[int], device) -> tuple[torch.Tensor, int]:
+    """Return where sequences of these lengths start and end, (N + 1,) int32, and the longest."""
+    starts = [0, *itertools.accumulate(lengths)]
+    return torch.tensor(starts, dtype=torch.int32, device=device), max(lengths)
