@@ -498,7 +498,7 @@ class RewardModel(nn.Module):
         layout "hf": model.safetensors (needs safetensors) that `transformers.AutoModelForSequenceClassification` loads.
         Raises ValueError for another layout, and where weights of another kind lie in the directory.
         """
-        from data import refuse_others
+        from parts.tokenizers import refuse_others
 
         if layout not in LAYOUTS:
             raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")

@@ -12,7 +12,7 @@ import torch
 
 import data
 from model import FAMILIES, GPT, GPTConfig, scaled_dot_product
-from parts.packed import PackedAttention
+from parts.packed import PackedAttention, packed_size
 from rm import LAYOUTS, RewardModel
 
 TESTDATA = Path(__file__).parent / "testdata"
@@ -574,7 +574,7 @@ def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
     groups = random_groups(1, sizes=(2, 2, 4))
     margins = [0.5, -1.0, 0.0]
     batch = data.pack(groups, model.pad_id, longest_tail=model.longest_tail, margins=margins)
-    assert batch.num_tokens == sum(data.packed_size(group, model.longest_tail) for group in groups)
+    assert batch.num_tokens == sum(packed_size(group, model.longest_tail) for group in groups)
     if loss == "end":
         assert not any(batch.tails)
     expected = []
@@ -627,10 +627,7 @@ def test_packed_batch_by_hand():
         0,
     ]  # trunks, branches, tails
     assert batch.positions.tolist() == [0, 1] + [2, 3, 2, 0, 0, 1] + [3, 1]
-    assert (
-        batch.num_tokens == 10 == sum(map(data.packed_size, batch.token_groups))
-        and batch.length == 4
-    )
+    assert batch.num_tokens == 10 == sum(map(packed_size, batch.token_groups)) and batch.length == 4
     prefix = data.pack(
         [[[5, 6, 7], [5, 6]]], pad_id=0
     )  # the score of the second is read at its last token, in its branch
@@ -869,7 +866,7 @@ def test_embedding_is_saved_with_the_rows_that_the_tokenizer_needs(tmp_path):
 def test_round_trip_with_a_tokenizer(model_type, layout, pad_id, tmp_path):
     """Everything comes back bit for bit, and the rows of the embedding are what the length of the tokenizer asks for: its own pad
     is id 0; a new one stands at the end of a vocabulary of 290, or some ids behind it."""
-    pytest.importorskip("parts.hf_tokenizer")  # writes what AutoTokenizer reads
+    pytest.importorskip("tokenizers")  # writes what AutoTokenizer reads
     import transformers
 
     torch.manual_seed(0)

@@ -840,7 +840,7 @@ def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
 def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_path):
     """vocab.json, merges.txt and a checkpoint by transformers go in. What comes out is loaded as `create_critic_model(rlhf_training
     =True)` does: the backbone from config.json, its embedding resized to 8 * ceil(length of the tokenizer / 8), then the weights."""
-    pytest.importorskip("parts.hf_tokenizer")  # reads vocab.json
+    pytest.importorskip("tokenizers")  # reads vocab.json
     import tokenizers
     import transformers
 
@@ -910,7 +910,7 @@ def test_converted_model_gives_the_same_scores_in_transformers_and_comes_back_bi
     built_in_run, tmp_path
 ):
     """From a text to its score by AutoTokenizer and AutoModelForSequenceClassification alone, as by rm.py."""
-    pytest.importorskip("parts.hf_tokenizer")  # writes what AutoTokenizer reads
+    pytest.importorskip("tokenizers")  # writes what AutoTokenizer reads
     import transformers
 
     output_dir, *_ = built_in_run
@@ -1388,10 +1388,9 @@ def test_variants_of_the_loss_train_the_same_in_both_layouts_and_with_two_proces
     )
     model = train.new_model(args, tokenizer)
     losses = []
-    for row in map(json.loads, rows):
-        ids, mask = data.pad_rows(
-            data.tokenize(data.parse_row(row), tokenizer, 64), tokenizer.pad_id
-        )
+    for line in rows:
+        row, comparison = json.loads(line), data.parse_comparison(line.encode())
+        ids, mask = data.pad_rows(data.tokenize(comparison, tokenizer, 64), tokenizer.pad_id)
         rewards = model.token_rewards(ids, mask)
         losses.append(
             rm.pairwise_loss(ids, rewards, tokenizer.pad_id, 0, mask, loss, [row["margin"]], 0.2)[

@@ -58,6 +58,9 @@ from tqdm import tqdm
 
 import data
 from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of, read_config
+from parts import token_cache
+from parts.packed import packed_size
+from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 from rm import LOSSES, RewardModel
 
 BUILT_IN = dict(train_batch_size=32, max_steps=2000, eval_pairs=4000, tokenizer_pairs=2000)
@@ -667,7 +670,7 @@ def global_batches(
 def size_of(group: list, layout: str, longest_tail: int | None = None) -> tuple[int, int, int]:
     """(rows, length, responses) of a comparison. A batch computes on the sum of rows times the largest length; packed: rows of a token."""
     if layout == "packed":
-        return data.packed_size(group, longest_tail), 1, 0
+        return packed_size(group, longest_tail), 1, 0
     return len(group) * (len(group) - 1), max(map(len, group)), len(group)
 
 
@@ -992,7 +995,7 @@ def prepare(args, process: Process):
             )
         check_positions(model.backbone.config, args)
     for path in [*(args.data_path or ()), *(args.eval_path or ())]:
-        data.file_hash(path)
+        token_cache.file_hash(path)
     try:
         if tokenizer is None:
             tokenizer = new_tokenizer(args)
@@ -1087,13 +1090,13 @@ def new_tokenizer(args) -> data.Tokenizer:
 
     if not args.data_path:
         return data.Tokenizer(train(), args.pad_id)
-    key = data.hash_of(
+    key = token_cache.hash_of(
         "tokenizer 1",
-        [data.file_hash(path) for path in args.data_path],
+        [token_cache.file_hash(path) for path in args.data_path],
         args.vocab_size,
         args.skip_bad_rows,
     )
-    directory = data.cached(
+    directory = token_cache.cached(
         Path(args.data_output_path) / key,
         lambda directory: (directory / "tokenizer.model").write_bytes(train()),
     )
@@ -1232,8 +1235,8 @@ def open_output(model: RewardModel, args, step: int, process: Process):
         "config.json",
         *WEIGHT_FILES,
         *(index_of(Path(name)) for name in WEIGHT_FILES),
-        *data.TOKENIZER_FILES,
-        *data.CONFIG_FILES,
+        *TOKENIZER_FILES,
+        *CONFIG_FILES,
         "merges.txt",
     )
     try:
@@ -1364,7 +1367,7 @@ def sync(path: Path):
 def hashes(checkpoint: Path) -> dict[str, str]:
     """What sha256.json says of a checkpoint's other files, if they are as they were written."""
     return {
-        path.name: data.file_hash(path)
+        path.name: token_cache.file_hash(path)
         for path in sorted(checkpoint.iterdir())
         if path.name != "sha256.json"
     }

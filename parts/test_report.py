@@ -14,6 +14,7 @@ from html import unescape
 from html.parser import HTMLParser
 
 import pytest
+import sentencepiece
 import torch
 
 import data
@@ -306,7 +307,7 @@ def test_the_numbers_on_the_page_are_those_of_pairwise_loss(page, checkpoint):
     model = rm.trained_model(checkpoint)
     tokenizer, losses, margins = data.load_tokenizer(checkpoint), [], []
     for row, html in zip(ROWS, rows_of(page)):
-        comparison = data.parse_row(row, min_responses=1)
+        comparison = data.parse_comparison(json.dumps(row).encode(), min_responses=1)
         sequences = data.tokenize(comparison, tokenizer, 400)
         found = [float(node.attributes["data-pair-loss"]) for node in html.having("data-pair-loss")]
         scores = [float(node.attributes["data-score"]) for node in html.having("data-score")]
@@ -406,7 +407,7 @@ def tokenizer_of(kind, checkpoint, directory):
         return data.load_tokenizer(checkpoint / "tokenizer.model")
     if kind == "sentencepiece with a space in front":  # as Llama 2
         model = io.BytesIO()
-        data.sentencepiece.SentencePieceTrainer.train(
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["some words for a small vocabulary"] * 9),
             model_writer=model,
             model_type="bpe",

@@ -25,6 +25,7 @@ import torch
 import data
 import train
 from model import GPT, GPTConfig
+from parts.packed import packed_size
 from rm import RewardModel, pairwise_loss
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ def compare(name: str, goal: str, ours, theirs, batches: list, their_batches: li
 def bench_steps(rounds: int):
     torch.set_num_threads(2)
     batches = random_batches(rounds, 8)
-    tokens = [sum(map(data.packed_size, batch)) for batch in batches]
+    tokens = [sum(map(packed_size, batch)) for batch in batches]
     print(
         f"{rounds} batches of 8 pairs, {statistics.mean(tokens):.0f} packed tokens each on average\n"
     )

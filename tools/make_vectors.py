@@ -893,7 +893,7 @@ BAD_ROWS = [
 def tokens_file(tokenizer: data.Tokenizer) -> dict:
     cases = []
     for name, row, max_seq_len, side in TOKEN_CASES:
-        comparison = data.parse_row(row)
+        comparison = data.parse_comparison(json.dumps(row).encode())
         tokens = data.tokenize(comparison, tokenizer, max_seq_len, side)
         cases.append(
             {

@@ -68,6 +68,7 @@ import data
 import rm
 import train
 from parts.report import SERIES, Series, chart, standalone
+from parts.token_cache import cached, hash_of
 
 DATA, OBJECTIVES = (
     ("clean", "late", "confounded", "hh-scratch", "hh-head"),
@@ -137,7 +138,7 @@ class StoredBackbone(nn.Module):
 
 
 def key_of(group: list[list[int]]) -> str:
-    return data.hash_of(group)
+    return hash_of(group)
 
 
 @functools.cache
@@ -183,7 +184,7 @@ def stored_features(
                 flush=True,
             )
 
-        hidden |= torch.load(data.cached(directory / data.hash_of(part), build) / "hidden.pt")
+        hidden |= torch.load(cached(directory / hash_of(part), build) / "hidden.pt")
     return hidden
 
 

@@ -786,7 +786,7 @@ def test_token_cases_do_what_their_names_say(tokenizer):
 @pytest.mark.parametrize("case", TOKENS["bad_rows"], ids=lambda case: case["name"])
 def test_bad_rows(case):
     with pytest.raises(ValueError):
-        data.parse_row(case["row"])
+        data.parse_comparison(json.dumps(case["row"]).encode())
 
 
 def test_readme_names_every_file_and_field():

@@ -1,8 +1,8 @@
-"""Tokenizers of Hugging Face's formats, against transformers."""
+"""Tokenizers: what text becomes, what is trained, loaded and saved, also against transformers."""
 
+import io
 import json
 import random
-import sys
 
 import pytest
 import sentencepiece
@@ -10,9 +10,202 @@ import tokenizers
 import transformers
 
 import data
+import parts.tokenizers
 from data import Comparison
-from parts import hf_tokenizer
-from test_data import PADS, TEXTS, sentencepiece_model, tokenizer  # noqa: F401, the last is a fixture
+from parts.tokenizers import chat_text
+
+# --------------------------------------------------------------------------------------------------
+# sentencepiece
+
+TEXTS = [
+    "the cat sat on the mat\n\nHuman: hello\n\nAssistant: ab ab ab\tcab",
+    "a  dog, and a log",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.train_tokenizer(TEXTS, 400)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two  spaces  ",
+        "\n\nHuman: a\n\n",
+        "\ta\t",
+        "\r\n",
+        "\0a\0",
+        "😀👨\u200d👩\u200d👧",
+        "日本 жщ ß",
+        "e\u0301 é ﬁ ①",
+        "<s></s><pad><unk><0x41>",
+        "\ufeff\u2028\u00a0\u0085",
+        "QXZ{}~",
+    ],
+)
+def test_round_trip_is_lossless(tokenizer, text):
+    """Characters that were not in the training text are spelled in bytes. No text makes a special id."""
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert all(4 <= i < tokenizer.vocab_size for i in ids)
+
+
+def test_trained_tokenizer_has_fixed_special_ids(tokenizer):
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model_proto)
+    assert [pieces.id_to_piece(i) for i in range(5)] == ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.vocab_size == tokenizer.text_size == pieces.get_piece_size()
+
+
+@pytest.mark.parametrize("special", [0, 1, 2, 3, 400])
+def test_special_ids_have_no_text(tokenizer, special):
+    """Nor have the ids beyond the vocabulary that an embedding of more rows has."""
+    assert tokenizer.decode([special, *tokenizer.encode("a cat"), special, special]) == "a cat"
+
+
+def test_training_is_reproducible_and_vocab_size_an_upper_bound(tokenizer):
+    assert data.train_tokenizer(iter(TEXTS), 400).model_proto == tokenizer.model_proto
+    assert tokenizer.vocab_size < 400  # so much the text supports
+    assert data.train_tokenizer(TEXTS, 50_000).vocab_size == tokenizer.vocab_size
+    assert data.train_tokenizer(TEXTS, 290).vocab_size == 290
+    for vocab_size in (8, 256, 260):  # 4 special ids and 256 bytes are 260, before any letter
+        with pytest.raises(ValueError, match=f"^{vocab_size} ids are too few .*; 282 would do"):
+            data.train_tokenizer(TEXTS, vocab_size)
+
+
+def sentencepiece_model(**options) -> bytes:
+    model = io.BytesIO()
+    options = (
+        dict(
+            model_type="bpe",
+            vocab_size=300,
+            byte_fallback=True,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+        | options
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_writer=model, **options
+    )
+    return model.getvalue()
+
+
+PADS = [  # options of a sentencepiece model, the pad id that is asked for, and what pad_id, bos_id, eos_id, vocab_size become
+    (dict(pad_id=3), None, 3, 1, 2, 300),
+    (dict(pad_id=-1), None, 300, 1, 2, 301),  # no pad (Llama)
+    (dict(pad_id=-1, pad_piece="</s>"), None, 300, 1, 2, 301),  # pad is eos
+    (dict(pad_id=-1, pad_piece="<s>"), None, 300, 1, 2, 301),  # pad is bos
+    (dict(pad_id=3, bos_id=-1, eos_id=1, unk_id=0), None, 3, None, 1, 300),
+    (dict(pad_id=-1, bos_id=-1, eos_id=-1), None, 300, None, None, 301),
+    (dict(pad_id=-1), 2, 2, 1, 2, 300),  # --pad_id, as DeepSpeed-Chat has it for OPT
+    (dict(pad_id=3), 5, 5, 1, 2, 300),  # an id of text: as padding it has none
+    (dict(pad_id=3), 310, 310, 1, 2, 311),
+]
+
+
+@pytest.mark.parametrize("options, given, pad_id, bos_id, eos_id, vocab_size", PADS)
+def test_pad_is_the_given_one_or_the_tokenizers_own_or_new(
+    tmp_path, options, given, pad_id, bos_id, eos_id, vocab_size
+):
+    """A new id, right after the vocabulary, where text or its end could be mistaken for padding. Saving keeps them all."""
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**options))
+    (tmp_path / "saved").mkdir()
+    data.load_tokenizer(tmp_path / "tokenizer.model", given).save(tmp_path / "saved")
+    for loaded in (data.load_tokenizer(tmp_path, given), data.load_tokenizer(tmp_path / "saved")):
+        assert (loaded.pad_id, loaded.bos_id, loaded.eos_id, loaded.vocab_size) == (
+            pad_id,
+            bos_id,
+            eos_id,
+            vocab_size,
+        )
+        assert loaded.decode([*loaded.encode("a dog"), pad_id, pad_id]) == "a dog"
+    assert data.load_tokenizer(tmp_path / "saved", pad_id=5).pad_id == 5
+
+
+@pytest.mark.parametrize(
+    "file, content, found",
+    [
+        *(
+            (
+                "tokenizer.model",
+                lambda model, share=share: model[: int(share * len(model))],
+                "damaged",
+            )
+            for share in (0.9, 0.5, 0.01)
+        ),
+        ("tokenizer.model", lambda model: b"", "damaged"),
+        *(
+            ("tokenizer_config.json", lambda model, config=config: config, "")
+            for config in (b"{", b"[]", b'{"pad_token_id": "x"}', b'{"pad_token_id": -1}')
+        ),
+    ],
+)
+def test_damaged_tokenizer_file(tmp_path, tokenizer, file, content, found):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: no tokenizer in this directory"):
+        data.load_tokenizer(tmp_path)
+    tokenizer.save(tmp_path)
+    (tmp_path / file).write_bytes(content(tokenizer.model_proto))
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: .*{found}"):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("pad_id", [None, 2, 450])
+def test_a_saved_tokenizer_is_read_without_the_library(tmp_path, monkeypatch, tokenizer, pad_id):
+    """It has the same ids and files, whether the library `tokenizers` was there or not."""
+    tokenizer = data.Tokenizer(tokenizer.model_proto, pad_id)
+    (tmp_path / "with").mkdir()
+    tokenizer.save(tmp_path / "with")
+    monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
+    (tmp_path / "without").mkdir()
+    tokenizer.save(tmp_path / "without")
+    names = sorted(file.name for file in (tmp_path / "without").iterdir())
+    assert names == ["tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    for name in names:
+        saved = [(tmp_path / kind / name).read_bytes() for kind in ("with", "without")]
+        assert saved[0] == saved[1], name
+    (tmp_path / "with" / "tokenizer.json").unlink()  # sentencepiece alone is enough, too
+    for name in ("with", "without"):
+        loaded = data.load_tokenizer(tmp_path / name)
+        assert all(
+            getattr(loaded, key) == getattr(tokenizer, key)
+            for key in ("pad_id", "bos_id", "eos_id", "text_size", "vocab_size")
+        )
+        assert loaded.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json"])
+def test_a_file_that_only_the_library_can_read(tmp_path, monkeypatch, file):
+    monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(
+        ValueError,
+        match=f"^{tmp_path}/{file}: reading it needs `pip install -r requirements-hf.txt`",
+    ):
+        data.load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "Hugging Face"])
+@pytest.mark.parametrize("texts", [[], [""], ["", "a", ""], "all"], ids=str)
+def test_a_batch_is_encoded_as_its_texts_are(tmp_path, tokenizer, kind, texts):
+    if kind == "Hugging Face":
+        tokenizer.save(tmp_path)
+        tokenizer = data.load_tokenizer(tmp_path / "tokenizer.json")
+        assert type(tokenizer) is parts.tokenizers.HuggingFaceTokenizer
+    if texts == "all":
+        rng = random.Random(0)
+        drawn = ["".join(map(chr, rng.choices(range(1, 0x3000), k=20))) for _ in range(500)]
+        texts = [*HARD_TEXTS, *TEXTS, "e\u0301 \ufb01 \u2460 \u2581", "\0", "a" * 5000, *drawn]
+    batch = tokenizer.encode_batch(texts)
+    assert batch == [tokenizer.encode(text) for text in texts]
+    assert type(batch) is list and all(type(ids) is list for ids in batch)
+
+
+# --------------------------------------------------------------------------------------------------
+# Hugging Face
 
 HARD_TEXTS = [
     "",
@@ -124,7 +317,7 @@ def saved(tmp_path):
     return tmp_path / "saved"
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
 
 
@@ -240,10 +433,11 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
     """A chat model made from Llama 2: the tokens that were added are in tokenizer.json alone."""
     proto = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
     n = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
-    spec = hf_tokenizer.sentencepiece_files(data.Tokenizer(proto, pad_id=0))["tokenizer.json"]
+    files = parts.tokenizers.sentencepiece_files(data.Tokenizer(proto, pad_id=0))
+    spec = files["tokenizer.json"]
     spec["added_tokens"] += [
-        hf_tokenizer.added_token(n, "<|im_end|>"),
-        hf_tokenizer.added_token(n + 1, "<|im_start|>"),
+        parts.tokenizers.added_token(n, "<|im_end|>"),
+        parts.tokenizers.added_token(n + 1, "<|im_start|>"),
     ]
     config = {
         "bos_token": "<s>",
@@ -291,9 +485,8 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
         == (unigram.bos_id, unigram.eos_id, unigram.pad_id)
         == (1, 400, 0)
     )
-    monkeypatch.setitem(
-        sys.modules, "parts.hf_tokenizer", None
-    )  # what has been saved is read without
+    # Saved tokenizers are read without the library.
+    monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
     for tokenizer, directory in ((ours, saved), (unigram, tmp_path / "unigram")):
         again = data.load_tokenizer(directory)
         assert (again.bos_id, again.eos_id, again.pad_id, again.vocab_size) == (
@@ -316,7 +509,7 @@ def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
 
 def test_without_the_tokenizers_library(gpt2, monkeypatch, tokenizer):
     """The message says what to install; a sentencepiece model beside a tokenizer.json needs nothing."""
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
     with pytest.raises(
         ValueError,
         match=f"^{gpt2}/tokenizer.json: reading it needs `pip install -r requirements-hf.txt`",
@@ -355,7 +548,7 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
         data.load_tokenizer(tmp_path)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saving
 
 
@@ -410,10 +603,10 @@ def assert_transformers_agrees(tokenizer, directory):
             ), text
     chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
     messages = [{"role": role, "content": content} for role, content in chat]
-    assert theirs.apply_chat_template(messages, tokenize=False) == data.chat_text(chat)
+    assert theirs.apply_chat_template(messages, tokenize=False) == chat_text(messages)
     assert (
         theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-        == data.chat_text(chat[:2]) + "\n\nAssistant:"
+        == chat_text(messages[:2]) + "\n\nAssistant:"
     )
 
 

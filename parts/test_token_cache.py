@@ -1,0 +1,394 @@
+"""Token files: what is in them, when they are found again, and what a killed builder leaves."""
+
+import gzip
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data
+from data import Comparison
+from parts import token_cache
+from parts.test_rows import GOOD, lines
+from parts.test_tokenizers import tokenizer  # noqa: F401, a fixture
+from test_data import Letters, groups_of, letters
+
+
+def write(path, comparisons):
+    """Write a file of comparisons, with blank lines; None becomes a row that is no comparison."""
+    rows = [
+        {"prompt": c.prompt, "responses": c.responses} if c else {"prompt": "p"}
+        for c in comparisons
+    ]
+    content = (
+        json.dumps(rows, indent=1) if path.suffix == ".json" else lines(rows).replace("\n", "\n\n")
+    )
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    return path
+
+
+def built_in(n: int, seed: int = 3) -> list[Comparison]:
+    return [Comparison(c.prompt, c.responses) for c, _ in zip(data.known_rewards(seed), range(n))]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_token_file_is_mapped_and_has_what_tokenize_gives(tmp_path, tokenizer, name):
+    """Row by row, so that --data_split counts as DeepSpeed-Chat does: an identical pair is a row, of no sequences."""
+    comparisons = (
+        built_in(5)
+        + [Comparison("p", ["a", "a"]), Comparison("p", ["a", "b", "a"])]
+        + built_in(4, seed=4)
+    )
+    path = write(tmp_path / name, comparisons)
+    file = data.tokenize_file(path, tokenizer, 90, "left", tmp_path / "cache")
+    assert groups_of(file) == [
+        data.tokenize(c, tokenizer, 90) if i != 5 else [] for i, c in enumerate(comparisons)
+    ]
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    assert file.rows["line"].tolist() == [
+        i for i, line in enumerate(text.split(b"\n"), start=1) if line.lstrip().startswith(b"{")
+    ]
+    assert all(
+        isinstance(array, np.memmap) and array.mode == "r"
+        for array in (file.tokens, file.sequences, file.rows)
+    )
+    assert file.tokens.dtype == np.int32 and len(file.tokens) == sum(
+        len(sequence) for group in groups_of(file) for sequence in group
+    )
+
+
+def test_data_of_two_files_drops_and_counts_among_the_selected_rows(tmp_path):
+    same = Comparison("p", ["x", "x"])
+    files = [
+        data.tokenize_file(
+            write(tmp_path / name, comparisons), Letters(), 99, "left", tmp_path / "cache"
+        )
+        for name, comparisons in [
+            ("a.jsonl", [same, Comparison("p", ["a", "b"]), same]),
+            ("b.jsonl", [Comparison("q", ["c", "d"]), same, Comparison("r", ["e", "f"])]),
+        ]
+    ]
+    kept = data.select(files, np.array([[1, 2], [0, 1], [1, 1], [1, 0], [0, 2]]))
+    assert letters(groups_of(kept)) == [["<re>", "<rf>"], ["<pa>", "<pb>"], ["<qc>", "<qd>"]]
+    assert kept.dropped == 2
+    assert [kept[i].where for i in range(3)] == [
+        f"{tmp_path}/b.jsonl:5",
+        f"{tmp_path}/a.jsonl:3",
+        f"{tmp_path}/b.jsonl:1",
+    ]
+    other = [
+        data.select(files, np.array(rows)).fingerprint()
+        for rows in ([[1, 2], [0, 1], [1, 0]], [[0, 1], [1, 2], [1, 0]])
+    ]
+    assert other[0] == kept.fingerprint() != other[1]
+    like_a = data.tokenize_file(
+        write(tmp_path / "c.jsonl", [same, Comparison("p", ["a", "c"]), same]),
+        Letters(),
+        99,
+        "left",
+        tmp_path / "cache",
+    )
+    assert data.select([like_a, files[1]], kept.selected).fingerprint() != kept.fingerprint()
+
+
+def test_tokens_are_found_again_by_what_they_follow_from(tmp_path, monkeypatch, tokenizer):
+    def count(*arguments):
+        built.append(arguments)
+        return sequences_of(*arguments)
+
+    sequences_of, built = data.sequences_of, []
+    monkeypatch.setattr(data, "sequences_of", count)
+    comparisons = [*built_in(2), None]
+    how = dict(
+        tokenizer=tokenizer,
+        max_seq_len=50,
+        truncation_side="left",
+        cache_dir=tmp_path / "cache",
+        skip_bad_rows=True,
+    )
+    first = data.tokenize_file(write(tmp_path / "a.jsonl", comparisons), **how)
+    assert len(built) == 2
+    for lock in (tmp_path / "cache").glob("*.lock"):
+        lock.unlink()
+    (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
+    os.utime(tmp_path / "b.jsonl", (1, 1))
+    again = data.tokenize_file(tmp_path / "b.jsonl", **how)
+    assert len(built) == 2 and groups_of(again) == groups_of(first) and again.key == first.key
+    # Nor is anything written there, which may be read-only.
+    assert not list((tmp_path / "cache").glob("*.lock"))
+    assert [file.bad_rows[0].partition(": ")[0] for file in (first, again)] == [
+        f"{tmp_path}/a.jsonl:5",
+        f"{tmp_path}/b.jsonl:5",
+    ]
+
+    write(tmp_path / "c.jsonl", [*built_in(2, seed=4), None])
+    (tmp_path / "b.json").write_bytes((tmp_path / "b.jsonl").read_bytes())
+    write(tmp_path / "good.jsonl", comparisons[:2])
+    data.tokenize_file(tmp_path / "good.jsonl", **how)
+    for name, change in [
+        ("c.jsonl", {}),
+        ("b.json", {}),
+        ("b.jsonl", dict(tokenizer=data.Tokenizer(tokenizer.model_proto, 5))),
+        ("b.jsonl", dict(max_seq_len=51)),
+        ("b.jsonl", dict(truncation_side="right")),
+        ("good.jsonl", dict(skip_bad_rows=False)),
+    ]:
+        built.clear()
+        data.tokenize_file(tmp_path / name, **how | change)
+        assert len(built) == 2, (name, change)
+
+
+def test_a_file_is_hashed_once_and_again_if_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_bytes(b"abc")
+    first = token_cache.file_hash(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache.hashlib, "file_digest", None)
+        assert token_cache.file_hash(path) == first
+    path.write_bytes(b"abd")
+    os.utime(path, (1, 1))
+    assert token_cache.file_hash(path) != first
+
+
+def test_bad_rows_of_a_token_file(tmp_path):
+    """The first one is the error; or all are skipped, and listed."""
+    good = Comparison("p", ["a", "b"])
+    path, cache = (
+        write(
+            tmp_path / "a.jsonl",
+            [good, None, Comparison("p", ["a", "c"]), Comparison("", ["a", ""])],
+        ),
+        tmp_path / "cache",
+    )
+    with pytest.raises(ValueError, match=f"^{path}:3: fields found: prompt; expected"):
+        data.tokenize_file(path, Letters(None, None), 99, "left", cache)
+    file = data.tokenize_file(path, Letters(None, None), 99, "left", cache, skip_bad_rows=True)
+    assert letters(groups_of(file)) == [["pa", "pb"], ["pa", "pc"]] and file.rows[
+        "line"
+    ].tolist() == [1, 5]
+    assert [re.match(f"{path}:.: ......", row)[0] for row in file.bad_rows] == [
+        f"{path}:3: fields",
+        f"{path}:7: respon",
+    ]
+    write(path, [good, Comparison("", ["a", ""])])
+    with pytest.raises(ValueError, match=f"^{path}:3: responses.1. .* empty"):
+        data.tokenize_file(path, Letters(None, None), 99, "left", cache)
+    write(path, [None, None])
+    for read in (
+        lambda: data.tokenize_file(path, Letters(), 99, "left", cache, skip_bad_rows=True),
+        lambda: list(data.load_comparisons(path, bad_rows=[])),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=f"^{path}: no row of it is a comparison, for example {path}:3: fields found: prompt",
+        ):
+            read()
+    write(path, [Comparison("p", ["abc", "abd"])] * 2)
+    with pytest.raises(
+        ValueError, match=f"^{path}: in all 2 rows the responses are identical .*--max_seq_len 4"
+    ):
+        data.tokenize_file(path, Letters(), 4, "right", cache)
+    path.write_bytes(gzip.compress(GOOD))
+    path = path.rename(tmp_path / "a.jsonl.gz")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(
+        ValueError, match=f"^{path}:2: cannot be decompressed"
+    ):  # that is more than a bad row
+        data.tokenize_file(path, Letters(), 99, "left", cache, skip_bad_rows=True)
+    assert (
+        len([entry for entry in cache.iterdir() if entry.suffix != ".lock"]) == 1
+    )  # the one that came out
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("tokens.bin", lambda content: content[:-4]),
+        ("tokens.bin", lambda content: content[:-1]),
+        ("tokens.bin", lambda content: b""),
+        ("tokens.bin", None),
+        ("rows.npy", lambda content: content[:-1]),
+        ("sequences.npy", lambda content: b""),
+        ("bad_rows.json", lambda content: b"["),
+    ],
+)
+def test_damaged_token_file_is_said_and_can_be_deleted(tmp_path, name, change):
+    path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])])
+    how = (path, Letters(), 99, "left", tmp_path / "cache")
+    directory = tmp_path / "cache" / data.tokenize_file(*how).key
+    content = (directory / name).read_bytes()
+    (directory / name).unlink()
+    if change:
+        (directory / name).write_bytes(change(content))
+    with pytest.raises(
+        ValueError, match=f"^{directory}: damaged .*; delete it, and it will be made again"
+    ):
+        data.tokenize_file(*how)
+    shutil.rmtree(directory)
+    assert letters(groups_of(data.tokenize_file(*how))) == [["<pa>", "<pb>"]]
+
+
+def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
+    def grow(*arguments):
+        with open(path, "ab") as file:
+            file.write(GOOD)
+        return tokenize_rows(*arguments)
+
+    path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])])
+    tokenize_rows = data.tokenize_rows
+    monkeypatch.setattr(data, "tokenize_rows", grow)
+    with pytest.raises(ValueError, match=f"^{path}: was changed while it was read"):
+        data.tokenize_file(path, Letters(), 99, "left", tmp_path / "cache")
+    assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock"}
+
+
+def test_chunks_of_rows(monkeypatch):
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", 10)
+    rows = [(i, b"x" * size) for i, size in enumerate([4, 5, 1, 3, 30, 2, 2])]
+    assert list(token_cache.divide_rows(iter(rows))) == [rows[:3], rows[3:5], rows[5:]]
+    assert list(token_cache.divide_rows(iter(rows[:5]))) == [rows[:3], rows[3:5]]
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "Hugging Face"])
+def test_chunks_change_nothing(tmp_path, monkeypatch, tokenizer, capfd, kind):
+    """The arrays, the skipped rows and the first error are the same; larger files have a bar."""
+    if kind == "Hugging Face":
+        tokenizer.save(tmp_path)
+        tokenizer = data.load_tokenizer(tmp_path / "tokenizer.json")
+    comparisons = built_in(150)
+    comparisons[60] = comparisons[130] = None
+    path, found = write(tmp_path / "a.jsonl", comparisons), []
+    for chunk, skip in itertools.product((1 << 20, 1500, 1), (True, False)):
+        monkeypatch.setattr(token_cache, "CHUNK_BYTES", chunk)
+        try:
+            file = data.tokenize_file(
+                path, tokenizer, 50, "left", tmp_path / f"cache {chunk}", skip
+            )
+            arrays = (file.tokens, file.sequences, file.rows)
+            found.append([*(array.tolist() for array in arrays), file.bad_rows])
+        except ValueError as error:
+            found.append(str(error))
+        bar = capfd.readouterr().err
+        is_large = chunk <= 1500
+        assert ("tokenize a.jsonl: " in bar) == is_large
+        assert ("150 rows" in bar) == (is_large and skip)
+    assert found[:2] == found[2:4] == found[4:]
+    assert len(found[0][2]) == 148 and len(found[0][3]) == 2
+    assert found[1].startswith(f"{path}:121: fields found")
+
+
+def bad_and_cut(path):
+    """Write a gzip file whose third line is a bad row, and whose end is cut off."""
+    write(path, [Comparison("p", ["a", "b"]), None])
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def empty_and_bad(path):
+    """Write rows of which line 3 has no token, and line 5 no responses."""
+    write(path, [Comparison("p", ["a", "b"]), Comparison("", ["a", ""]), None])
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize(
+    "name, write_bad, words",
+    [
+        ("a.jsonl.gz", bad_and_cut, "fields found: prompt"),
+        ("a.jsonl", empty_and_bad, "responses.1. and its prompt are empty"),
+    ],
+)
+def test_the_error_of_the_first_bad_row_is_raised(
+    tmp_path, monkeypatch, chunk, name, write_bad, words
+):
+    """Rows of a chunk are parsed, then encoded together; their errors come in the file's order."""
+    monkeypatch.setattr(token_cache, "CHUNK_BYTES", chunk)
+    write_bad(tmp_path / name)
+    with pytest.raises(ValueError, match=f"^{tmp_path / name}:3: {words}"):
+        data.tokenize_file(tmp_path / name, Letters(None, None), 99, "left", tmp_path / "cache")
+
+
+def test_processes_that_need_the_same_directory_wait_for_the_one_that_builds(tmp_path, monkeypatch):
+    """It is on the disk before it gets its name, and has nothing of a builder that was killed."""
+    built, found, synced, at_the_lock = [], [], [], []
+    half_built, all_came = threading.Event(), threading.Event()
+    flock = token_cache.fcntl.flock
+
+    def build(directory):
+        (directory / "file").write_text("half")
+        half_built.set()
+        assert all_came.wait(timeout=600)
+        (directory / "file").write_text("whole")
+        built.append(directory)
+
+    def count(*arguments):
+        at_the_lock.append(arguments)
+        if len(at_the_lock) == 4:
+            all_came.set()
+        flock(*arguments)
+
+    def read():
+        found.append((token_cache.cached(tmp_path / "new/a", build) / "file").read_text())
+
+    monkeypatch.setattr(token_cache.fcntl, "flock", count)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(file.name)))
+    (tmp_path / "new" / "a.part" / "left").mkdir(parents=True)
+    threads = [threading.Thread(target=read) for _ in range(4)]
+    threads[0].start()
+    assert half_built.wait(timeout=600)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["whole"] * 4 and len(built) == 1 and synced == [tmp_path / "new/a.part/file"]
+    assert {str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")} == {
+        "new",
+        "new/a",
+        "new/a.lock",
+        "new/a/file",
+    }
+    # In a directory that is not there yet:
+    token_cache.cached(tmp_path / "other/b", lambda directory: None)
+
+
+def test_what_a_killed_builder_leaves_is_not_used(tmp_path, tokenizer):
+    """SIGKILL between two chunks, none read ahead. The next process builds the whole file."""
+    path, cache = write(tmp_path / "a.jsonl", built_in(300)), tmp_path / "cache"
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_proto)
+    program = """
+import sys, time, data
+from parts import token_cache
+def count(path, read_rows=token_cache.read_rows):
+    global rows_read
+    for rows_read, row in enumerate(read_rows(path), start=1):
+        yield row
+calls = []
+def stop_at_the_second(rows, *how, tokenize_rows=data.tokenize_rows):
+    calls.append(rows)
+    if len(calls) == 2:
+        print(rows_read, flush=True)  # and one chunk is written
+        time.sleep(1000)
+    return tokenize_rows(rows, *how)
+token_cache.read_rows, data.tokenize_rows, token_cache.CHUNK_BYTES = count, stop_at_the_second, 500
+data.tokenize_file(sys.argv[1], data.load_tokenizer(sys.argv[2]), 50, "left", sys.argv[3])
+"""
+    arguments = [sys.executable, "-c", program, path, tmp_path / "tokenizer.model", cache]
+    directory = Path(data.__file__).parent
+    with subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, cwd=directory
+    ) as builder:
+        try:
+            assert 0 < int(builder.stdout.readline()) <= 6  # 500 bytes are 2 or 3 rows
+        finally:
+            builder.kill()
+    (part,) = cache.glob("*.part")
+    assert (part / "tokens.bin").exists() and not part.with_suffix("").exists()
+    file = data.tokenize_file(path, tokenizer, 50, "left", cache)
+    assert groups_of(file) == [data.tokenize(c, tokenizer, 50) for c in built_in(300)]
+    assert {entry.name for entry in cache.iterdir()} == {file.key, file.key + ".lock"}

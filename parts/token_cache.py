@@ -1,0 +1,256 @@
+"""Files of token ids, mapped from the disk, and found again by a key of all that they follow from.
+
+How rows become tokens is handed in; `tokenize_file` in data.py does so, and has the rules.
+"""
+
+import fcntl
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from parts.rows import bad_row, nothing_left, read_rows
+
+CHUNK_BYTES = 1 << 20  # rows of a file are tokenized together up to this size of their JSON
+
+# One row of a file: line number, margin, and its sequences `first` to `first + count - 1`.
+ROW = np.dtype(
+    [("line", np.int64), ("margin", np.float64), ("first", np.int64), ("count", np.int64)]
+)
+
+
+class Tokenized(NamedTuple):
+    """A comparison as token ids."""
+
+    sequences: list[list[int]]  # best first
+    where: str = ""  # where it is from: the file and the line
+    margin: float = 0.0
+    rewards: list[float] | None = None  # true rewards of the responses, where they are known
+
+
+@dataclass
+class TokenizedFile:
+    """The comparisons of one file, in arrays that are mapped from the disk. Item r is row r."""
+
+    path: str
+    key: str  # a hash of all that the tokens follow from
+    bad_rows: list[str]  # where a row was skipped, and what is wrong with it
+    tokens: np.ndarray  # (number of tokens,) int32, all sequences one after the other
+    sequences: np.ndarray  # (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]]
+    rows: np.ndarray  # (R,) ROW. A row whose responses are identical has no sequences
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: int) -> Tokenized:
+        line, margin, first, count = self.rows[row].tolist()
+        bounds = self.sequences[first : first + count + 1].tolist()
+        sequences = [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
+        return Tokenized(sequences, f"{self.path}:{line}", margin)
+
+
+@dataclass
+class TokenizedData:
+    """Comparisons to train or to evaluate on, without those whose responses are identical.
+
+    Item i is row `selected[i, 1]` of `files[selected[i, 0]]`.
+    """
+
+    files: list[TokenizedFile] | list[list[Tokenized]]
+    selected: np.ndarray  # (n, 2) int64
+    dropped: int  # number of comparisons that were selected, and dropped as identical
+
+    def __len__(self) -> int:
+        return len(self.selected)
+
+    def __getitem__(self, i: int) -> Tokenized:
+        file, row = self.selected[i]
+        return self.files[file][row]
+
+    def fingerprint(self) -> str:
+        """Return a hash of all that the token ids, margins and their order follow from.
+
+        Only data of files has one.
+        """
+        return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
+
+
+def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
+    """Select rows by `selected`, (n, 2) int64: numbers of files and of rows in them."""
+    kept = np.zeros(len(selected), dtype=bool)
+    for number, file in enumerate(files):
+        is_from_file = selected[:, 0] == number
+        kept[is_from_file] = file.rows["count"][selected[is_from_file, 1]] > 0
+    return TokenizedData(files, selected[kept], int((~kept).sum()))
+
+
+# --------------------------------------------------------------------------------------------------
+# Token files
+
+
+def token_file(
+    path,
+    tokenize_rows: Callable[[list[bytes]], list],
+    fingerprint: str,
+    max_seq_len: int,
+    truncation_side: str,
+    cache_dir,
+    skip_bad_rows: bool = False,
+) -> TokenizedFile:
+    """Return the comparisons of a file as token ids, mapped from the disk: they may exceed memory.
+
+    tokenize_rows: for the JSON of every row (sequences, margin), no sequences where they are
+        identical, or the ValueError that says what is wrong with the row.
+    fingerprint: of the tokenizer; with max_seq_len and truncation_side all that rules the tokens.
+    cache_dir: one process of a machine writes the tokens there once, while others that need them
+        wait. They are found again by a hash of the file's content and the other arguments.
+    Raises ValueError that names the file and the line, or the file where no row of it has responses
+    that differ.
+    """
+    content = file_hash(path)
+    how = (fingerprint, max_seq_len, truncation_side, skip_bad_rows)
+    key = hash_of("tokens 3", content, Path(path).suffix, *how)
+
+    def build(directory: Path):
+        bad_rows = [] if skip_bad_rows else None
+        sequences, rows = write_tokens(directory / "tokens.bin", path, tokenize_rows, bad_rows)
+        if len(rows) == 0:
+            raise nothing_left(path, bad_rows)
+        if len(sequences) == 1:
+            raise ValueError(
+                f"{path}: in all {len(rows)} rows the responses are identical "
+                f"(--max_seq_len {max_seq_len}); some must differ"
+            )
+        if file_hash(path) != content:
+            raise ValueError(
+                f"{path}: was changed while it was read; start again when it is complete"
+            )
+        np.save(directory / "sequences.npy", sequences)
+        np.save(directory / "rows.npy", rows)
+        (directory / "bad_rows.json").write_text(json.dumps(bad_rows or []))
+
+    return open_tokens(cached(Path(cache_dir) / key, build), path, key)
+
+
+def write_tokens(file: Path, path, tokenize_rows, bad_rows: list[str] | None) -> tuple:
+    """Write the tokens of all rows of `path` into `file`, and return sequences and rows.
+
+    Both are arrays of `TokenizedFile`. Raises ValueError for the first bad row, or with `bad_rows`
+    collects these.
+    """
+    lengths, rows = [[0]], []  # arrays of a chunk each
+    is_small = os.path.getsize(path) <= CHUNK_BYTES
+    bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows", disable=is_small)
+    with open(file, "wb") as out, bar:
+        for chunk in divide_rows(read_rows(path)):
+            sequences, found = [], []
+            tokenized = tokenize_rows([text for _, text in chunk])
+            for (line, _), result in zip(chunk, tokenized, strict=True):
+                if isinstance(result, ValueError):
+                    bad_row(path, line, result, bad_rows)
+                    continue
+                group, margin = result
+                found.append((line, margin, 0, len(group)))
+                sequences += group
+            out.write(np.fromiter(itertools.chain(*sequences), np.int32))
+            lengths.append(np.fromiter(map(len, sequences), np.int64))
+            rows.append(np.array(found, ROW))
+            bar.update(len(chunk))
+    rows = np.concatenate(rows)
+    rows["first"] = rows["count"].cumsum() - rows["count"]
+    return np.concatenate(lengths).cumsum(), rows
+
+
+def divide_rows(rows: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
+    """Yield lists of rows that reach CHUNK_BYTES with their last row; the rest is the last list.
+
+    An error of `rows` is raised after the rows before it, which may be wrong, too.
+    """
+    chunk, size = [], 0
+    try:
+        for line, text in rows:
+            chunk.append((line, text))
+            size += len(text)
+            if size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+    except ValueError:
+        yield chunk
+        raise
+    if chunk:
+        yield chunk
+
+
+def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
+    """Map the token file in `directory`. Raises ValueError where it is damaged."""
+    try:
+        sequences = np.load(directory / "sequences.npy", mmap_mode="r")
+        rows = np.load(directory / "rows.npy", mmap_mode="r")
+        bad_rows = json.loads((directory / "bad_rows.json").read_text())
+        tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
+        if len(tokens) != sequences[-1]:
+            raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{directory}: damaged ({error}); delete it, and it will be made again"
+        ) from None
+    return TokenizedFile(path, key, [f"{path}:{row}" for row in bad_rows], tokens, sequences, rows)
+
+
+# --------------------------------------------------------------------------------------------------
+# Hashes, and directories that are made once
+
+
+def file_hash(path) -> str:
+    """Return the SHA-256 of a file, which is read once, and again if the file changes."""
+    if not Path(path).is_file():
+        next(read_rows(path))  # raises the error that says what is there
+    stat = os.stat(path)
+    return content_hash(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache
+def content_hash(path, *version) -> str:
+    """Return the SHA-256 of a file, read once for each `version`."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_of(*parts) -> str:
+    """Return a hash of values whose `repr` says all about them."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def cached(directory: Path, build: Callable[[Path], None]) -> Path:
+    """Return `directory`, which `build` fills first where it is missing.
+
+    One process builds while others wait, and the directory is complete or absent.
+    """
+    if directory.exists():
+        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with open(directory.with_name(directory.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends, however that happens
+        if directory.exists():  # another process has built it meanwhile
+            return directory
+        part = directory.with_name(directory.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+        part.mkdir()
+        try:
+            build(part)
+            for file in part.iterdir():
+                with open(file, "rb+") as written:
+                    os.fsync(written)
+            part.rename(directory)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)  # it is there only after an error
+    return directory
