@@ -170,14 +170,11 @@ def tokenize_file(
     `parts.token_cache.token_file` says how files are found again, and what it raises.
     """
     how = (max_seq_len, truncation_side)
-    return token_file(
-        path,
-        lambda rows: tokenize_rows(rows, tokenizer, *how),
-        tokenizer.fingerprint(),
-        *how,
-        cache_dir,
-        skip_bad_rows,
-    )
+
+    def tokenize_chunk(rows: list[bytes]) -> list:
+        return tokenize_rows(rows, tokenizer, *how)
+
+    return token_file(path, cache_dir, tokenize_chunk, tokenizer.fingerprint(), *how, skip_bad_rows)
 
 
 def tokenize_rows(

@@ -57,7 +57,7 @@ def test_margin_of_a_pair_goes_with_it_to_the_tokens(tmp_path, tokenizer, row, m
     ],
 )
 def test_split_is_deepspeed_chats(n, shares, bounds):
-    """Boundaries worked by hand; and a shuffle by numbers, since NumPy has frozen the stream of RandomState."""
+    """Boundaries are worked by hand; the shuffle is known, as NumPy has frozen RandomState."""
     order = np.arange(n, dtype=np.uint32)
     np.random.RandomState(1234).shuffle(order)
     assert n != 10 or order.tolist() == [7, 2, 9, 1, 0, 8, 4, 5, 6, 3]
@@ -87,7 +87,7 @@ def test_stages_are_disjoint_and_cover_everything(shares):
 
 
 class Letters:
-    """A tokenizer with one token a letter, so that a test shows what is cut. < is bos, > eos, _ pad."""
+    """A tokenizer with one token a letter, so that tests show the cuts: < is bos, > eos, _ pad."""
 
     def __init__(self, bos_id="<", eos_id=">", pad_id="_"):
         self.bos_id, self.eos_id, self.pad_id = (
@@ -138,8 +138,8 @@ def test_a_sequence_is_bos_text_eos():
 
 
 def test_truncation_worked_by_hand():
-    """Left: bos and eos stay; every response loses as many tokens, out of what all share, until the longest fits; then ends
-    go. Right: the end goes, eos with it (DeepSpeed-Chat's tokenizer call)."""
+    """Left: bos and eos stay; every response loses as many tokens, out of those that all share,
+    until the longest fits; then ends go. Right: the end goes, eos with it (DeepSpeed-Chat)."""
     assert sequences("prompt", "ab", "c", max_seq_len=10) == ["<promptab>", "<promptc>"]
     assert sequences("prompt", "ab", "c", max_seq_len=8) == ["<omptab>", "<omptc>"]
     assert sequences("p", "abcd", "xy", max_seq_len=5) == ["<abc>", "<xy>"]
@@ -157,7 +157,7 @@ def test_truncation_worked_by_hand():
 
 
 def truncate_token_by_token(prompt, texts, bos, eos, max_seq_len, side):
-    """The contract's rule, one token after the other."""
+    """Truncate by the contract's rule, one token after the other."""
     cut = lambda rows, size: [row[:-1] if len(row) > size else row for row in rows]  # noqa: E731
     if side == "right":
         rows = [bos + text + eos for text in texts]
@@ -239,7 +239,7 @@ def test_pad_rows():
 # --------------------------------------------------------------------------------------------------
 # The built-in data
 
-# Every statement that a response can make: (the question that it answers, the answer, whether it is true)
+# Every statement that a response can make: (the question that it answers, the answer, is it true)
 STATEMENTS = {
     statement.format(subject, answer): (question.format(subject), answer, answer == facts[subject])
     for question, statement, facts in data.QUESTIONS
@@ -257,7 +257,8 @@ def pairs():
 
 
 def better_first(pairs) -> float:
-    """The share of pairs whose label is the sign of the true difference: the accuracy of who knows the true rewards."""
+    """Return the share of pairs whose label is the sign of the true difference: the accuracy of a
+    model that knows the true rewards."""
     return sum(pair.rewards[0] > pair.rewards[1] for pair in pairs) / len(pairs)
 
 
@@ -266,7 +267,7 @@ def words(text: str) -> list[str]:
 
 
 def read(prompt: str, response: str) -> tuple[str, str, int, str]:
-    """(quality, tone, number of rambling sentences, answer), from the text alone."""
+    """Read (quality, tone, number of rambling sentences, answer) from the text alone."""
     question, whole = re.fullmatch(r"\n\nHuman: (.*)\n\nAssistant:", prompt)[1], response
     remarks = [remark for remark in REMARKS if remark in response]
     rambles = [ramble for ramble in data.RAMBLES if ramble in response]
@@ -280,7 +281,7 @@ def read(prompt: str, response: str) -> tuple[str, str, int, str]:
 
 
 def test_same_seed_same_pairs(pairs):
-    """Whatever else draws random numbers meanwhile."""
+    """The stream is the same whatever else draws random numbers meanwhile."""
     stream = data.known_rewards(seed=7)
     for expected in pairs[:100]:
         random.seed(1)
@@ -305,8 +306,9 @@ def test_true_rewards_follow_from_the_text(pairs):
 
 
 def test_labels_follow_bradley_terry(pairs):
-    """At every difference d of true rewards the better response comes first with frequency sigmoid(d): within 4 standard
-    deviations of the binomial, and 1 count for the rare differences. Who knows the rewards knows most labels, not all."""
+    """At every difference d of true rewards the better response comes first with frequency
+    sigmoid(d): within 4 standard deviations of the binomial, and 1 count for the rare differences.
+    True rewards predict most labels, not all."""
     assert 0.75 < better_first(pairs) < 0.92
     by_difference = collections.defaultdict(list)
     for pair in pairs:
@@ -318,7 +320,7 @@ def test_labels_follow_bradley_terry(pairs):
 
 
 def test_no_answer_is_better_than_another(pairs):
-    """An answer is right for one question of its kind and wrong for all others, as is each answer of that kind. So each stands in
+    """Each answer of a kind is right for one question and wrong for all others. So each stands in
     the same share of right as of wrong responses: within 4.5 standard deviations."""
     assert len(STATEMENTS) == sum(
         len(facts) ** 2 for _, _, facts in data.QUESTIONS
@@ -339,8 +341,9 @@ def test_no_answer_is_better_than_another(pairs):
 
 
 def test_counting_words_is_not_enough(pairs):
-    """The best linear reward over word counts (the convex Bradley-Terry fit) stays 0.05 below Bayes on held-out pairs: to get
-    further, a model has to read the question and the order of words, of which a polite and a rude remark have the same."""
+    """The best linear reward over word counts (the convex Bradley-Terry fit) stays 0.05 below Bayes
+    on held-out pairs. To get further, a model has to read the question and the order of words; a
+    polite and a rude remark have the same words."""
     assert all(
         polite != rude and sorted(words(polite)) == sorted(words(rude))
         for polite, rude in data.TONES

@@ -31,11 +31,9 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
     where it cannot be decompressed or its array is not JSON. JSON lines are not parsed here.
     """
     path = Path(path)
-    expected = "expected .jsonl, .jsonl.gz or .json"
-    if path.is_dir():
-        raise ValueError(f"{path}: is a directory; {expected}")
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; {expected}")
+        found = "is a directory" if path.is_dir() else "no such file"
+        raise ValueError(f"{path}: {found}; expected .jsonl, .jsonl.gz or .json")
     open_file = gzip.open if path.suffix == ".gz" else open
     line, is_empty = 0, True
     try:
@@ -52,19 +50,14 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
                     is_empty = False
                     yield line, text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(
-            f"{path}:{line + 1}: cannot be decompressed ({error}); "
-            "the file is cut, damaged, or not gzip"
-        ) from None
+        found = f"cannot be decompressed ({error}); the file is cut, damaged, or not gzip"
+        raise ValueError(f"{path}:{line + 1}: {found}") from None
     if is_empty:
         raise ValueError(f"{path}: no row in it; expected one JSON object a line")
 
 
 def array_items(path, content: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number, JSON) for every item of a JSON array.
-
-    Raises ValueError that names the file and the line where `content` is not one JSON array.
-    """
+    """Yield (line number, JSON) for every item of a JSON array. Raises as `read_rows` does."""
     try:
         text = content.decode("utf-8-sig")
         json.loads(text)  # finds wrong syntax, but does not say on which line an item stands
@@ -95,7 +88,6 @@ def bad_row(path, line: int, error: ValueError, bad_rows: list[str] | None):
 
 
 def nothing_left(path, bad_rows: list[str]) -> ValueError:
-    """Return the error for a file that has bad rows only."""
     return ValueError(f"{path}: no row of it is a comparison, for example {path}:{bad_rows[-1]}")
 
 
@@ -106,10 +98,9 @@ def nothing_left(path, bad_rows: list[str]) -> ValueError:
 def parse_row(text: bytes, min_responses: int = 2) -> dict:
     """Parse the JSON of a row into plain fields: "prompt", "responses" (best first), "margin".
 
-    Prompt and responses are all text, or all lists of chat messages {"role", "content"}. The prompt
-    is empty where the row has none or every response repeats it. The margin is a float, default 0.
-    min_responses: 1 allows rows {"prompt": ..., "response": ...} as well.
-    Raises ValueError that says which field is wrong, and how.
+    Prompt and responses are all text, or all lists of chat messages {"role", "content"}; such a
+    prompt is empty where every response repeats it. min_responses: 1 allows rows {"prompt": ...,
+    "response": ...} as well. Raises ValueError that says which field is wrong, and how.
     """
     try:
         row = json.loads(text.decode().rstrip())
@@ -134,7 +125,7 @@ def parse_row(text: bytes, min_responses: int = 2) -> dict:
 
 
 def response_fields(row: dict, min_responses: int) -> dict:
-    """Return {field: response} of a row, best first. Raises ValueError where it has none."""
+    """Return {field: response} of a row, best first."""
     if "chosen" in row or "rejected" in row:
         return {"chosen": row.get("chosen"), "rejected": row.get("rejected")}
     if "responses" in row:
@@ -153,18 +144,16 @@ def response_fields(row: dict, min_responses: int) -> dict:
 
 
 def parse_messages(name: str, value, role: str) -> list[dict]:
-    """Return the chat messages of a field, each {"role", "content"}, without other keys.
+    """Return the chat messages of a field as {"role", "content"}, without their other keys.
 
     Text counts as the content of one message of `role`; empty text as no message.
-    Raises ValueError that says which message is wrong, and how.
     """
     if isinstance(value, str):
         check_text(name, value)
         return [{"role": role, "content": value}] if value else []
     if not isinstance(value, list):
-        raise ValueError(
-            f"{name}: expected text or a list of chat messages, found {json_type(value)}"
-        )
+        expected = "expected text or a list of chat messages"
+        raise ValueError(f"{name}: {expected}, found {json_type(value)}")
     expected = "a message is an object whose role is system, user or assistant"
     messages = []
     for i, message in enumerate(value):
@@ -179,7 +168,7 @@ def parse_messages(name: str, value, role: str) -> list[dict]:
 
 
 def repeats(prompt: list[dict], dialogue: list[dict]) -> bool:
-    """Return whether the prompt starts a dialogue (UltraFeedback), maybe after a system message."""
+    """Return whether a dialogue begins with the prompt (UltraFeedback), a system message aside."""
     if dialogue[: len(prompt)] == prompt:
         return True
     has_system = bool(dialogue) and dialogue[0]["role"] == "system"
@@ -187,45 +176,38 @@ def repeats(prompt: list[dict], dialogue: list[dict]) -> bool:
 
 
 def parse_margin(margin, responses: int) -> float:
-    """Return a row's margin, 0 where there is none. Raises ValueError where it is wrong."""
     if margin is None:
         return 0.0
     if responses != 2:
         raise ValueError(f"margin: found with {responses} responses; a margin is between two")
     is_number = type(margin) in (int, float)
-    if not is_number or not abs(margin) < 1e30:
-        found = margin if is_number else json_type(margin)
-        raise ValueError(f"margin: found {found}; expected a number between -1e30 and 1e30")
-    return float(margin)
+    if is_number and abs(margin) < 1e30:
+        return float(margin)
+    found = margin if is_number else json_type(margin)
+    raise ValueError(f"margin: found {found}; expected a number between -1e30 and 1e30")
 
 
 def check_text(name: str, value):
-    """Raise ValueError where a field is not text that UTF-8 can encode."""
     if not isinstance(value, str):
         raise ValueError(f"{name}: expected text, found {json_type(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: character {error.start} is half of a surrogate pair, which is no text"
-        ) from None
+        found = f"character {error.start} is half of a surrogate pair"
+        raise ValueError(f"{name}: {found}, which is no text") from None
 
 
 def not_json(error: Exception) -> str:
-    """Say why bytes could not be parsed as JSON."""
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 ({error.reason}); save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        return (
-            f"not JSON ({error.msg}, column {error.colno}); "
-            "expected one object a line, or in .json one array of objects"
-        )
+        expected = "expected one object a line, or in .json one array of objects"
+        return f"not JSON ({error.msg}, column {error.colno}); {expected}"
     # A number of thousands of digits, or lists nested thousands deep.
     return f"not JSON that a row could be ({error})"
 
 
 def json_type(value) -> str:
-    """Name the JSON type of a parsed value, with its article."""
     if value is None:
         return "null or nothing"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}

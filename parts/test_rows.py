@@ -140,7 +140,7 @@ def test_a_single_response_is_a_row_only_where_asked_for(tmp_path):
 
 
 def test_plain_fields():
-    """Texts stay texts; beside a list of messages all are such lists, of two keys each."""
+    """Texts stay texts, but beside a list of messages they become messages; other keys go."""
     row = {"prompt": "p", "responses": ["a", "b"], "margin": 2, "more": 1}
     assert parse_row(json.dumps(row).encode()) == {
         "prompt": "p",
@@ -281,7 +281,7 @@ BAD = {  # name: (file name, content, line or None, what was found)
     ],
 )
 def test_bad_file(tmp_path, file, content, line, found):
-    """A ValueError that starts with the file and the line, and says what was found there."""
+    """The ValueError starts with the file and the line, and says what was found there."""
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError) as error:
         list(data.load_comparisons(tmp_path / file))
@@ -298,7 +298,7 @@ def test_bad_path(tmp_path):
 
 
 def test_rows_are_read_one_by_one(tmp_path):
-    """So the second row may be written after the first came out, and both come out before the third, which is broken."""
+    """The second row may be written after the first is out; the third is broken, both are out."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(GOOD)
     rows = data.load_comparisons(path)
@@ -310,7 +310,7 @@ def test_rows_are_read_one_by_one(tmp_path):
 
 
 def test_cut_gzip(tmp_path):
-    """Of a download that broke off the whole rows come out; then the error names the line after them."""
+    """A download that broke off gives its whole rows; then the error names the next line."""
     path, rng, count = tmp_path / "a.jsonl.gz", random.Random(0), 0
     rows = b"".join(
         GOOD.replace(b'"p"', b'"%s"' % rng.randbytes(200).hex().encode()) for _ in range(2000)

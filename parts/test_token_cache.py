@@ -41,7 +41,8 @@ def built_in(n: int, seed: int = 3) -> list[Comparison]:
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
 def test_token_file_is_mapped_and_has_what_tokenize_gives(tmp_path, tokenizer, name):
-    """Row by row, so that --data_split counts as DeepSpeed-Chat does: an identical pair is a row, of no sequences."""
+    """Rows keep their numbers, so that --data_split counts as DeepSpeed-Chat does: an identical
+    pair is a row without sequences."""
     comparisons = (
         built_in(5)
         + [Comparison("p", ["a", "a"]), Comparison("p", ["a", "b", "a"])]
@@ -99,7 +100,7 @@ def test_data_of_two_files_drops_and_counts_among_the_selected_rows(tmp_path):
     assert data.select([like_a, files[1]], kept.selected).fingerprint() != kept.fingerprint()
 
 
-def test_tokens_are_found_again_by_what_they_follow_from(tmp_path, monkeypatch, tokenizer):
+def test_tokens_are_found_again_by_all_that_they_follow_from(tmp_path, monkeypatch, tokenizer):
     def count(*arguments):
         built.append(arguments)
         return sequences_of(*arguments)
@@ -159,7 +160,7 @@ def test_a_file_is_hashed_once_and_again_if_it_changes(tmp_path, monkeypatch):
 
 
 def test_bad_rows_of_a_token_file(tmp_path):
-    """The first one is the error; or all are skipped, and listed."""
+    """The first bad row is the error; or all are skipped, and listed."""
     good = Comparison("p", ["a", "b"])
     path, cache = (
         write(
@@ -188,7 +189,8 @@ def test_bad_rows_of_a_token_file(tmp_path):
     ):
         with pytest.raises(
             ValueError,
-            match=f"^{path}: no row of it is a comparison, for example {path}:3: fields found: prompt",
+            match=f"^{path}: no row of it is a comparison, "
+            f"for example {path}:3: fields found: prompt",
         ):
             read()
     write(path, [Comparison("p", ["abc", "abd"])] * 2)
@@ -315,7 +317,7 @@ def test_the_error_of_the_first_bad_row_is_raised(
 
 
 def test_processes_that_need_the_same_directory_wait_for_the_one_that_builds(tmp_path, monkeypatch):
-    """It is on the disk before it gets its name, and has nothing of a builder that was killed."""
+    """The directory is on the disk before it is named, and lacks a killed builder's files."""
     built, found, synced, at_the_lock = [], [], [], []
     half_built, all_came = threading.Event(), threading.Event()
     flock = token_cache.fcntl.flock

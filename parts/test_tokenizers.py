@@ -47,7 +47,7 @@ def tokenizer():
     ],
 )
 def test_round_trip_is_lossless(tokenizer, text):
-    """Characters that were not in the training text are spelled in bytes. No text makes a special id."""
+    """Characters that the training text lacked are spelled in bytes. No text is a special id."""
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(4 <= i < tokenizer.vocab_size for i in ids)
@@ -62,7 +62,7 @@ def test_trained_tokenizer_has_fixed_special_ids(tokenizer):
 
 @pytest.mark.parametrize("special", [0, 1, 2, 3, 400])
 def test_special_ids_have_no_text(tokenizer, special):
-    """Nor have the ids beyond the vocabulary that an embedding of more rows has."""
+    """Ids beyond the vocabulary, which an embedding of more rows has, have none either."""
     assert tokenizer.decode([special, *tokenizer.encode("a cat"), special, special]) == "a cat"
 
 
@@ -94,7 +94,9 @@ def sentencepiece_model(**options) -> bytes:
     return model.getvalue()
 
 
-PADS = [  # options of a sentencepiece model, the pad id that is asked for, and what pad_id, bos_id, eos_id, vocab_size become
+# Options of a sentencepiece model, the pad id that is asked for; then what pad_id, bos_id, eos_id,
+# vocab_size become.
+PADS = [
     (dict(pad_id=3), None, 3, 1, 2, 300),
     (dict(pad_id=-1), None, 300, 1, 2, 301),  # no pad (Llama)
     (dict(pad_id=-1, pad_piece="</s>"), None, 300, 1, 2, 301),  # pad is eos
@@ -111,7 +113,8 @@ PADS = [  # options of a sentencepiece model, the pad id that is asked for, and 
 def test_pad_is_the_given_one_or_the_tokenizers_own_or_new(
     tmp_path, options, given, pad_id, bos_id, eos_id, vocab_size
 ):
-    """A new id, right after the vocabulary, where text or its end could be mistaken for padding. Saving keeps them all."""
+    """The pad is a new id, right after the vocabulary, where text or its end could be mistaken for
+    padding. Saving keeps all ids."""
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(**options))
     (tmp_path / "saved").mkdir()
     data.load_tokenizer(tmp_path / "tokenizer.model", given).save(tmp_path / "saved")
@@ -230,7 +233,8 @@ BEGIN_END, LLAMA_3 = (
         **FAST,
     },
 )
-HUB = {  # name: (special tokens, tokenizer_config.json, is a bos put in front, has a pad that nothing else is)
+# name: (special tokens, tokenizer_config.json, is a bos put in front, has a pad of its own)
+HUB = {
     "gpt2": (["<|endoftext|>"], GPT2, False, False),
     "opt": (
         ["<s>", "<pad>", "</s>"],
@@ -273,7 +277,8 @@ def byte_level(special=("<|endoftext|>",), template=None):
 def hub_files(
     directory, *, backend=None, sentencepiece_proto=None, config, added=None, model_type="llama"
 ):
-    """A tokenizer directory as the hub has them; `backend` is saved as tokenizer.json, or as vocab.json and merges.txt."""
+    """Write a tokenizer directory as the hub has them; `backend` becomes tokenizer.json, or
+    vocab.json and merges.txt."""
     directory.mkdir()
     if (
         backend is not None
@@ -297,7 +302,7 @@ def hub_files(
 
 @pytest.fixture(scope="module", params=HUB)
 def hub_directory(request, tmp_path_factory):
-    """Tokenizer files as the hub has them -> (directory, is a bos put in front, has a pad that nothing else is)."""
+    """Write tokenizer files as the hub has them; return the directory and the last two of HUB."""
     (special, config, *expected), family = HUB[request.param], request.param.split(",")[0]
     backend = byte_level(special, "<|begin|> $A" if family == "llama" else None)
     return hub_files(
@@ -410,8 +415,8 @@ def test_a_pad_token_that_is_eos_says_nothing_about_padding(
         "additional special tokens",
     ],
 )
-def test_what_files_beside_a_tokenizer_say_is_heard(files, tmp_path, saved):
-    """Ids and special ids are those of AutoTokenizer; and saved, they stay."""
+def test_files_beside_a_tokenizer_are_read(files, tmp_path, saved):
+    """Ids and special ids are those of AutoTokenizer, also after saving."""
     directory = hub_files(tmp_path / "hub", **{**files, "backend": files["backend"]()})
     ours, theirs = (
         data.load_tokenizer(directory),
@@ -467,9 +472,8 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
         ours.encode("a cat<|im_end|>")
         == theirs("a cat<|im_end|>", add_special_tokens=False)["input_ids"]
     )
-    (
-        directory / "tokenizer.json"
-    ).unlink()  # then sentencepiece alone; the special ids are the same, and none is taken for padding
+    # Then sentencepiece alone; the special ids are the same, and none is taken for padding.
+    (directory / "tokenizer.json").unlink()
     ours = data.load_tokenizer(directory)
     assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2)
     assert_transformers_agrees(ours, saved)
@@ -508,7 +512,7 @@ def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
 
 
 def test_without_the_tokenizers_library(gpt2, monkeypatch, tokenizer):
-    """The message says what to install; a sentencepiece model beside a tokenizer.json needs nothing."""
+    """The message says what to install; sentencepiece beside tokenizer.json needs nothing."""
     monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
     with pytest.raises(
         ValueError,
@@ -533,7 +537,7 @@ def test_without_the_tokenizers_library(gpt2, monkeypatch, tokenizer):
     ],
     ids=str,
 )
-def test_what_files_beside_a_tokenizer_say_wrongly_is_said_with_their_name(file, content, gpt2):
+def test_a_wrong_file_beside_a_tokenizer_is_named(file, content, gpt2):
     (gpt2 / file).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"^{gpt2}/{file}: "):
         data.load_tokenizer(gpt2)
@@ -553,7 +557,8 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
 
 
 def assert_transformers_agrees(tokenizer, directory):
-    """What `save` wrote is the same tokenizer to us and to AutoTokenizer, whose default is the sequence that we train on."""
+    """Assert that `save` writes the same tokenizer for us and for AutoTokenizer, whose default is
+    the sequence that we train on, and whose chat template is `chat_text`."""
     tokenizer.save(directory)
     again, theirs = (
         data.load_tokenizer(directory),
@@ -614,7 +619,7 @@ def assert_transformers_agrees(tokenizer, directory):
 def test_saved_hub_tokenizer_is_the_same_for_us_and_for_transformers(
     hub_directory, tmp_path, above
 ):
-    """Also with a pad id that we are given, at the end of the vocabulary or some ids behind it."""
+    """A pad id may be given, too: at the end of the vocabulary, or some ids behind it."""
     tokenizer = data.load_tokenizer(hub_directory[0])
     if above is not None:
         tokenizer = data.load_tokenizer(hub_directory[0], tokenizer.text_size + above)
@@ -630,7 +635,7 @@ def test_saved_tokenizer_of_ours_is_the_same_for_transformers(tokenizer, tmp_pat
     "options", [{}, dict(bos_id=-1, eos_id=-1), dict(byte_fallback=False), dict(pad_id=3)], ids=str
 )
 def test_saved_sentencepiece_of_llama_2_is_the_same_for_transformers(tmp_path, options):
-    """A space in front of every text, and none of them lost."""
+    """Llama 2 puts a space in front of every text, and loses none."""
     model = sentencepiece_model(
         normalization_rule_name="identity", remove_extra_whitespaces=False, **options
     )
@@ -638,7 +643,7 @@ def test_saved_sentencepiece_of_llama_2_is_the_same_for_transformers(tmp_path, o
 
 
 def test_padding_with_a_token_of_text_does_not_change_how_text_is_read(gpt2, saved):
-    """As `--pad_id 0` does for Llama 3, whose id 0 is an exclamation mark."""
+    """`--pad_id 0` does so for Llama 3, whose id 0 is an exclamation mark."""
     letter = data.load_tokenizer(gpt2).encode("a")[0]
     tokenizer = data.load_tokenizer(gpt2, letter)
     tokenizer.save(saved)
@@ -678,7 +683,7 @@ def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(
     ],
     ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"],
 )
-def test_no_tokenizer_json_is_written_that_would_not_be_the_same(options, tmp_path):
+def test_a_tokenizer_json_that_would_differ_is_not_written(options, tmp_path):
     same = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
     options = (
         {**same, **options}

@@ -23,9 +23,7 @@ from parts.rows import bad_row, nothing_left, read_rows
 CHUNK_BYTES = 1 << 20  # rows of a file are tokenized together up to this size of their JSON
 
 # One row of a file: line number, margin, and its sequences `first` to `first + count - 1`.
-ROW = np.dtype(
-    [("line", np.int64), ("margin", np.float64), ("first", np.int64), ("count", np.int64)]
-)
+ROW = np.dtype([("line", "i8"), ("margin", "f8"), ("first", "i8"), ("count", "i8")])
 
 
 class Tokenized(NamedTuple):
@@ -77,10 +75,7 @@ class TokenizedData:
         return self.files[file][row]
 
     def fingerprint(self) -> str:
-        """Return a hash of all that the token ids, margins and their order follow from.
-
-        Only data of files has one.
-        """
+        """Return a hash of all that tokens, margins and their order follow from; of files only."""
         return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
 
 
@@ -98,26 +93,19 @@ def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
 
 
 def token_file(
-    path,
-    tokenize_rows: Callable[[list[bytes]], list],
-    fingerprint: str,
-    max_seq_len: int,
-    truncation_side: str,
-    cache_dir,
-    skip_bad_rows: bool = False,
+    path, cache_dir, tokenize_rows, fingerprint: str, max_seq_len: int, side: str, skip_bad_rows
 ) -> TokenizedFile:
-    """Return the comparisons of a file as token ids, mapped from the disk: they may exceed memory.
+    """Return the comparisons of a file as token ids, which may be larger than memory.
 
-    tokenize_rows: for the JSON of every row (sequences, margin), no sequences where they are
-        identical, or the ValueError that says what is wrong with the row.
-    fingerprint: of the tokenizer; with max_seq_len and truncation_side all that rules the tokens.
+    tokenize_rows: takes the JSON of rows, and returns for each (sequences, margin), no sequences
+        where they are identical, or the ValueError that says what is wrong with the row.
+    fingerprint: of the tokenizer; with max_seq_len and side all that tokenize_rows follows from.
     cache_dir: one process of a machine writes the tokens there once, while others that need them
         wait. They are found again by a hash of the file's content and the other arguments.
-    Raises ValueError that names the file and the line, or the file where no row of it has responses
-    that differ.
+    Raises ValueError that names the file and the line, or the file where all rows are identical.
     """
     content = file_hash(path)
-    how = (fingerprint, max_seq_len, truncation_side, skip_bad_rows)
+    how = (fingerprint, max_seq_len, side, skip_bad_rows)
     key = hash_of("tokens 3", content, Path(path).suffix, *how)
 
     def build(directory: Path):
@@ -126,14 +114,10 @@ def token_file(
         if len(rows) == 0:
             raise nothing_left(path, bad_rows)
         if len(sequences) == 1:
-            raise ValueError(
-                f"{path}: in all {len(rows)} rows the responses are identical "
-                f"(--max_seq_len {max_seq_len}); some must differ"
-            )
+            found = f"in all {len(rows)} rows the responses are identical"
+            raise ValueError(f"{path}: {found} (--max_seq_len {max_seq_len}); some must differ")
         if file_hash(path) != content:
-            raise ValueError(
-                f"{path}: was changed while it was read; start again when it is complete"
-            )
+            raise ValueError(f"{path}: was changed while it was read; start again when complete")
         np.save(directory / "sequences.npy", sequences)
         np.save(directory / "rows.npy", rows)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows or []))
@@ -142,12 +126,11 @@ def token_file(
 
 
 def write_tokens(file: Path, path, tokenize_rows, bad_rows: list[str] | None) -> tuple:
-    """Write the tokens of all rows of `path` into `file`, and return sequences and rows.
+    """Write the tokens of a data file into `file`; return `TokenizedFile`'s sequences and rows.
 
-    Both are arrays of `TokenizedFile`. Raises ValueError for the first bad row, or with `bad_rows`
-    collects these.
+    Raises ValueError for the first bad row, or with `bad_rows` collects the errors there.
     """
-    lengths, rows = [[0]], []  # arrays of a chunk each
+    lengths, rows = [[0]], []  # an array for each chunk
     is_small = os.path.getsize(path) <= CHUNK_BYTES
     bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows", disable=is_small)
     with open(file, "wb") as out, bar:
@@ -171,9 +154,9 @@ def write_tokens(file: Path, path, tokenize_rows, bad_rows: list[str] | None) ->
 
 
 def divide_rows(rows: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
-    """Yield lists of rows that reach CHUNK_BYTES with their last row; the rest is the last list.
+    """Yield lists of rows; each ends where it reaches CHUNK_BYTES, or with the last row.
 
-    An error of `rows` is raised after the rows before it, which may be wrong, too.
+    An error of reading comes after the rows before it, which may have errors of their own.
     """
     chunk, size = [], 0
     try:
@@ -191,7 +174,6 @@ def divide_rows(rows: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, b
 
 
 def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
-    """Map the token file in `directory`. Raises ValueError where it is damaged."""
     try:
         sequences = np.load(directory / "sequences.npy", mmap_mode="r")
         rows = np.load(directory / "rows.npy", mmap_mode="r")
@@ -200,10 +182,10 @@ def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
         if len(tokens) != sequences[-1]:
             raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
     except (OSError, EOFError, ValueError) as error:
-        raise ValueError(
-            f"{directory}: damaged ({error}); delete it, and it will be made again"
-        ) from None
-    return TokenizedFile(path, key, [f"{path}:{row}" for row in bad_rows], tokens, sequences, rows)
+        message = f"{directory}: damaged ({error}); delete it, and it will be made again"
+        raise ValueError(message) from None
+    where = [f"{path}:{row}" for row in bad_rows]
+    return TokenizedFile(path, key, where, tokens, sequences, rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +202,6 @@ def file_hash(path) -> str:
 
 @functools.lru_cache
 def content_hash(path, *version) -> str:
-    """Return the SHA-256 of a file, read once for each `version`."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -231,9 +212,9 @@ def hash_of(*parts) -> str:
 
 
 def cached(directory: Path, build: Callable[[Path], None]) -> Path:
-    """Return `directory`, which `build` fills first where it is missing.
+    """Return `directory`; where it is missing, one process has `build` fill it, and others wait.
 
-    One process builds while others wait, and the directory is complete or absent.
+    It is complete or absent: a directory that is half built when a process ends is discarded.
     """
     if directory.exists():
         return directory

@@ -3,8 +3,8 @@
 It knows no comparisons: which text becomes a sequence, and where bos and eos stand, is in data.py.
 
 Two kinds: sentencepiece models, and the formats of Hugging Face (tokenizer.json, or vocab.json and
-merges.txt), which need the `tokenizers` library. Both are saved with a tokenizer.json and a
-tokenizer_config.json from which transformers' `AutoTokenizer` makes the same tokenizer.
+merges.txt), which need the `tokenizers` library. Both are saved with a tokenizer.json, if it can
+say the same, from which transformers' `AutoTokenizer` makes the same tokenizer.
 """
 
 import io
@@ -28,6 +28,7 @@ except ImportError:  # it is optional, see requirements-hf.txt
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # The files beside it; a later one overrides an earlier one.
 CONFIG_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 # --------------------------------------------------------------------------------------------------
 # The plain chat template, that of Anthropic's hh-rlhf dialogues
@@ -116,25 +117,19 @@ class Tokenizer:
     def save(self, directory):
         """Write the files from which `load_tokenizer`, and AutoTokenizer, make this tokenizer.
 
-        AutoTokenizer reads tokenizer.json, which is written if it can say the same.
-        Raises ValueError where the directory has another tokenizer.
+        Raises ValueError where the directory has a file of another tokenizer.
         """
+        directory = Path(directory)
         files = {"tokenizer_config.json": self.config | {"pad_token_id": self.pad_id}}
         files |= sentencepiece_files(self)
-        directory = Path(directory)
-        written = ("tokenizer.model", *files)
-        refuse_others(
-            "tokenizer", [directory / name for name in TOKENIZER_FILES if name not in written]
-        )
+        others = [name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)]
+        refuse_others("tokenizer", [directory / name for name in others])
         (directory / "tokenizer.model").write_bytes(self.model_proto)
         write_json(directory, files)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json, or of a vocab.json and the merges.txt beside it.
-
-    The attributes are those of `Tokenizer`, but for the sentencepiece model.
-    """
+    """The tokenizer of a tokenizer.json, or of a vocab.json and the merges.txt beside it."""
 
     def __init__(self, file: Path, config: dict, pad_id: int | None = None):
         default = None
@@ -189,22 +184,17 @@ def read_backend(file: Path) -> "tokenizers.Tokenizer":
 
 
 def add_tokens(backend: "tokenizers.Tokenizer", config: dict):
-    """Add the tokens and settings of CONFIG_FILES that a tokenizer's own file lacks.
-
-    Raises ValueError where the two give an added token different ids.
-    """
-    for i, token in sorted(config["added_tokens_decoder"].items()):
+    """Add the tokens and settings of CONFIG_FILES that a tokenizer's own file lacks."""
+    for i, token in sorted(config.get("added_tokens_decoder", {}).items()):
         name = token["content"]
         if backend.token_to_id(name) is None:
             backend.add_special_tokens([name])
         own_id = backend.token_to_id(name)
         if own_id != i:
-            raise ValueError(
-                f"the added token {name!r} has id {i} by the files beside it, {own_id} by its own"
-            )
-    keys = ("bos_token", "eos_token", "unk_token", "pad_token")
-    special = [config.get(key) for key in keys] + config.get("additional_special_tokens", [])
-    for name in special:
+            found = f"has id {i} by the files beside it, {own_id} by its own"
+            raise ValueError(f"the added token {name!r} {found}")
+    special = [config.get(key) for key in SPECIAL_TOKENS]
+    for name in special + config.get("additional_special_tokens", []):
         is_missing_default = name == "<|endoftext|>" and backend.token_to_id(name) is None
         if name and not is_missing_default:
             backend.add_special_tokens([name])
@@ -218,7 +208,6 @@ def add_tokens(backend: "tokenizers.Tokenizer", config: dict):
 
 
 def has_tokenizer(directory) -> bool:
-    """Return whether a directory has a tokenizer."""
     return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
 
 
@@ -229,14 +218,20 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     BPE: GPT-2, OPT): the `tokenizers` library. CONFIG_FILES beside any of these are read, too.
     Raises ValueError that names the file.
     """
-    file = tokenizer_file(Path(path))
+    path = Path(path)
+    files = [path / name for name in TOKENIZER_FILES] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        missing = "tokenizer in this directory" if path.is_dir() else "such file"
+        expected = "tokenizer.model, tokenizer.json, or vocab.json and merges.txt"
+        raise ValueError(f"{path}: no {missing}; expected {expected}")
+    file = files[0]
     config = tokenizer_config(file.parent)
-    beside = file.with_name("tokenizer.model")
-    if Path(path).is_dir() and beside.is_file():
-        # tokenizer.model needs no library. Its tokenizer.json may add tokens, but not if `save`
-        # wrote both, which split_special_tokens shows.
-        if config.get("split_special_tokens") or tokenizers is None:
-            file = beside
+    # tokenizer.model needs no library. A tokenizer.json beside it may add tokens, but not where
+    # `save` wrote both, which split_special_tokens shows.
+    model_file = path / "tokenizer.model"
+    if model_file in files and (config.get("split_special_tokens") or tokenizers is None):
+        file = model_file
     if file.suffix == ".json" and tokenizers is None:
         raise ValueError(f"{file}: reading it needs `pip install -r requirements-hf.txt`")
     if pad_id is None:
@@ -252,20 +247,6 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
     raise ValueError(f"{file}: not a sentencepiece model, or damaged")
 
 
-def tokenizer_file(path: Path) -> Path:
-    """Return the first of TOKENIZER_FILES in a directory; a file is its own answer.
-
-    Raises ValueError where there is none.
-    """
-    files = [path / name for name in TOKENIZER_FILES] if path.is_dir() else [path]
-    for file in files:
-        if file.is_file():
-            return file
-    missing = "tokenizer in this directory" if path.is_dir() else "such file"
-    expected = "tokenizer.model, tokenizer.json, or vocab.json and merges.txt"
-    raise ValueError(f"{path}: no {missing}; expected {expected}")
-
-
 def tokenizer_config(directory: Path) -> dict:
     """Read CONFIG_FILES as one dictionary, {} where there is none.
 
@@ -273,19 +254,17 @@ def tokenizer_config(directory: Path) -> dict:
     Raises ValueError that names the file.
     """
     config, added = {}, {}
-    for file in (directory / name for name in CONFIG_FILES):
-        if not file.is_file():
-            continue
+    files = [directory / name for name in CONFIG_FILES]
+    for file in filter(Path.is_file, files):
         found = read_config(file)
         try:
             if file.name == "added_tokens.json":
                 decoder = {i: {"content": name} for name, i in found.items()}
                 found = {"added_tokens_decoder": decoder}
-            for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-                if key in found:
-                    found[key] = token_text(found[key])
-                    if not isinstance(found[key], str | None):
-                        raise ValueError(f"{key} is {found[key]!r}; expected the text of a token")
+            for key in [key for key in SPECIAL_TOKENS if key in found]:
+                found[key] = token_text(found[key])
+                if not isinstance(found[key], str | None):
+                    raise ValueError(f"{key} is {found[key]!r}; expected the text of a token")
             for i, token in found.get("added_tokens_decoder", {}).items():
                 added[int(i)] = {"content": token["content"]}
             special = [token_text(token) for token in found.get("additional_special_tokens") or []]
@@ -293,12 +272,13 @@ def tokenizer_config(directory: Path) -> dict:
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: {error}") from None
         config |= found
-    return config | {"added_tokens_decoder": added}
+    if config:
+        config["added_tokens_decoder"] = added
+    return config
 
 
 def token_text(token):
-    """Return the text of a special token, which may be described by a dictionary (AddedToken)."""
-    return token.get("content") if isinstance(token, dict) else token
+    return token.get("content") if isinstance(token, dict) else token  # a dict: an AddedToken
 
 
 def read_config(file: Path) -> dict:
@@ -308,9 +288,8 @@ def read_config(file: Path) -> dict:
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found {json_type(config)}")
         # `save` writes which pad id was chosen; files of Hugging Face have no such key.
-        pad_id = config.get("pad_token_id")
-        is_id = type(pad_id) is int and 0 <= pad_id < 2**24
-        if pad_id is not None and not is_id:
+        pad_id = config.get("pad_token_id", 0)
+        if pad_id is not None and not (type(pad_id) is int and 0 <= pad_id < 2**24):
             raise ValueError(f"pad_token_id is {pad_id!r}; expected a token id")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
@@ -350,10 +329,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         # sentencepiece compares the size that was asked for with the size that it needs.
         sizes = re.search(r"(\d+) vs (\d+)", str(error))
         needed = f"; {sizes[2]} would do" if sizes else f" ({error})"
-        raise ValueError(
-            f"{vocab_size} ids are too few for 256 bytes, 4 special ids and the text's characters"
-            + needed
-        ) from None
+        text = "256 bytes, 4 special ids and the text's characters"
+        raise ValueError(f"{vocab_size} ids are too few for {text}{needed}") from None
     return Tokenizer(model.getvalue())
 
 
@@ -362,17 +339,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def refuse_others(kind: str, files: Iterable[Path]):
-    """Raise ValueError where one of `files` exists, which a `kind` is not going to be saved in."""
+    """Raise ValueError where one of `files` exists, in which a `kind` is not going to be saved."""
     for file in files:
         if file.exists():
-            raise ValueError(
-                f"{file}: another {kind}, which could be read in place of the one to save; "
-                "move it, or give another directory"
-            )
+            found = f"another {kind}, which could be read in place of the one to save"
+            raise ValueError(f"{file}: {found}; move it, or give another directory")
 
 
 def write_json(directory, files: dict[str, dict]):
-    """Write {file name: content} as JSON into a directory."""
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         (Path(directory) / name).write_text(text, encoding="utf-8")
@@ -381,10 +355,9 @@ def write_json(directory, files: dict[str, dict]):
 def transformers_files(
     tokenizer: Tokenizer, spec: dict, id_to_token: Callable[[int], str], config: dict
 ) -> dict[str, dict]:
-    """Return the content of tokenizer.json and tokenizer_config.json.
+    """Return tokenizer.json and tokenizer_config.json: `spec` and `config` with special tokens.
 
-    spec, config: what is to stand there, without the special tokens. The tokenizer puts bos in
-    front of a text and eos behind it, as `data.tokenize` does.
+    By default they make bos, text, eos of a text, as `data.tokenize` does.
     """
     pad_id, bos_id, eos_id = tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id
     named = {"bos_token": bos_id, "eos_token": eos_id, "pad_token": pad_id}
@@ -400,21 +373,19 @@ def transformers_files(
     spec["added_tokens"] += [added_token(i, names[i]) for i in sorted(special)]
     in_front = [] if bos_id is None else [bos_id]
     behind = [] if eos_id in (None, pad_id) else [eos_id]
-
-    def template(text: str, number: int) -> list[dict]:
-        """Return the pieces of the first text (A, 0), or of the second one (B, 1)."""
-        before = [{"SpecialToken": {"id": names[i], "type_id": number}} for i in in_front]
-        after = [{"SpecialToken": {"id": names[i], "type_id": number}} for i in behind]
-        return [*before, {"Sequence": {"id": text, "type_id": number}}, *after]
-
-    used = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in in_front + behind}
-    spec["truncation"] = None
-    spec["padding"] = None
+    used = [names[i] for i in in_front + behind]
+    templates = []  # of the first text of a pair, and of the second one
+    for number, text in enumerate("AB"):
+        pieces = [{"SpecialToken": {"id": name, "type_id": number}} for name in used]
+        pieces.insert(len(in_front), {"Sequence": {"id": text, "type_id": number}})
+        templates.append(pieces)
+    ids = {names[i]: {"id": names[i], "ids": [i], "tokens": [names[i]]} for i in in_front + behind}
+    spec |= {"truncation": None, "padding": None}
     spec["post_processor"] = {
         "type": "TemplateProcessing",
-        "single": template("A", 0),
-        "pair": template("A", 0) + template("B", 1),
-        "special_tokens": used,
+        "single": templates[0],
+        "pair": templates[0] + templates[1],
+        "special_tokens": ids,
     }
     config = config | {name: names.get(i) for name, i in named.items()}
     config |= {
@@ -428,18 +399,17 @@ def transformers_files(
 
 
 def added_token(i: int, name: str) -> dict:
-    """Return a special token as tokenizer.json describes it."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": i, "content": name, **flags, "special": True}
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": i, "content": name, **off, "special": True}
 
 
 def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
-    """Return the content of tokenizer.json and tokenizer_config.json for a sentencepiece model.
+    """Return tokenizer.json and tokenizer_config.json of a sentencepiece BPE model.
 
-    Returns {} for models that tokenizer.json cannot describe here: other ones than BPE, and ones
-    that normalize text or have pieces defined by a user.
+    Returns {} for other models, and for BPE that normalizes text or has pieces of a user.
     """
-    pieces, names, size = tokenizer.pieces, tokenizer.names, tokenizer.pieces.get_piece_size()
+    pieces, names = tokenizer.pieces, tokenizer.names
+    size = pieces.get_piece_size()
     special = [i for i in range(size) if pieces.is_control(i) or pieces.is_unknown(i)]
     ordinary = [i for i in range(size) if i not in special and not pieces.is_byte(i)]
     space = "\u2581"  # sentencepiece's sign for a space
