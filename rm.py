@@ -24,7 +24,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -35,7 +34,9 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from model import FAMILIES, GPT, WEIGHT_FILES, index_of, read_checkpoint, resize_rows
+from model import GPT
+from parts import huggingface
+from parts.huggingface import LAYOUTS
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -240,29 +241,42 @@ def check_batch(input_ids, pad_id, attention_mask, pairs=False, vocab_size=None)
 # The model
 
 
-LAYOUTS = ("deepspeed-chat", "hf")  # of a saved model
-
-
 class RewardModel(nn.Module):
     """A GPT backbone and a value head: a reward for every token.
 
-    pad_id: the id that fills rows up; where no attention_mask is given, it also tells where texts end.
+    pad_id: fills rows up; where no attention_mask is given, it also tells where texts end.
     num_padding_at_beginning: how many leading `pad_id` belong to a text (OPT: 1).
-
-    Attributes that are set afterwards, and are no part of the state_dict:
-    objective: `loss` and `center_rewards_coefficient` of `pair_loss`, where they are not the default.
+    loss, center_rewards_coefficient: the objective, as `pair_loss` explains it.
     reward_bias: is added to every reward, which no difference shows (parts/normalize.py).
-    has_fresh_head: whether nothing has trained the value head.
+    has_fresh_head: nothing has trained the value head.
+
+    All of these are attributes, and no part of the state_dict.
     """
 
-    def __init__(self, backbone: GPT, pad_id: int, num_padding_at_beginning: int = 0):
+    def __init__(
+        self,
+        backbone: GPT,
+        pad_id: int,
+        num_padding_at_beginning: int = 0,
+        loss: str = "divergent",
+        center_rewards_coefficient: float = 0.0,
+        reward_bias: float = 0.0,
+        has_fresh_head: bool = True,
+    ):
         super().__init__()
         self.backbone = backbone
         self.v_head = nn.Linear(backbone.config.embed_dim, 1, bias=False)
         self.pad_id = pad_id
         self.num_padding_at_beginning = num_padding_at_beginning
-        self.objective, self.reward_bias = {}, 0.0
-        self.has_fresh_head = True
+        self.loss = loss
+        self.center_rewards_coefficient = center_rewards_coefficient
+        self.reward_bias = reward_bias
+        self.has_fresh_head = has_fresh_head
+
+    @property
+    def objective(self) -> dict:
+        """The keywords of `pair_loss` that say what is minimized."""
+        return {"loss": self.loss, "center_rewards_coefficient": self.center_rewards_coefficient}
 
     @property
     def longest_tail(self) -> int | None:
@@ -444,126 +458,37 @@ class RewardModel(nn.Module):
         return {"values": values, "chosen_end_scores": torch.stack(scores)}
 
     @classmethod
-    def from_pretrained(
-        cls, path, pad_id: int | None = None, num_padding_at_beginning: int | None = None
-    ) -> "RewardModel":
-        """A reward model from a directory: a Hugging Face backbone (the value head is fresh), or one of `save_pretrained`.
+    def from_pretrained(cls, path, pad_id=None, num_padding_at_beginning=None, **objective):
+        """Load a directory of `save_pretrained`, or a Hugging Face backbone (a fresh value head).
 
-        pad_id: None takes `pad_token_id` of config.json; where that has none, the tokenizer's (`data.load_tokenizer`), or
-        without one a new id right after the vocabulary. A pad_id beyond the embedding adds rows of zeros up to it.
-        num_padding_at_beginning: None takes what config.json says, else 1 where texts begin with a bos that is also the
-        pad, else 0. The value head is `v_head.weight` or `score.weight`, where there is one of a row. Raises ValueError that
-        names the file.
+        pad_id, num_padding_at_beginning: None takes what the directory says (`padding_of`). A
+        pad_id beyond the embedding adds rows of zeros up to it.
+        objective: `loss` and `center_rewards_coefficient`.
+        The value head is `v_head.weight`, or a `score.weight` of one row.
+        Raises ValueError that names the file.
         """
-        hf, weights = read_checkpoint(path)
+        hf, weights = huggingface.read_checkpoint(path)
         backbone = GPT.from_hf(hf, weights, source=path)
-        if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
-            pad_id = hf.get("pad_token_id")
-        if pad_id is None:
-            from data import has_tokenizer, load_tokenizer
-
-            if has_tokenizer(path):
-                pad_id = load_tokenizer(path).pad_id
-        if pad_id is None:
-            pad_id = backbone.config.vocab_size
-        if num_padding_at_beginning is None:
-            bos = hf.get("bos_token_id") if FAMILIES[hf["model_type"]]["bos_in_front"] else None
-            num_padding_at_beginning = hf.get("num_padding_at_beginning", int(bos == pad_id))
+        head = huggingface.value_head(weights, backbone.config.embed_dim, source=path)
+        pad_id, leading = huggingface.padding_of(path, hf, pad_id, num_padding_at_beginning)
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
-        model = cls(backbone, pad_id, num_padding_at_beginning)
-        model.reward_bias = hf.get("reward_bias", 0.0)
-        if type(model.reward_bias) not in (int, float) or not math.isfinite(model.reward_bias):
-            raise ValueError(
-                f"{path}/config.json: reward_bias is {model.reward_bias!r}; expected a finite number"
-            )
-        head_name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
-        head = weights.get(head_name)
-        if head is not None and (
-            head_name == "v_head.weight" or head.shape[:1] == (1,)
-        ):  # a score of more rows is a classifier's
-            if head.shape != model.v_head.weight.shape:
-                raise ValueError(
-                    f"{path}: weight {head_name} has shape {list(head.shape)}; "
-                    f"expected {list(model.v_head.weight.shape)}, one reward"
-                )
+        found = {"reward_bias": hf.get("reward_bias", 0.0), "has_fresh_head": head is None}
+        model = cls(backbone, pad_id, leading, **objective, **found)
+        if head is not None:
             model.v_head.weight.data.copy_(head)
-            model.has_fresh_head = False
         return model
 
     def save_pretrained(self, path, layout: str = "deepspeed-chat", tokenizer=None):
-        """Write config.json, the weights, and the tokenizer's files where one is given, into the directory `path`.
+        """Write config.json, the weights, and a tokenizer's files into the directory `path`.
 
-        layout "deepspeed-chat": pytorch_model.bin with the keys that DeepSpeed-Chat's step 3 loads. It resizes the
-        embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so that is how many are written.
-        layout "hf": model.safetensors (needs safetensors) that `transformers.AutoModelForSequenceClassification` loads.
-        Raises ValueError for another layout, and where weights of another kind lie in the directory.
+        layout "deepspeed-chat": pytorch_model.bin with the keys that DeepSpeed-Chat's step 3 loads.
+        It resizes the embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so
+        that is how many are written.
+        layout "hf": model.safetensors (needs safetensors), which
+        `transformers.AutoModelForSequenceClassification` loads.
+        Raises ValueError for another layout, and where weights of another kind lie in `path`.
         """
-        from parts.tokenizers import refuse_others
-
-        if layout not in LAYOUTS:
-            raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")
-        if layout == "hf":
-            try:
-                from safetensors.torch import save_file
-            except ImportError:
-                raise ValueError(
-                    f"layout {layout!r} needs `pip install -r requirements-hf.txt`"
-                ) from None
-        path, config, family = (
-            Path(path),
-            self.backbone.config,
-            FAMILIES[self.backbone.config.model_type],
-        )
-        file = path / WEIGHT_FILES[layout == "deepspeed-chat"]
-        refuse_others(
-            "model",
-            [
-                other
-                for name in WEIGHT_FILES
-                for other in (path / name, index_of(path / name))
-                if other != file
-            ],
-        )
-        path.mkdir(parents=True, exist_ok=True)
-        rows = 8 * math.ceil(
-            max(tokenizer.vocab_size if tokenizer else config.vocab_size, self.pad_id + 1) / 8
-        )
-        weights = self.backbone.to_hf()
-        embed = family["names"]["embed"] + ".weight"
-        weights[embed] = resize_rows(weights[embed], rows)
-        head = self.v_head.weight.detach().cpu().clone()
-        prefix, head_name = (
-            ("rwtransformer.", "v_head.weight")
-            if layout == "deepspeed-chat"
-            else (family["prefixes"][0], "score.weight")
-        )
-        state = {prefix + name: weight.cpu() for name, weight in weights.items()} | {
-            head_name: head
-        }
-        hf = config.to_hf() | {
-            "vocab_size": rows,
-            "pad_token_id": self.pad_id,
-            "num_padding_at_beginning": self.num_padding_at_beginning,
-        }
-        if self.reward_bias:
-            hf["reward_bias"] = self.reward_bias
-        if layout == "hf":
-            hf |= {
-                "architectures": [family["classifier"]],
-                "id2label": {"0": "reward"},
-                "label2id": {"reward": 0},
-            }
-        part = file.with_name(
-            file.name + ".part"
-        )  # this model may be mapped from the file that it replaces: no writing into it
-        save_file(state, part, metadata={"format": "pt"}) if layout == "hf" else torch.save(
-            state, part
-        )
-        (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-        shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
-        os.replace(part, file)
-        if tokenizer:
-            tokenizer.save(path)
+        huggingface.save_reward_model(self, path, layout, tokenizer)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

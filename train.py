@@ -57,8 +57,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from model import FAMILIES, GPT, WEIGHT_FILES, GPTConfig, index_of, read_config
+from model import GPT, GPTConfig
 from parts import token_cache
+from parts.huggingface import FAMILIES, WEIGHT_FILES, read_config
 from parts.packed import packed_size
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 from rm import LOSSES, RewardModel
@@ -853,10 +854,12 @@ def plain_model(model: RewardModel, args, process: Process) -> RewardModel:
         state = extra("lora").merge(state)
     with torch.device("meta"):
         plain = RewardModel(
-            GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning
+            GPT(model.backbone.config),
+            model.pad_id,
+            model.num_padding_at_beginning,
+            reward_bias=model.reward_bias,
         )
     plain.load_state_dict(state, assign=True)
-    plain.reward_bias = model.reward_bias
     return plain
 
 
@@ -1050,15 +1053,14 @@ def leading_pads(args, tokenizer) -> int:
 def set_up(model: RewardModel, args) -> int:
     """Dropout, objective, gradient checkpointing and LoRA as the flags say. Returns the number of layers that got LoRA."""
     model.backbone.config.dropout = args.dropout
-    model.objective = {
-        "loss": args.loss,
-        "center_rewards_coefficient": args.center_rewards_coefficient,
-    }
+    model.loss = args.loss
+    model.center_rewards_coefficient = args.center_rewards_coefficient
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
-    return (
-        extra("lora").add(model, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
-        if args.lora_dim
-        else 0
+    if not args.lora_dim:
+        return 0
+    layers = model.backbone.linear_layers()
+    return extra("lora").add(
+        model, layers, args.lora_dim, args.lora_module_name, args.only_optimize_lora
     )
 
 
@@ -1234,7 +1236,6 @@ def open_output(model: RewardModel, args, step: int, process: Process):
         "report.html",
         "config.json",
         *WEIGHT_FILES,
-        *(index_of(Path(name)) for name in WEIGHT_FILES),
         *TOKENIZER_FILES,
         *CONFIG_FILES,
         "merges.txt",

@@ -1,37 +1,35 @@
-"""Rewards of zero mean and unit variance (`train.py --normalize_rewards`).
+"""Rewards of zero mean and unit variance (`train.py --normalize_rewards`), by changing a model.
 
-A loss of differences leaves the mean of the rewards open, and PPO wants one that is known: Ouyang et al. (2022, section 3.5)
-set a bias so that the labelers' demonstrations have a mean of 0. Here both are those of the end scores of the eval responses.
+It computes no scores: they are handed in, as the model is. A loss of differences leaves the mean of
+the rewards open, and PPO wants one that is known: Ouyang et al. (2022, section 3.5) set a bias so
+that the labelers' demonstrations have a mean of 0. Here mean and variance are those of the end
+scores of the eval responses.
 """
 
 import math
 
 import torch
 
-from rm import RewardModel
-
 
 @torch.no_grad()
-def normalize(model: RewardModel, scores: list[float]) -> str:
-    """Change `model` so that `scores`, which it gave to some responses, would have had mean 0 and standard deviation 1.
+def normalize(model, scores: list[float]) -> str:
+    """Change a reward model so that `scores`, which it gave, would have had mean 0 and deviation 1.
 
-    The scale goes into v_head. The shift goes into the bias of the last norm where v_head reads its output (gpt2, opt): so every
-    program that loads the checkpoint sees it. A last norm without a bias (llama), or one with a projection after it
-    (OPT-350m), cannot hold it: there it becomes `reward_bias`, which is saved in config.json. Returns a line that says so.
+    The scale goes into v_head. The shift goes into the bias of the last norm where v_head reads its
+    output (gpt2, opt), so that every program which loads the checkpoint sees it. A last norm
+    without a bias (llama), or one with a projection after it (OPT-350m), cannot hold it: there it
+    becomes `reward_bias`, which is saved in config.json. Returns a line that says so.
     Raises ValueError where all scores are the same.
     """
     values = torch.tensor(scores, dtype=torch.float64)
     mean, deviation = values.mean().item(), values.std(correction=0).item()
     if not (math.isfinite(deviation) and deviation > 0):
         raise ValueError(
-            f"--normalize_rewards: the {len(scores)} end scores of the eval responses have mean {mean:g} and standard deviation "
-            f"{deviation:g}; expected one above 0; leave the flag out"
+            f"--normalize_rewards: the {len(scores)} end scores of the eval responses have mean "
+            f"{mean:g} and standard deviation {deviation:g}; expected one above 0; omit the flag"
         )
-    head, norm, shift = (
-        model.v_head.weight,
-        model.backbone.norm,
-        (model.reward_bias - mean) / deviation,
-    )
+    head, norm = model.v_head.weight, model.backbone.norm
+    shift = (model.reward_bias - mean) / deviation
     head /= deviation
     if isinstance(norm, torch.nn.LayerNorm) and model.backbone.project_out is None:
         norm.bias += (shift / head.square().sum()) * head[0]
@@ -39,6 +37,6 @@ def normalize(model: RewardModel, scores: list[float]) -> str:
     else:
         model.reward_bias, place = shift, "config.json (reward_bias)"
     return (
-        f"end scores of {len(scores)} eval responses: mean {mean:.4f}, standard deviation {deviation:.4f}; normalized to 0 and 1 in v_head "
-        f"and {place}"
+        f"end scores of {len(scores)} eval responses: mean {mean:.4f}, standard deviation "
+        f"{deviation:.4f}; normalized to 0 and 1 in v_head and {place}"
     )

@@ -27,7 +27,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from data import Tokenized
-from model import GPT, GPTConfig, read_config
+from model import GPT, GPTConfig
+from parts.huggingface import read_config
 from rm import RewardModel
 from train import (
     DTYPES,
@@ -120,11 +121,7 @@ def make_model(args) -> RewardModel:
     """
     pad_id = args.pad_id
     if args.model_name_or_path:
-        hf = read_config(args.model_name_or_path)
-        try:
-            config = GPTConfig.from_hf(hf)
-        except ValueError as error:
-            raise ValueError(f"{args.model_name_or_path}/config.json: {error}") from None
+        config = GPTConfig.from_hf(read_config(args.model_name_or_path), args.model_name_or_path)
         check_positions(config, args)
         if pad_id is None:
             pad_id = config.token_ids.get("pad_token_id")

@@ -20,7 +20,8 @@ import torch
 
 import data
 from tools.check_vectors import arguments
-from model import FAMILIES, GPT, GPTConfig
+from model import GPT, GPTConfig
+from parts.huggingface import family_of, weight_names
 from rm import RewardModel, pairwise_loss
 from train import make_optimizer
 
@@ -501,13 +502,13 @@ def backward_norms(model: RewardModel, loss: torch.Tensor) -> dict:
     """The norm of the gradient over all parameters, and over each weight of model.safetensors, under its name there."""
     model.zero_grad()
     loss.backward()
-    prefix = FAMILIES[model.backbone.config.model_type]["prefixes"][0]
-    norms = {
-        prefix + theirs: torch.stack(
-            [model.backbone.get_parameter(name).grad.norm() for name in ours]
-        ).norm()
-        for theirs, ours in model.backbone.hf_names().items()
-    } | {"score.weight": model.v_head.weight.grad.norm()}
+    model_type = model.backbone.config.model_type
+    parameters = dict(model.backbone.named_parameters())
+    norms = {}
+    for theirs, ours in weight_names(model_type, parameters).items():
+        parts = torch.stack([parameters[name].grad.norm() for name in ours])
+        norms[family_of(model_type).prefixes[0] + theirs] = parts.norm()
+    norms["score.weight"] = model.v_head.weight.grad.norm()
     return {
         "grad_norm": torch.stack([*norms.values()]).norm().item(),
         "grad_norms": {name: norm.item() for name, norm in norms.items()},
@@ -707,11 +708,8 @@ def packed_file(models: dict[str, RewardModel]) -> dict:
             longest_tail=options.get("longest_tail"),
             margins=options.get("margins"),
         )
-        with mock.patch.object(
-            model,
-            "objective",
-            {key: options[key] for key in ("loss", "center_rewards_coefficient") if key in options},
-        ):
+        objective = {key: options.get(key, usual) for key, usual in model.objective.items()}
+        with mock.patch.multiple(model, **objective):
             out = model(batch)
         cases.append(
             {

@@ -12,7 +12,8 @@ import torch
 import data
 import rm
 from tools import check_vectors, make_vectors
-from model import GPT, read_checkpoint, scaled_dot_product
+from model import GPT, scaled_dot_product
+from parts.huggingface import read_checkpoint
 from parts.packed import PackedAttention
 from rm import RewardModel, pairwise_loss
 
@@ -678,8 +679,8 @@ def test_packed(case, models):
     # The numbers are the padded layout's, a comparison at a time.
     model, outs = models[case["model"]], []
     margins = case["options"].get("margins", [0.0] * len(case["token_groups"]))
-    objective = {key: value for key, value in case["options"].items() if key != "margins"}
-    with mock.patch.object(model, "objective", objective):
+    options = {key: value for key, value in case["options"].items() if key != "margins"}
+    with mock.patch.multiple(model, **model.objective | options):
         for group, margin in zip(case["token_groups"], margins):
             chosen, rejected = zip(*itertools.combinations(group, 2))
             outs.append(

@@ -1,0 +1,542 @@
+"""Hugging Face's model directories <-> our config fields, weight names and value head, both ways.
+
+It builds no model: model.py and rm.py do, and hand in shapes and weights. Tokenizers' files are the
+business of parts/tokenizers.py.
+"""
+
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
+
+# --------------------------------------------------------------------------------------------------
+# Families
+
+
+COMMON = dict(
+    norm="layernorm", norm_eps=1e-5, gated=False, bias=True, pre_norm=True, position_offset=0
+)
+REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of backbone: what makes it one, and how its checkpoints spell what ours have."""
+
+    variant: dict  # fields of GPTConfig that make a backbone one of this family
+    config: dict[str, str]  # field of GPTConfig -> key of config.json
+    fixed: dict  # key that would change the computation -> the only value that is supported
+    names: dict[str, str]  # module of GPT -> Hugging Face's name
+    layer_names: dict[str, str]  # module of Block -> Hugging Face's name, which several may share
+    prefixes: tuple[str, ...]  # before a name or not, by the class that wrote it; first: classifier
+    classes: str  # how the names of Hugging Face's classes begin
+    required: tuple[str, ...] = REQUIRED  # fields whose key must be there
+    bos_in_front: bool = True  # texts begin with bos
+    transposed: bool = False  # weights of blocks are stored as (in, out)
+    ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry
+
+
+# A family is a row. Its names are those of Hugging Face's class without a head.
+FAMILIES = {
+    "gpt2": Family(
+        variant=COMMON | dict(activation="gelu_new"),
+        config=dict(
+            vocab_size="vocab_size",
+            n_positions="n_positions",
+            n_layer="n_layer",
+            n_head="n_head",
+            n_embd="n_embd",
+            n_inner="n_inner",
+            activation="activation_function",
+            norm_eps="layer_norm_epsilon",
+        ),
+        fixed=dict(
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False,
+        ),
+        names=dict(embed="wte", pos_embed="wpe", blocks="h", norm="ln_f"),
+        layer_names=dict(
+            attn_norm="ln_1",
+            q="attn.c_attn",
+            k="attn.c_attn",
+            v="attn.c_attn",
+            attn_out="attn.c_proj",
+            mlp_norm="ln_2",
+            mlp_in="mlp.c_fc",
+            mlp_out="mlp.c_proj",
+        ),
+        prefixes=("transformer.",),
+        classes="GPT2",
+        required=("vocab_size", "n_layer", "n_head", "n_embd"),
+        bos_in_front=False,
+        transposed=True,  # Hugging Face's "Conv1D"
+        ignored=(".attn.bias", ".attn.masked_bias"),
+    ),
+    "opt": Family(
+        variant=COMMON | dict(activation="relu", position_offset=2),
+        config=dict(
+            vocab_size="vocab_size",
+            n_positions="max_position_embeddings",
+            n_layer="num_hidden_layers",
+            n_head="num_attention_heads",
+            n_embd="hidden_size",
+            n_inner="ffn_dim",
+            activation="activation_function",
+            embed_dim="word_embed_proj_dim",
+            pre_norm="do_layer_norm_before",
+        ),
+        fixed=dict(
+            _remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True
+        ),
+        names=dict(
+            embed="decoder.embed_tokens",
+            pos_embed="decoder.embed_positions",
+            project_in="decoder.project_in",
+            blocks="decoder.layers",
+            norm="decoder.final_layer_norm",
+            project_out="decoder.project_out",
+        ),
+        layer_names=dict(
+            attn_norm="self_attn_layer_norm",
+            q="self_attn.q_proj",
+            k="self_attn.k_proj",
+            v="self_attn.v_proj",
+            attn_out="self_attn.out_proj",
+            mlp_norm="final_layer_norm",
+            mlp_in="fc1",
+            mlp_out="fc2",
+        ),
+        prefixes=("model.", "decoder."),
+        classes="OPT",
+    ),
+    "llama": Family(
+        variant=COMMON
+        | dict(
+            norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=1e4
+        ),
+        config=dict(
+            vocab_size="vocab_size",
+            n_positions="max_position_embeddings",
+            n_layer="num_hidden_layers",
+            n_head="num_attention_heads",
+            n_kv_head="num_key_value_heads",
+            n_embd="hidden_size",
+            head_dim="head_dim",
+            n_inner="intermediate_size",
+            activation="hidden_act",
+            norm_eps="rms_norm_eps",
+            rope_theta="rope_theta",
+            rope_scaling="rope_scaling",
+        ),
+        fixed=dict(attention_bias=False, mlp_bias=False),
+        names=dict(embed="embed_tokens", blocks="layers", norm="norm"),
+        layer_names=dict(
+            attn_norm="input_layernorm",
+            q="self_attn.q_proj",
+            k="self_attn.k_proj",
+            v="self_attn.v_proj",
+            attn_out="self_attn.o_proj",
+            mlp_norm="post_attention_layernorm",
+            mlp_gate="mlp.gate_proj",
+            mlp_in="mlp.up_proj",
+            mlp_out="mlp.down_proj",
+        ),
+        prefixes=("model.",),
+        classes="Llama",
+        ignored=("rotary_emb.inv_freq",),
+    ),
+}
+
+
+def family_of(model_type) -> Family:
+    """Return the row of FAMILIES. Raises ValueError where there is none."""
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise ValueError(
+            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+# --------------------------------------------------------------------------------------------------
+# config.json
+
+# Kinds of values: how an error words one, and its test.
+COUNT = ("a whole number above 0", lambda value: type(value) is int and 0 < value < 2**31)
+POSITIVE = ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < 2**31)
+FINITE = ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+NAME = ("a name", lambda value: isinstance(value, str))
+SWITCH = ("true or false", lambda value: isinstance(value, bool))
+OBJECT = ("an object", lambda value: isinstance(value, dict))
+INTEGER = ("a whole number", lambda value: type(value) is int and value < 2**24)
+TOKEN_ID = ("a token id or null", lambda value: value is None or INTEGER[1](value))
+
+FIELD_KINDS = dict(  # of GPTConfig's fields; the others are counts
+    activation=NAME, norm_eps=POSITIVE, rope_theta=POSITIVE, rope_scaling=OBJECT, pre_norm=SWITCH
+)
+KEY_KINDS = dict(  # of keys that any config.json may have
+    bos_token_id=TOKEN_ID,
+    pad_token_id=TOKEN_ID,
+    num_padding_at_beginning=INTEGER,
+    reward_bias=FINITE,
+)
+LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def check(hf: dict, key: str, kind: tuple):
+    """Raise ValueError where the value of `key` is not of its kind."""
+    expected, is_of_kind = kind
+    if not is_of_kind(hf.get(key)):
+        raise ValueError(f"{key} is {hf.get(key)!r}; expected {expected}")
+
+
+def config_fields(hf: dict) -> dict:
+    """Return the fields of GPTConfig that a parsed config.json describes.
+
+    Raises ValueError that names the key where a backbone cannot be computed, or a value is wrong.
+    """
+    family = family_of(hf.get("model_type"))
+    hf = hf | rope_keys(hf)
+    for key, value in family.fixed.items():
+        if hf.get(key, value) != value:
+            raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
+    if hf.get("quantization_config"):
+        raise ValueError(
+            "quantization_config: the weights are quantized; give a directory with those from "
+            "before, or dequantize them"
+        )
+    for key, kind in KEY_KINDS.items():
+        if key in hf:
+            check(hf, key, kind)
+    fields = {"model_type": hf["model_type"]}
+    for field, key in family.config.items():
+        if hf.get(key) is not None:
+            check(hf, key, FIELD_KINDS.get(field, COUNT))
+            fields[field] = hf[key]
+    missing = [family.config[field] for field in family.required if field not in fields]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+    fields["token_ids"] = {key: hf[key] for key in token_ids if key in hf}
+    return fields
+
+
+def rope_keys(hf: dict) -> dict:
+    """Return rope_theta and rope_scaling of a parsed config.json, None where it has none.
+
+    transformers 5 put these two top-level keys into one object; a "type" in there is an older
+    "rope_type". Raises ValueError for unknown kinds.
+    """
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if hf.get(key):
+            check(hf, key, OBJECT)
+            rope |= hf[key]
+    theta = hf.get("rope_theta", rope.get("rope_theta"))
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return {"rope_theta": theta, "rope_scaling": None}
+    if kind != "llama3":
+        raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
+    for key in LLAMA_3:
+        check(rope, key, FINITE)
+    return {"rope_theta": theta, "rope_scaling": rope}
+
+
+def config_to_hf(fields: dict) -> dict:
+    """Return the config.json of a GPTConfig with these fields: the inverse of `config_fields`."""
+    family = family_of(fields["model_type"])
+    hf = {"model_type": fields["model_type"], "architectures": [family.classes + "Model"]}
+    for field, key in family.config.items():
+        hf[key] = fields[field]
+    return hf | {"tie_word_embeddings": False} | fields["token_ids"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights
+
+HEADS = ("lm_head.weight", "score.weight", "v_head.weight")  # no part of a backbone
+DEEPSPEED_CHAT = "rwtransformer."  # its prefix of a backbone's names
+DEEPSPEED_CHAT_PREFIXES = (DEEPSPEED_CHAT, "rwtranrsformer.")  # in both spellings
+
+
+def module_name(model_type: str, module: str) -> str:
+    """Translate our name of a module, `embed` or `blocks.3.q`, into Hugging Face's."""
+    family = family_of(model_type)
+    if not module.startswith("blocks."):
+        return family.names[module]
+    _, number, child = module.split(".")
+    return f"{family.names['blocks']}.{number}.{family.layer_names[child]}"
+
+
+def weight_names(model_type: str, ours: Iterable[str]) -> dict[str, list[str]]:
+    """Map each Hugging Face name to our weights in it: one, or gpt2's q, k and v row after row."""
+    names = {}
+    for name in ours:
+        module, kind = name.rsplit(".", 1)
+        names.setdefault(f"{module_name(model_type, module)}.{kind}", []).append(name)
+    return names
+
+
+def bare_name(model_type: str, name: str) -> str:
+    """Strip the prefixes that depend on the program which wrote a weight."""
+    for prefix in DEEPSPEED_CHAT_PREFIXES + family_of(model_type).prefixes:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def is_transposed(model_type: str, name: str, dimensions: int) -> bool:
+    """Tell whether Hugging Face stores this weight of ours as (in, out)."""
+    return family_of(model_type).transposed and name.startswith("blocks.") and dimensions == 2
+
+
+def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[str, torch.Tensor]:
+    """Turn the weights of a checkpoint into a state dict of GPT, in float32.
+
+    hf: the parsed config.json. weights: under Hugging Face's names, with or without prefixes.
+    shapes: what GPT asks for. source: the checkpoint, as errors name it.
+    Raises ValueError that names a weight which is missing, left over, or of another shape or dtype.
+    """
+    model_type = hf["model_type"]
+    family = family_of(model_type)
+    stored = {bare_name(model_type, name): name for name in weights}
+    state = {}
+    for theirs, ours in weight_names(model_type, shapes).items():
+        bare = bare_name(model_type, theirs)
+        if bare not in stored:
+            raise ValueError(f"{source}: weight {theirs} is missing")
+        weight = weights[stored.pop(bare)]
+        shape = shapes[ours[0]]
+        rows = [shapes[name][0] for name in ours]
+        expected = [sum(rows), *shape[1:]]
+        transposed = is_transposed(model_type, ours[0], len(shape))
+        if transposed:
+            expected.reverse()
+        if list(weight.shape) != expected:
+            raise ValueError(
+                f"{source}: weight {theirs} has shape {list(weight.shape)}; "
+                f"config.json asks for {expected}"
+            )
+        if weight.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{source}: weight {theirs} is {weight.dtype}; "
+                "expected float32, float16, bfloat16 or float64"
+            )
+        if transposed:
+            weight = weight.t()
+        # t() and float() copy no float32 weight: it stays in the file, mapped, until it is written.
+        parts = weight.float().split(rows)
+        if len(parts) > 1:
+            parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+        state.update(zip(ours, parts))
+    n_layer = hf[family.config["n_layer"]]
+    for bare, name in stored.items():
+        if not bare.endswith(family.ignored + HEADS):
+            raise ValueError(
+                f"{source}: weight {name} is not part of a {model_type} backbone of {n_layer} "
+                "layers (config.json)"
+            )
+    return state
+
+
+def state_dict_to_hf(model_type: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy the weights of GPT, under Hugging Face's names: the inverse of `state_dict_to_ours`."""
+    weights = {}
+    for theirs, ours in weight_names(model_type, state).items():
+        weight = torch.cat([state[name] for name in ours])
+        if is_transposed(model_type, ours[0], weight.dim()):
+            weight = weight.t().contiguous()
+        weights[theirs] = weight
+    return weights
+
+
+def resize_rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """Return the first `rows` rows of a matrix, followed by rows of zeros where it has fewer."""
+    if rows == len(weight):
+        return weight
+    resized = weight.new_empty(rows, weight.shape[1])
+    resized[: len(weight)] = weight[:rows]
+    resized[len(weight) :] = 0
+    return resized
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+WEIGHT_FILES = (  # in the order in which weights are looked for: whole, or an index of shards
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def read_config(path) -> dict:
+    """Return the parsed config.json of a directory. Raises ValueError that names what is wrong."""
+    path = Path(path)
+    if not path.is_dir():
+        raise ValueError(
+            f"{path}: no such directory; a model is a directory with config.json and its weights"
+        )
+    try:
+        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path}: no config.json there; a model directory has one beside its weights"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}/config.json: not JSON ({error})") from None
+    if not isinstance(hf, dict):
+        raise ValueError(f"{path}/config.json: expected an object, found {type(hf).__name__}")
+    return hf
+
+
+def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
+    """Return the parsed config.json of a directory, and its weights as they are named there.
+
+    They are read from model.safetensors, else from pytorch_model.bin, whole or in the shards that
+    an index beside it lists. The files are mapped, not read: a weight takes memory of its own only
+    once it is written to or converted.
+    Raises ValueError that names the file which is missing or broken.
+    """
+    path, hf = Path(path), read_config(path)
+    files = [path / name for name in WEIGHT_FILES if (path / name).exists()][:1]
+    if not files:
+        raise ValueError(
+            f"{path}: neither model.safetensors nor pytorch_model.bin there, whole or in shards"
+        )
+    load = load_pickle
+    if files[0].name.startswith("model.safetensors"):
+        load = import_safetensors(f"{path}: reading its safetensors").load_file
+    if files[0].suffix == ".json":
+        files = shards_of(files[0])
+    weights = {}
+    for file in files:
+        try:
+            weights |= load(file)
+        except Exception as error:  # of a cut, missing or foreign file; each library has its kinds
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
+    for name, weight in weights.items():
+        is_named_tensor = isinstance(name, str) and torch.is_tensor(weight)
+        if not is_named_tensor or weight.layout != torch.strided or weight.is_meta:
+            raise ValueError(
+                f"{files[0]}: expected a dictionary of names and tensors, found something else"
+            )
+    return hf, weights
+
+
+def shards_of(index: Path) -> list[Path]:
+    """List the files that an index names. Raises ValueError where it is no such index."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return [index.with_name(name) for name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{index}: expected an object with a weight_map ({type(error).__name__}: {error})"
+        ) from None
+
+
+def load_pickle(file: Path) -> dict:
+    """Map a file of torch.save, without running code in it; PyTorch before 1.6 wrote no zips."""
+    can_map = zipfile.is_zipfile(file)
+    return torch.load(file, map_location="cpu", weights_only=True, mmap=can_map)
+
+
+def import_safetensors(what: str):
+    """Return the module safetensors.torch. Raises ValueError that says `what` needs it."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError(f"{what} needs `pip install -r requirements-hf.txt`") from None
+    return safetensors.torch
+
+
+# --------------------------------------------------------------------------------------------------
+# Reward models
+
+LAYOUTS = ("deepspeed-chat", "hf")  # of a saved model
+
+
+def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple[int, int]:
+    """Return the pad id, and how many of them begin a text; None takes what the directory says.
+
+    That is config.json's pad id, else the tokenizer's, else a new id right after the vocabulary;
+    and config.json's number, else 1 where texts begin with a bos that is also the pad, else 0.
+    """
+    if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
+        pad_id = hf.get("pad_token_id")
+    if pad_id is None and has_tokenizer(path):
+        pad_id = load_tokenizer(path).pad_id
+    if pad_id is None:
+        pad_id = hf["vocab_size"]
+    if leading is None:
+        is_bos = family_of(hf["model_type"]).bos_in_front and hf.get("bos_token_id") == pad_id
+        leading = hf.get("num_padding_at_beginning", int(is_bos))
+    return pad_id, leading
+
+
+def value_head(weights: dict[str, torch.Tensor], width: int, source) -> torch.Tensor | None:
+    """Return the value head of a checkpoint, (1, width), or None where it has none.
+
+    A score.weight of more rows is a classifier's. Raises ValueError for another width.
+    """
+    name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
+    head = weights.get(name)
+    if head is None or (name == "score.weight" and head.shape[:1] != (1,)):
+        return None
+    if head.shape != (1, width):
+        raise ValueError(
+            f"{source}: weight {name} has shape {list(head.shape)}; expected {[1, width]}"
+        )
+    return head
+
+
+def save_reward_model(model, path, layout: str, tokenizer=None):
+    """Write a reward model into a directory, as `RewardModel.save_pretrained` says."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")
+    safetensors = import_safetensors(f"layout {layout!r}") if layout == "hf" else None
+    path = Path(path)
+    file = path / ("model.safetensors" if layout == "hf" else "pytorch_model.bin")
+    refuse_others("model", [path / name for name in WEIGHT_FILES if path / name != file])
+    path.mkdir(parents=True, exist_ok=True)
+    length = tokenizer.vocab_size if tokenizer else model.backbone.config.vocab_size
+    rows = 8 * math.ceil(max(length, model.pad_id + 1) / 8)
+    hf = config_to_hf(vars(model.backbone.config)) | {
+        "vocab_size": rows,
+        "pad_token_id": model.pad_id,
+        "num_padding_at_beginning": model.num_padding_at_beginning,
+    }
+    if model.reward_bias:
+        hf["reward_bias"] = model.reward_bias
+    family = family_of(hf["model_type"])
+    prefix, head_name = DEEPSPEED_CHAT, "v_head.weight"
+    if layout == "hf":
+        prefix, head_name = family.prefixes[0], "score.weight"
+        hf["architectures"] = [family.classes + "ForSequenceClassification"]
+        hf |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+    weights = state_dict_to_hf(hf["model_type"], model.backbone.state_dict())
+    embed = family.names["embed"] + ".weight"
+    weights[embed] = resize_rows(weights[embed], rows)
+    weights = {prefix + name: weight.cpu() for name, weight in weights.items()}
+    weights[head_name] = model.v_head.weight.detach().cpu().clone()
+    # The model may be mapped from the file that it replaces: nothing is written into that.
+    part = file.with_name(file.name + ".part")
+    if layout == "hf":
+        safetensors.save_file(weights, part, metadata={"format": "pt"})
+    else:
+        torch.save(weights, part)
+    (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+    shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
+    os.replace(part, file)
+    if tokenizer:
+        tokenizer.save(path)
