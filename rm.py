@@ -12,31 +12,29 @@
     python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]
 
 scores the responses in FILE: comparisons in any format of data.py, or rows {"prompt": ..., "response": ...}. With --show
-or --html page.html it shows them instead, token by token, and how their loss comes about (parts/report.py).
+or --html page.html it shows them instead, token by token, and how their loss comes about.
 
     python rm.py convert CHECKPOINT DIRECTORY --layout hf
 
-writes a trained model in another layout: hf for transformers, deepspeed-chat for its step 3.
+writes a trained model in another layout: hf for transformers, deepspeed-chat for its step 3. Both programs are in
+tools/score.py.
 """
 
-import argparse
 import itertools
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from model import GPT
 from parts import huggingface
-from parts.huggingface import LAYOUTS
+from parts.flags import hand_over
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loss
@@ -491,224 +489,15 @@ class RewardModel(nn.Module):
         huggingface.save_reward_model(self, path, layout, tokenizer)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The programs: score the responses in a file, convert a model
-
-
-@torch.no_grad()
-def score(
-    model: RewardModel, groups: list[list[list[int]]], batch_size: int, layout: str = "packed"
-) -> list[list[float]]:
-    """The end scores of comparisons of one or more sequences of token ids. At most `batch_size` sequences are computed at
-    once, of similar lengths, but all of one comparison."""
-    from data import pack, pad_rows  # this program needs them, the algorithm does not
-
-    scores, device = [[]] * len(groups), model.v_head.weight.device
-    order = sorted(range(len(groups)), key=lambda i: max(map(len, groups[i])))
-    while order:
-        taken = itertools.accumulate(len(groups[i]) for i in order)
-        n = max(1, sum(count <= batch_size for count in itertools.islice(taken, batch_size)))
-        chunk, order = order[:n], order[n:]
-        batch = [groups[i] for i in chunk]
-        if layout == "packed":
-            rewards = model.packed_rewards(
-                pack(batch, model.pad_id, min_responses=1, longest_tail=0).to(device)
-            )
-            ends = torch.stack([row[-1] for rows in rewards for row in rows])
-        else:
-            input_ids, mask = pad_rows(
-                [sequence for group in batch for sequence in group], model.pad_id
-            )
-            values = model.forward_value(
-                input_ids.to(device), mask.to(device), return_value_only=True
-            )
-            ends = values.gather(
-                1, mask.sum(1, keepdim=True).to(device) - 1
-            ).flatten()  # known, so a pad id in a text is text
-        ends = iter(ends.tolist())
-        for i in chunk:
-            scores[i] = list(itertools.islice(ends, len(groups[i])))
-    return scores
-
-
-def trained_model(checkpoint) -> RewardModel:
-    """The reward model in a directory, to score with. Raises ValueError where its value head is fresh."""
-    model = RewardModel.from_pretrained(checkpoint)
-    if model.has_fresh_head:
-        raise ValueError(
-            f"{checkpoint}: has no v_head.weight, so it is no reward model yet; train it first (train.py)"
-        )
-    return model.eval()
-
-
-def score_program(argv: list[str]):
-    from data import load_comparisons, load_tokenizer, tokenize
-
-    parser = argparse.ArgumentParser(
-        allow_abbrev=False,
-        description="Score the responses in a file. One JSON line a row, in the file's order: "
-        '{"scores": [best, ..., worst]} for a comparison, {"score": x} for a single row.',
-        epilog="`python rm.py convert --help` tells of the other program in this file.",
-    )
-    parser.add_argument(
-        "checkpoint", help="a directory with a trained reward model and its tokenizer"
-    )
-    parser.add_argument(
-        "file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)"
-    )
-    parser.add_argument("--out", help="where to write the scores (default: standard output)")
-    parser.add_argument(
-        "--html",
-        help="write a page that shows the comparisons token by token; without --out no scores are written",
-    )
-    parser.add_argument(
-        "--show",
-        action="store_true",
-        help="print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set",
-    )
-    parser.add_argument(
-        "--rows", type=int, help="of these two: how many rows of the file to compute and show (100)"
-    )
-    parser.add_argument(
-        "--batch_size", type=int, default=16, help="sequences computed at once (16)"
-    )
-    parser.add_argument(
-        "--layout",
-        choices=("packed", "padded"),
-        default="packed",
-        help="how: padded is the reference (packed)",
-    )
-    parser.add_argument(
-        "--max_seq_len",
-        type=int,
-        help="longer ones are truncated, on the left (default: what the model has positions for)",
-    )
-    args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
-    for flag, target in (("--out", args.out), ("--html", args.html)):
-        if target and (Path(target).is_dir() or not Path(target).absolute().parent.is_dir()):
-            parser.error(
-                f"argument {flag}: found {target}; expected a file in a directory that exists"
-            )
-        if target and Path(target).resolve() == Path(args.file).resolve():
-            parser.error(
-                f"argument {flag}: found {target}, which is the file to score; give another"
-            )
-    if args.html and args.out and Path(args.html).resolve() == Path(args.out).resolve():
-        parser.error(f"argument --html: found {args.html}, which is that of --out; give another")
-    if args.rows is not None and not (args.rows >= 1 and (args.html or args.show)):
-        parser.error(
-            f"argument --rows: found {args.rows}; expected 1 or more, and --html or --show"
-        )
-    model = trained_model(args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
-    rows = model.backbone.config.vocab_size
-    if tokenizer.text_size > rows:
-        raise ValueError(
-            f"{args.checkpoint}: the model has {rows} token ids, its tokenizer {tokenizer.text_size}; they don't belong together"
-        )
-    longest = model.backbone.config.n_positions
-    max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
-    if not 2 <= max_seq_len <= longest:
-        parser.error(
-            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, the positions that the model has"
-        )
-    if args.html or args.show:
-        try:
-            from parts import report
-        except ImportError:
-            raise ValueError(
-                "--html and --show need parts/report.py, which is not there; put it beside rm.py, or leave them out"
-            ) from None
-        shown = report.scored_rows(model, tokenizer, args.file, args.rows or 100, max_seq_len)
-        if args.html:
-            report.comparisons_page(args.html, shown, args.file, args.checkpoint, max_seq_len)
-        if args.show:
-            is_for_eyes = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-            report.show(
-                shown, sys.stdout, colors=bool(is_for_eyes) and not os.environ.get("NO_COLOR")
-            )
-        if not args.out:
-            return
-    margins = []
-    comparisons = load_comparisons(args.file, min_responses=1)
-    unfinished = (
-        args.out and args.out + ".part"
-    )  # so that an --out of before stays until there is a whole new one
-    with (
-        open(unfinished, "w") if args.out else nullcontext(sys.stdout) as out,
-        tqdm(unit=" rows", file=sys.stderr) as bar,
-    ):
-        while window := list(
-            itertools.islice(comparisons, 64 * args.batch_size)
-        ):  # within it, batches by length
-            groups = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
-            for row in score(model, groups, args.batch_size, args.layout):
-                margins += [a - b for a, b in itertools.combinations(row, 2)]
-                out.write(json.dumps({"scores": row} if len(row) > 1 else {"score": row[0]}) + "\n")
-            bar.update(len(window))
-    if args.out:
-        os.replace(unfinished, args.out)
-    if margins:
-        accuracy, mean = (
-            sum(margin > 0 for margin in margins) / len(margins),
-            sum(margins) / len(margins),
-        )
-        print(
-            f"{len(margins)} pairs: accuracy {accuracy:.4f}, mean margin {mean:.4f}",
-            file=sys.stderr,
-        )
-
-
-def convert_program(argv: list[str]):
-    from data import has_tokenizer, load_tokenizer
-
-    parser = argparse.ArgumentParser(
-        "rm.py convert",
-        allow_abbrev=False,
-        description="Write a trained reward model in another layout.",
-    )
-    parser.add_argument(
-        "checkpoint", help="a directory with a trained reward model, in either layout"
-    )
-    parser.add_argument("directory", help="where to write it: a new directory, or an empty one")
-    parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        required=True,
-        help="deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification",
-    )
-    args = parser.parse_args(argv)
-    directory = Path(args.directory)
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
-        parser.error(
-            f"argument directory: found {args.directory}, which is not empty; give a new one"
-        )
-    model = trained_model(args.checkpoint)
-    tokenizer = (
-        load_tokenizer(args.checkpoint, model.pad_id) if has_tokenizer(args.checkpoint) else None
-    )
-    model.save_pretrained(directory, args.layout, tokenizer)
-    print(
-        f"{directory}: {args.layout} layout, {'with its tokenizer' if tokenizer else 'without a tokenizer, as there was none'}"
-    )
-    if model.reward_bias:
-        print(
-            f"its rewards were normalized: other programs must add {model.reward_bias:.6g} (reward_bias in config.json) to what they compute"
-        )
+# --------------------------------------------------------------------------------------------------
+# The programs
 
 
 def main():
     try:
-        if sys.argv[1:2] == ["convert"]:
-            convert_program(sys.argv[2:])
-        else:
-            score_program(sys.argv[1:])
-    except (ValueError, OSError) as error:
+        hand_over("score", sys.argv[1:], "scoring")
+    except ValueError as error:
         sys.exit(f"rm.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("rm.py: interrupted; --out and --html are as they were")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ import data
 from model import GPT, GPTConfig
 from parts import token_cache
 from parts.huggingface import FAMILIES, WEIGHT_FILES, read_config
+from parts.metrics import Writer, spearman, summarize, summary_writer
 from parts.packed import packed_size
+from parts.report import run_page
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 from rm import LOSSES, RewardModel
 
@@ -83,9 +85,8 @@ EXTRAS = {
     "dry_run": "dry_run",
     "lora": "lora_dim",
     "normalize": "normalize_rewards",
-    "tensorboard": "enable_tensorboard",
 }  # file: flag
-EXTRAS_IN = {"dry_run": "tools", "lora": "parts", "normalize": "parts", "tensorboard": "parts"}
+EXTRAS_IN = {"dry_run": "tools", "lora": "parts", "normalize": "parts"}
 LONGEST_STREAK = 25  # of steps skipped in fp16: the scaler has then gone from 65536 to 0.002, so it is not the scale
 
 
@@ -460,7 +461,7 @@ def run(args, process: Process):
     done, facts = step_to_go_on_from(checkpoints, args, same_run, total_steps, process)
     tensorboard = None
     if args.enable_tensorboard and process.rank == 0:
-        tensorboard = extra("tensorboard").Writer(args.tensorboard_path, done)
+        tensorboard = Writer(args.tensorboard_path, done)
     metrics_file, is_evaluated = open_output(model, args, done, process)
     # The hooks that average gradients run only when the wrapped module is called, as `trained(...)`. Calling another
     # method of it, or `model` itself, would train each rank on its own, without a word.
@@ -811,17 +812,14 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
             complaint = error  # the model is saved as it is, first
     with said_if_unwritable(output_dir / "checkpoints"):
         model.save_pretrained(output_dir, tokenizer=tokenizer)
-        if has_report := Path(__file__).with_name("parts").joinpath("report.py").exists():
-            from parts.report import run_page
-
-            run_page(
-                output_dir / "report.html",
-                events,
-                vars(args),
-                numbers["chosen"],
-                numbers["rejected"],
-                numbers["true_margin"],
-            )
+        run_page(
+            output_dir / "report.html",
+            events,
+            vars(args),
+            numbers["chosen"],
+            numbers["rejected"],
+            numbers["true_margin"],
+        )
     if complaint:
         raise complaint
     best = (
@@ -838,7 +836,7 @@ def finish(model: RewardModel, tokenizer, numbers: dict, skipped: int, args, pro
         print(f"{skipped} steps were left out, as their gradients were too large for fp16")
     print(
         f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, {after['accuracy']:.4f} after training{best}\n"
-        f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl{f'   page: {args.output_dir}/report.html' if has_report else ''}\n"
+        f"model: {args.output_dir}   metrics: {args.output_dir}/metrics.jsonl   page: {args.output_dir}/report.html\n"
         f"score with it: python rm.py {args.output_dir} FILE.jsonl"
     )
 
@@ -914,56 +912,10 @@ def evaluate(
     model.train()
     loss, *lists = process.join(loss, *numbers.values())
     numbers = dict(zip(numbers, lists))
-    chosen, rejected, true_margin = (
-        torch.tensor(numbers[name], dtype=torch.float64)
-        for name in ("chosen", "rejected", "true_margin")
+    metrics = summarize(
+        loss / n, numbers["chosen"], numbers["rejected"], numbers["true_margin"], dataset.dropped
     )
-    margin = chosen - rejected
-    metrics = {
-        "loss": loss / n,
-        "accuracy": (margin > 0).double().mean().item(),
-        "chosen_score": chosen.mean().item(),
-        "rejected_score": rejected.mean().item(),
-        "margin": margin.mean().item(),
-        "ece": calibration_error(margin),
-        "pairs": len(margin),
-        "dropped": dataset.dropped,
-    }
-    if len(true_margin):
-        metrics["bayes_accuracy"] = (true_margin > 0).double().mean().item()
-        metrics["probability_error"] = (
-            (torch.sigmoid(margin) - torch.sigmoid(true_margin)).abs().mean().item()
-        )
     return metrics, numbers
-
-
-def confidence_bins(margin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The confidence max(p, 1 - p) of p = sigmoid(margin), and its bin, 0 to 9, of 10 equal ones over [0.5, 1]: (N,) each."""
-    confidence = torch.sigmoid(margin.abs())
-    return confidence, torch.bucketize(
-        confidence, torch.linspace(0.5, 1, 11, dtype=confidence.dtype)[1:-1], right=True
-    )
-
-
-def calibration_error(margin: torch.Tensor) -> float:
-    """Expected calibration error (Naeini et al. 2015) of sigmoid(margin) as the probability that the first is better.
-
-    margin: (N,), chosen minus rejected end score.
-    """
-    confidence, bins = confidence_bins(margin)
-    gaps = torch.zeros(10, dtype=torch.float64).index_add_(
-        0, bins, (margin > 0).double() - confidence.double()
-    )
-    return float(gaps.abs().sum()) / len(margin)
-
-
-def spearman(a: list[float], b: list[float]) -> float:
-    """Spearman's correlation: that of the ranks; equal values share the mean of theirs."""
-    ranks = []
-    for values in (a, b):
-        _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-        ranks.append((np.cumsum(counts) - (counts - 1) / 2)[group])
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1589,6 +1541,8 @@ def main():
         for name, flag in EXTRAS.items():
             if getattr(args, flag):
                 extra(name)  # before anything is read
+        if args.enable_tensorboard:
+            summary_writer()
         if args.dry_run:
             report = extra("dry_run").report
             if os.environ.get("RANK", "0") == "0":

@@ -13,6 +13,7 @@ import rm
 import train
 from parts.normalize import normalize
 from model import GPT, GPTConfig
+from tools.score import main, score, trained_model
 
 KINDS = [
     ("gpt2", {}, True),
@@ -45,7 +46,7 @@ def test_scores_get_mean_0_and_deviation_1_and_keep_it_in_the_file(
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     groups = torch.randint(1, 24, (20, 2, 9)).tolist()
-    before = list(itertools.chain(*rm.score(model, groups, 8)))
+    before = list(itertools.chain(*score(model, groups, 8)))
     said = normalize(model, before)
     mean, deviation = statistics.fmean(before), statistics.pstdev(before)
     assert (
@@ -58,7 +59,7 @@ def test_scores_get_mean_0_and_deviation_1_and_keep_it_in_the_file(
     )
     loaded = rm.RewardModel.from_pretrained(tmp_path)
     for scored in (model, loaded):
-        after = list(itertools.chain(*rm.score(scored, groups, 8)))
+        after = list(itertools.chain(*score(scored, groups, 8)))
         assert after == pytest.approx([(score - mean) / deviation for score in before], abs=2e-5)
         assert (statistics.fmean(after), statistics.pstdev(after)) == pytest.approx(
             (0, 1), abs=2e-5
@@ -70,7 +71,7 @@ def test_scores_get_mean_0_and_deviation_1_and_keep_it_in_the_file(
     normalize(
         loaded, [score + 1 for score in after]
     )  # a bias that is there already is shifted, too
-    assert list(itertools.chain(*rm.score(loaded, groups, 8))) == pytest.approx(
+    assert list(itertools.chain(*score(loaded, groups, 8))) == pytest.approx(
         [score - 1 for score in after], abs=5e-5
     )
 
@@ -115,7 +116,7 @@ def test_model_that_cannot_be_normalized_is_saved_as_it_is(tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="train.py: error: --normalize_rewards: the 2 end scores"):
         train.main()
     assert (
-        not rm.trained_model(tmp_path / "out").reward_bias
+        not trained_model(tmp_path / "out").reward_bias
         and (tmp_path / "out" / "report.html").exists()
     )
 
@@ -131,13 +132,13 @@ def test_converting_says_what_other_programs_must_add(tmp_path, monkeypatch, cap
         "argv",
         ["rm.py", "convert", str(tmp_path / "ours"), str(tmp_path / "hf"), "--layout", "hf"],
     )
-    rm.main()
+    main()
     assert "other programs must add -2 (reward_bias in config.json)" in capsys.readouterr().out
     from transformers import AutoModelForSequenceClassification
 
     ids = torch.tensor([[1, 2, 3]])
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")(ids).logits.item()
-    assert rm.score(rm.trained_model(tmp_path / "hf"), [[[1, 2, 3]]], 1)[0][0] == pytest.approx(
+    assert score(trained_model(tmp_path / "hf"), [[[1, 2, 3]]], 1)[0][0] == pytest.approx(
         theirs - 2, abs=1e-5
     )
 
@@ -182,7 +183,7 @@ def test_training_with_the_flag(tmp_path, monkeypatch, capsys):
     groups = [
         data.tokenize(c, tokenizer, 512) for c in data.load_comparisons(tmp_path / "rows.jsonl")
     ]
-    scores = list(itertools.chain(*rm.score(model, groups, 16)))
+    scores = list(itertools.chain(*score(model, groups, 16)))
     assert len(scores) == 60 and (
         statistics.fmean(scores),
         statistics.pstdev(scores),

@@ -67,8 +67,10 @@ from torch import nn
 import data
 import rm
 import train
-from parts.report import SERIES, Series, chart, standalone
+from parts.metrics import calibration_error
 from parts.token_cache import cached, hash_of
+from parts.report import SERIES, Series, chart, standalone
+from tools.score import score
 
 DATA, OBJECTIVES = (
     ("clean", "late", "confounded", "hh-scratch", "hh-head"),
@@ -327,7 +329,7 @@ def measure(kind: str, model, tokenizer, args, options) -> dict:
     comparisons, groups = zip(
         *(both for both in zip(comparisons, groups) if both[1][0] != both[1][1])
     )  # as train.py
-    scores = rm.score(model.eval(), groups, 64)
+    scores = score(model.eval(), groups, 64)
     if not built_in:
         return statistics(
             scores, [[len(text) - data.shared_prefix(group) for text in group] for group in groups]
@@ -390,7 +392,7 @@ def statistics(scores, lengths, true=None, features=None) -> dict:
         "pairs": len(margin),
         "accuracy": right.mean(),
         "loss": np.logaddexp(0, -margin).mean(),
-        "ece": train.calibration_error(torch.from_numpy(margin)),
+        "ece": calibration_error(torch.from_numpy(margin)),
         "accuracy_longer": right[longer > 0].mean(),
         "accuracy_shorter": right[longer < 0].mean(),
         "chosen_is_longer": (longer > 0).mean(),

@@ -14,6 +14,7 @@ import data
 import rm
 from tools import study
 from model import GPT, GPTConfig
+from tools.score import score
 
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 6]], [[7, 8], [7, 9, 10, 11]], [[1, 2], [1, 2, 3, 4]]]
 METRICS = [*study.QUALITY, *study.LENGTH]
@@ -145,8 +146,8 @@ def test_stored_features_give_the_loss_of_the_backbone(objective, tmp_path, monk
     for name, found in head(batch).items():
         assert torch.allclose(found, expected[name], atol=2e-3)
     assert list(head.parameters()) == [head.v_head.weight]
-    assert rm.score(head, GROUPS, 4) == [
-        pytest.approx(row, abs=2e-3) for row in rm.score(model, GROUPS, 4)
+    assert score(head, GROUPS, 4) == [
+        pytest.approx(row, abs=2e-3) for row in score(model, GROUPS, 4)
     ]
 
 
