@@ -63,11 +63,10 @@ class GPTConfig:
     rope_theta: float | None = None  # base of the rotary frequencies; None: learned positions
     rope_scaling: dict | None = None  # Llama 3's, under Hugging Face's keys
     pre_norm: bool | None = None  # norms before the sublayers and at the end; else after sublayers
-    embed_dim: int | None = None  # of embedding and output; other than n_embd: projections between
+    embed_dim: int | None = None  # width of embedding and output, projected if not n_embd
     position_offset: int | None = None  # row of the position table for position 0 (OPT: 2)
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
-    # Of fresh weights; by default 0.02 at width 768, in proportion to 1 / sqrt(width).
-    init_std: float | None = None
+    init_std: float | None = None  # of fresh weights; None: 0.02 at width 768, as 1 / sqrt(width)
     token_ids: dict = field(default_factory=dict)  # bos, eos, pad, under config.json's keys
 
     def __post_init__(self):
@@ -177,7 +176,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.gradient_checkpointing = False  # keep blocks' inputs alone; backward recomputes blocks
+        self.gradient_checkpointing = False  # keep block inputs only; the backward pass recomputes
         self.embed = make_embedding(config.vocab_size, config.embed_dim)
         if config.rope_theta is None:
             rows = config.n_positions + config.position_offset

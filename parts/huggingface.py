@@ -20,8 +20,7 @@ from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
 # --------------------------------------------------------------------------------------------------
 # Families
 
-
-COMMON = dict(
+COMMON = dict(  # fields of most families
     norm="layernorm", norm_eps=1e-5, gated=False, bias=True, pre_norm=True, position_offset=0
 )
 REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner")
@@ -36,7 +35,7 @@ class Family:
     fixed: dict  # key that would change the computation -> the only value that is supported
     names: dict[str, str]  # module of GPT -> Hugging Face's name
     layer_names: dict[str, str]  # module of Block -> Hugging Face's name, which several may share
-    prefixes: tuple[str, ...]  # before a name or not, by the class that wrote it; first: classifier
+    prefixes: tuple[str, ...]  # may stand before a name; first: the prefix of classifiers
     classes: str  # how the names of Hugging Face's classes begin
     required: tuple[str, ...] = REQUIRED  # fields whose key must be there
     bos_in_front: bool = True  # texts begin with bos
@@ -210,8 +209,8 @@ def config_fields(hf: dict) -> dict:
             raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
     if hf.get("quantization_config"):
         raise ValueError(
-            "quantization_config: the weights are quantized; give a directory with those from "
-            "before, or dequantize them"
+            "quantization_config: the weights are quantized; give a directory with unquantized "
+            "ones, or dequantize them"
         )
     for key, kind in KEY_KINDS.items():
         if key in hf:

@@ -219,10 +219,7 @@ class PackedAttention:
         trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]
         # For each piece the trunk it belongs to and the branch, -1 for a trunk, which all share.
         of_piece = torch.tensor(
-            [
-                [*range(n_trunks), *trunk_of, *trunk_of],
-                [-1] * n_trunks + [*range(n_branches)] * 2,
-            ],
+            [[*range(n_trunks), *trunk_of, *trunk_of], [-1] * n_trunks + [*range(n_branches)] * 2],
             device=device,
         )
         lengths = torch.tensor(self.lengths, device=device)

@@ -1,4 +1,4 @@
-"""LoRA, against the paper's equation, against plain models, and against the names that transformers gives to layers."""
+"""LoRA, against the paper, plain models, and the names that transformers gives to layers."""
 
 import copy
 import math
@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import nn
 
 import data
+from model import GPT, GPTConfig
 from parts import lora
-from model import FAMILIES, GPT, GPTConfig
+from parts.huggingface import FAMILIES
 from rm import RewardModel
 
 TESTDATA = Path(__file__).parent.parent / "testdata"
@@ -24,29 +25,29 @@ VARIANTS = {
     "llama grouped": {"n_kv_head": 2},
 }
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 3, 6]], [[7, 8], [7, 9, 10, 11, 12, 13]]]
-INPUT_IDS, MASK = data.pad_rows(
-    [chosen for chosen, _ in GROUPS] + [rejected for _, rejected in GROUPS], 0
-)
+CHOSEN, REJECTED = zip(*GROUPS)
+INPUT_IDS, MASK = data.pad_rows([*CHOSEN, *REJECTED], 0)
 
 
 def plain_model(variant="opt", dtype=torch.float64, **overrides):
-    """Two blocks with random weights everywhere, biases and norms too."""
+    """Make two blocks with random weights everywhere, biases and norms too."""
     torch.manual_seed(0)
-    shape = (
-        dict(vocab_size=20, n_positions=16, n_layer=2, n_head=4, n_embd=16)
-        | VARIANTS[variant]
-        | overrides
-    )
-    model = RewardModel(GPT(GPTConfig(variant.split()[0], **shape)), pad_id=0).to(dtype)
+    shape = dict(vocab_size=20, n_positions=16, n_layer=2, n_head=4, n_embd=16)
+    config = GPTConfig(variant.split()[0], **shape | VARIANTS[variant] | overrides)
+    model = RewardModel(GPT(config), pad_id=0).to(dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model
 
 
+def add(model, dim, module_name=None, only=False):
+    return lora.add(model, model.backbone.linear_layers(), dim, module_name, only)
+
+
 def lora_model(*args, dim=3, module_name=None, only=False, **kwargs):
-    """The same, and a LoRA that is not zero."""
+    """Make a `plain_model` with a LoRA that is not zero."""
     model = plain_model(*args, **kwargs)
-    lora.add(model, dim, module_name, only)
+    add(model, dim, module_name, only)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             nn.init.normal_(parameter, std=0.3)
@@ -65,7 +66,7 @@ def trainable(model):
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The computation
 
 
@@ -74,7 +75,7 @@ def trainable(model):
 def test_a_fresh_lora_changes_no_bit_of_the_outputs(variant, dtype):
     model, batch = plain_model(variant, dtype), data.pack(GROUPS, 0)
     before = model(INPUT_IDS, MASK), model(batch)
-    assert lora.add(model, 3) == len(layers_with_lora(model)) == (14 if "llama" in variant else 12)
+    assert add(model, 3) == len(layers_with_lora(model)) == (14 if "llama" in variant else 12)
     for out, expected in zip((model(INPUT_IDS, MASK), model(batch)), before):
         assert all(torch.equal(out[key], expected[key]) for key in expected)
 
@@ -82,15 +83,14 @@ def test_a_fresh_lora_changes_no_bit_of_the_outputs(variant, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_right_is_uniform_within_one_over_the_root_of_dim_and_left_is_zero(dtype):
     model = plain_model(dtype=dtype, n_embd=64)
-    lora.add(model, 4)
+    add(model, 4)
     for layer in layers_with_lora(model).values():
         right, left = layer.lora_right_weight, layer.lora_left_weight
         assert right.shape == (layer.in_features, 4) and left.shape == (4, layer.out_features)
         assert right.dtype == left.dtype == dtype and not left.any()
         assert 0.45 < right.max() <= 0.5 and -0.5 <= right.min() < -0.45  # 1 / sqrt(4)
-        assert right.float().std().item() == pytest.approx(
-            1 / math.sqrt(12), rel=0.15
-        )  # of at least 256 numbers
+        # The deviation is that of at least 256 numbers.
+        assert right.float().std().item() == pytest.approx(1 / math.sqrt(12), rel=0.15)
 
 
 def test_layer_multiplies_by_weight_plus_low_rank_product():
@@ -114,7 +114,10 @@ def test_layer_multiplies_by_weight_plus_low_rank_product():
 @pytest.mark.parametrize("only", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_are_those_of_the_papers_equation(variant, only, gradient_checkpointing):
-    """Hu et al., eq. 3, and alpha / r of section 4.1: h = W x + (alpha / r) B A x, by hooks on the layers of a plain model."""
+    """Compute h = W x + (alpha / r) B A x by hooks on the layers of a plain model.
+
+    This is eq. 3 of Hu et al., with alpha / r of section 4.1.
+    """
     model, reference, pairs = lora_model(variant, only=only), plain_model(variant), []
     for name, layer in layers_with_lora(model).items():
         A, B = (
@@ -159,9 +162,8 @@ def test_gradients_are_finite_differences(variant):
                 down = model(batch)["loss"]
                 parameter += step * direction
             slope = (parameter.grad * direction).sum().item()
-            assert ((up - down) / (2 * step)).item() == pytest.approx(slope, rel=1e-6, abs=1e-9), (
-                name
-            )
+            found = ((up - down) / (2 * step)).item()
+            assert found == pytest.approx(slope, rel=1e-6, abs=1e-9), name
 
 
 def test_autocast_computes_in_bfloat16_and_trains_in_float32():
@@ -172,42 +174,32 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
     assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(
-        y.float(), layer(x), atol=0.03, rtol=0.01
-    )  # values up to 4 or so, 2^-9 of which is 0.008
+    # Values reach 4 or so, 2^-9 of which is 0.008.
+    torch.testing.assert_close(y.float(), layer(x), atol=0.03, rtol=0.01)
     y.sum().backward()
     assert layer.lora_right_weight.grad.dtype == layer.lora_left_weight.grad.dtype == torch.float32
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Which layers, and what is trained
 
 
-@pytest.mark.parametrize(
-    "module_name",
-    [
-        None,
-        "rwtransformer.",
-        "decoder.layers.",
-        "layers.1.",
-        "q_proj",
-        "self_attn",
-        "c_attn",
-        "fc",
-        "h.0.",
-        "mlp",
-    ],
-)
+MODULE_NAMES = "rwtransformer. decoder.layers. layers.1. q_proj self_attn c_attn fc h.0. mlp"
+
+
+@pytest.mark.parametrize("module_name", [None, *MODULE_NAMES.split()])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type, module_name):
-    """DeepSpeed-Chat's rule on its reward model: a linear layer whose name contains the given one. We have GPT-2's Conv1D, too."""
+    """Choose by DeepSpeed-Chat's rule: linear layers whose name there contains the given one.
+
+    GPT-2's Conv1D counts as one, unlike there.
+    """
     import transformers
 
     model = plain_model(model_type)
     theirs = nn.Module()
-    theirs.rwtransformer = transformers.AutoModel.from_config(
-        transformers.AutoConfig.for_model(**model.backbone.config.to_hf())
-    )
+    config = transformers.AutoConfig.for_model(**model.backbone.config.to_hf())
+    theirs.rwtransformer = transformers.AutoModel.from_config(config)
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
     expected = sum(
         3 if "c_attn" in name else 1
@@ -216,9 +208,9 @@ def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type,
     )
     if expected == 0:
         with pytest.raises(ValueError, match="--lora_module_name"):
-            lora.add(model, 3, module_name)
+            add(model, 3, module_name)
     else:
-        assert lora.add(model, 3, module_name) == expected == len(layers_with_lora(model))
+        assert add(model, 3, module_name) == expected == len(layers_with_lora(model))
 
 
 @pytest.mark.parametrize(
@@ -236,10 +228,10 @@ def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type,
     ],
 )
 def test_other_layers_and_other_weights_stay_as_they_are(variant, module_name, expected):
-    """Without `only`, the weights beside which LoRA stands are frozen, and nothing else (DeepSpeed-Chat)."""
+    """Freeze the weights beside which LoRA stands, and nothing else, without `only`."""
     model = plain_model(variant)
     before = trainable(model)
-    assert lora.add(model, 3, module_name) == len(expected)
+    assert add(model, 3, module_name) == len(expected)
     assert list(layers_with_lora(model)) == expected
     layers = ["backbone." + name for name in expected]
     added = {f"{name}.lora_{side}_weight" for name in layers for side in ("right", "left")}
@@ -252,18 +244,14 @@ def test_other_layers_and_other_weights_stay_as_they_are(variant, module_name, e
     [("gpt2", 12 * 16 * 16), ("opt", 12 * 16 * 16), ("llama", 4 * 16 * 16 + 3 * 16 * 48)],
 )
 def test_numbers_of_trained_parameters(model_type, weights):
-    """dim * (in + out) for each layer; with `only` also the value head, without it all but the weights of these layers."""
+    """Expect dim * (in + out) for each layer, and the value head, or all but their weights."""
     widths = 4 * (16 + 16) + (3 * (16 + 48) if model_type == "llama" else 2 * (16 + 64))
     full = sum(p.numel() for p in plain_model(model_type).parameters())
     for dim in (1, 8):
-        count = {
-            only: sum(
-                p.numel()
-                for p in lora_model(model_type, dim=dim, only=only).parameters()
-                if p.requires_grad
-            )
-            for only in (False, True)
-        }
+        count = {}
+        for only in (False, True):
+            parameters = lora_model(model_type, dim=dim, only=only).parameters()
+            count[only] = sum(p.numel() for p in parameters if p.requires_grad)
         assert count[True] == 2 * dim * widths + 16
         assert count[False] == full + 2 * dim * widths - 2 * weights
 
@@ -271,34 +259,31 @@ def test_numbers_of_trained_parameters(model_type, weights):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_only_trains_lora_and_the_value_head(variant):
     model = plain_model(variant)
-    lora.add(model, 3, only=True)
+    add(model, 3, only=True)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
     for _ in range(2):  # in the first step R has no gradient, because L is zero
         model(INPUT_IDS, MASK)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
-    changed = {
-        name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])
-    }
+    after = model.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {name for name in before if "lora_" in name or name == "v_head.weight"}
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_weights_are_the_same_parameters_as_before(name):
-    """Also those of gpt2, which are transposed views of the mapped file."""
+    """Keep the parameters, also gpt2's, which are transposed views of the mapped file."""
     model = RewardModel.from_pretrained(TESTDATA / name, pad_id=0)
-    before = {
-        name: (parameter, parameter.data_ptr(), parameter.stride())
-        for name, parameter in model.named_parameters()
-    }
-    lora.add(model, 2)
+    before = {}
+    for name, parameter in model.named_parameters():
+        before[name] = (parameter, parameter.data_ptr(), parameter.stride())
+    add(model, 2)
     for name, (parameter, pointer, stride) in before.items():
         now = model.get_parameter(name)
         assert now is parameter and now.data_ptr() == pointer and now.stride() == stride
-    assert model.backbone.blocks[0].mlp_in.weight.is_contiguous() == (
-        model.backbone.config.model_type != "gpt2"
-    )
+    is_gpt2 = model.backbone.config.model_type == "gpt2"
+    assert model.backbone.blocks[0].mlp_in.weight.is_contiguous() != is_gpt2
 
 
 @pytest.mark.parametrize(
@@ -325,15 +310,13 @@ def test_weights_are_the_same_parameters_as_before(name):
 def test_errors_say_what_to_give_and_leave_the_model_alone(dim, module_name, words):
     model = plain_model("llama grouped")
     with pytest.raises(ValueError) as error:
-        lora.add(model, dim, module_name, only=True)
+        add(model, dim, module_name, only=True)
     assert all(word in str(error.value) for word in words), error.value
     assert not layers_with_lora(model) and trainable(model) == set(model.state_dict())
-    assert (
-        lora.add(model, 8, "q_proj") == 2 and lora.add(model, 7, "v_proj") == 2
-    )  # as wide as they go
+    assert add(model, 8, "q_proj") == 2 and add(model, 7, "v_proj") == 2  # as wide as they go
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Merging
 
 
@@ -347,9 +330,8 @@ def test_merged_weights_make_a_plain_model_of_the_same_rewards(
     state = model.state_dict()
     before = copy.deepcopy(state)
     merged = lora.merge(state)
-    assert list(state) == list(before) and all(
-        torch.equal(state[name], before[name]) for name in before
-    )
+    assert list(state) == list(before)
+    assert all(torch.equal(state[name], before[name]) for name in before)
     with torch.device("meta"):
         plain = RewardModel(GPT(model.backbone.config), 0)
     plain.load_state_dict(merged, assign=True)
@@ -362,11 +344,8 @@ def test_merged_weights_make_a_plain_model_of_the_same_rewards(
 
 def test_merge_rounds_half_precision_once():
     model = lora_model(dtype=torch.bfloat16)
-    merged, state = (
-        lora.merge(model.state_dict()),
-        {name: weight.double() for name, weight in model.state_dict().items()},
-    )
-    exact = lora.merge(state)
+    merged = lora.merge(model.state_dict())
+    exact = lora.merge({name: weight.double() for name, weight in model.state_dict().items()})
     assert {weight.dtype for weight in merged.values()} == {torch.bfloat16}
     for name, weight in merged.items():
         assert torch.equal(weight, exact[name].bfloat16()), name
@@ -377,7 +356,7 @@ def test_merge_without_lora_is_the_state_itself():
     assert lora.merge(state) == state and lora.merge({}) == {}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Two processes
 
 
@@ -407,11 +386,8 @@ def one_of_two_processes(rank, path):
                     fully_shard(block)
                 forward = fully_shard(model)
             train_two_steps(model, forward, [rank, rank + 2])  # one pair each
-            state = lora.merge(
-                get_model_state_dict(
-                    model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-                )
-            )
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            state = lora.merge(get_model_state_dict(model, options=options))
             if rank == 0:
                 torch.save(state, path / f"{wrapper} {only}.pt")
     dist.barrier()
@@ -419,17 +395,18 @@ def one_of_two_processes(rank, path):
 
 
 def test_two_processes_train_the_model_of_one(tmp_path):
-    """DistributedDataParallel, and fully_shard for each block, with gradient checkpointing: merged weights after two steps."""
+    """Compare merged weights after two steps, with gradient checkpointing.
+
+    The two processes use DistributedDataParallel, or fully_shard for each block.
+    """
     torch.multiprocessing.spawn(one_of_two_processes, (tmp_path,), nprocs=2)
     for only in (False, True):
         model = lora_model(dim=1, only=only)
         train_two_steps(model, model, [0, 1, 2, 3])
-        expected, before = (
-            lora.merge(m.state_dict()) for m in (model, lora_model(dim=1, only=only))
-        )
-        assert (
-            expected["backbone.blocks.0.q.weight"] - before["backbone.blocks.0.q.weight"]
-        ).abs().max() > 1e-3
+        expected = lora.merge(model.state_dict())
+        before = lora.merge(lora_model(dim=1, only=only).state_dict())
+        name = "backbone.blocks.0.q.weight"
+        assert (expected[name] - before[name]).abs().max() > 1e-3
         for wrapper in ("ddp", "fsdp"):
             state = torch.load(tmp_path / f"{wrapper} {only}.pt")
             assert list(state) == list(expected)

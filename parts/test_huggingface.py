@@ -1,0 +1,497 @@
+"""Checkpoints, read and written, as the hub has them and as `transformers` loads them."""
+
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from model import GPT
+from parts.huggingface import FAMILIES, LAYOUTS
+from rm import RewardModel
+from test_model import LLAMA_3, close, left_padded, positions_of, small
+
+TESTDATA = Path(__file__).parent.parent / "testdata"
+PREFIXES = ("transformer.", "model.", "decoder.")
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of others
+
+
+def language_model(model_type):
+    """Make a model of transformers with a head, grouped-query attention where the family has it."""
+    import transformers
+
+    n_kv_head = 2 if model_type == "llama" else 4
+    hf = small(model_type, n_kv_head=n_kv_head).to_hf()
+    config = transformers.AutoConfig.for_model(**hf)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_backbone_saved_by_transformers_loads(model_type, tmp_path):
+    """Load both weight files, with the prefix and the head of a language model."""
+    torch.manual_seed(0)
+    theirs = language_model(model_type)
+    theirs.save_pretrained(tmp_path / "safetensors")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    (tmp_path / "bin").mkdir()
+    theirs.config.save_pretrained(tmp_path / "bin")
+    torch.save(theirs.state_dict(), tmp_path / "bin" / "pytorch_model.bin")
+    ids = torch.randint(0, 50, (2, 7))
+    expected = theirs.base_model(ids).last_hidden_state
+    for directory in ("safetensors", "shards", "bin"):
+        close(GPT.from_pretrained(tmp_path / directory)(ids), expected)
+
+
+def without(name, *prefixes):
+    for prefix in prefixes:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def with_old_buffers(weights, model_type):
+    weights = dict(weights)
+    for i in range(2):
+        if model_type == "gpt2":
+            mask = torch.ones(1, 1, 32, 32).tril().bool()
+            weights[f"transformer.h.{i}.attn.bias"] = mask
+            weights[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        if model_type == "llama":
+            weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+    return weights
+
+
+VARIANTS = {  # one model in files of the hub: weights by a model with a head -> weights in the file
+    "with prefix": lambda weights, model_type: weights,
+    "without prefix": lambda weights, model_type: {
+        without(name, "transformer.", "model."): w for name, w in weights.items()
+    },
+    "of the bare decoder": lambda weights, model_type: {
+        without(name, *PREFIXES): w for name, w in weights.items()
+    },
+    "untied head": lambda weights, model_type: weights | {"lm_head.weight": torch.randn(50, 16)},
+    "head of a classifier": lambda weights, model_type: (
+        weights | {"score.weight": torch.randn(2, 16)}
+    ),
+    "no head": lambda weights, model_type: {
+        name: w for name, w in weights.items() if name != "lm_head.weight"
+    },
+    "old buffers": with_old_buffers,
+    "float16": lambda weights, model_type: {name: w.half() for name, w in weights.items()},
+    "bfloat16": lambda weights, model_type: {name: w.bfloat16() for name, w in weights.items()},
+}
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "pytorch_model.bin", "pytorch_model.bin of old"]
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_files_from_the_hub(model_type, variant, file, tmp_path):
+    import safetensors.torch
+
+    torch.manual_seed(0)
+    theirs = language_model(model_type)
+    weights = {name: torch.randn_like(w) / 2 for name, w in theirs.state_dict().items()}
+    weights = VARIANTS[variant](weights, model_type)
+    stored = {without(name, *PREFIXES): w.float() for name, w in weights.items()}
+    kept = {name: stored[without(name, *PREFIXES)] for name in theirs.base_model.state_dict()}
+    theirs.base_model.load_state_dict(kept)
+    theirs.config.save_pretrained(tmp_path)
+    if file == "model.safetensors":
+        safetensors.torch.save_file(weights, tmp_path / file)
+    else:  # PyTorch before 1.6 did not write zip archives
+        is_zip = "old" not in file
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(weights, path, _use_new_zipfile_serialization=is_zip)
+    ids, mask = left_padded()
+    positions = positions_of(model_type, ids)
+    expected = theirs.base_model(ids, attention_mask=mask, **positions).last_hidden_state
+    model = RewardModel.from_pretrained(tmp_path, pad_id=0)
+    assert model.has_fresh_head and {p.dtype for p in model.parameters()} == {torch.float32}
+    close(model.backbone(ids, mask)[mask.bool()], expected[mask.bool()])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"rope_theta": 500.0},
+        {"rope_theta": 500.0, "rope_scaling": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
+        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}},
+        {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA_3}},
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA_3}},
+        {},
+    ],
+    ids=lambda keys: ",".join(keys) or "none",
+)
+def test_rotary_keys_of_old_and_new_config_files(keys, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    hf = small("llama", n_embd=64).to_hf()
+    hf = {key: value for key, value in hf.items() if "rope" not in key} | keys
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoModel.from_config(config).eval()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ids = torch.randint(0, 50, (2, 32))
+    close(GPT.from_pretrained(tmp_path)(ids), theirs(ids).last_hidden_state)
+
+
+# --------------------------------------------------------------------------------------------------
+# Saving
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_hf_layout_gives_the_same_end_scores_in_transformers(model_type, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    narrow = {"embed_dim": 8, "pre_norm": False} if model_type == "opt" else {}
+    model = RewardModel(GPT(small(model_type, **narrow)), pad_id=49)
+    model.save_pretrained(tmp_path, layout="hf")
+    theirs, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = torch.randint(0, 49, (4, 9))
+    mask = torch.arange(9) < torch.tensor([[9], [5], [7], [1]])
+    ids[~mask] = 49
+    scores = model(ids, mask.long())
+    expected = theirs(ids, attention_mask=mask.long()).logits[:, 0]
+    close(torch.cat((scores["chosen_mean_scores"], scores["rejected_mean_scores"])), expected)
+    again = RewardModel.from_pretrained(tmp_path)
+    assert torch.equal(again(ids, mask.long())["loss"], scores["loss"]) and again.pad_id == 49
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_saved_model_is_loaded_as_it_was(model_type, tmp_path):
+    torch.manual_seed(0)
+    config = small(model_type, token_ids={"bos_token_id": 1, "eos_token_id": 2})
+    model = RewardModel(GPT(config), pad_id=49, num_padding_at_beginning=3)
+    model.save_pretrained(tmp_path)
+    loaded = RewardModel.from_pretrained(tmp_path)
+    assert (loaded.pad_id, loaded.num_padding_at_beginning) == (49, 3)
+    ids = torch.randint(0, 49, (4, 9))
+    mask = torch.ones_like(ids)
+    assert torch.equal(loaded(ids, mask)["loss"], model(ids, mask)["loss"])
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    embed = weights[f"rwtransformer.{FAMILIES[model_type].names['embed']}.weight"]
+    rows = json.loads((tmp_path / "config.json").read_text())["vocab_size"]
+    assert len(embed) == 56 == rows  # 8 * ceil(50 / 8)
+    assert embed[50:].count_nonzero() == 0
+
+
+def test_embedding_is_saved_with_the_rows_that_the_tokenizer_needs(tmp_path):
+    """Save 8 * ceil(length of the tokenizer / 8) rows, as DeepSpeed-Chat's step 3 does.
+
+    It does so also where the model had more rows.
+    """
+    tokenizer = data.train_tokenizer(["a few words", "and some more"], 290)
+    model = RewardModel(GPT(small("llama", vocab_size=400)), pad_id=tokenizer.pad_id)
+    model.save_pretrained(tmp_path, tokenizer=tokenizer)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    rows = len(weights["rwtransformer.embed_tokens.weight"])
+    assert rows == 8 * -(-tokenizer.vocab_size // 8) < 400
+    assert data.load_tokenizer(tmp_path).encode("some words") == tokenizer.encode("some words")
+    assert RewardModel.from_pretrained(tmp_path).pad_id == tokenizer.pad_id
+
+
+@pytest.mark.parametrize("pad_id", [None, 0, 320])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_round_trip_with_a_tokenizer(model_type, layout, pad_id, tmp_path):
+    """Get everything back bit for bit, with as many rows as the length of the tokenizer asks for.
+
+    The tokenizer's own pad is id 0; a new one stands at the end of a vocabulary of 290, or some ids
+    behind it.
+    """
+    import transformers
+
+    torch.manual_seed(0)
+    proto = data.train_tokenizer(["a few words", "and some more"], 290).model_proto
+    tokenizer = data.Tokenizer(proto, pad_id)
+    backbone = GPT(small(model_type, vocab_size=tokenizer.vocab_size))
+    model = RewardModel(backbone, tokenizer.pad_id, num_padding_at_beginning=2)
+    model.save_pretrained(tmp_path, layout=layout, tokenizer=tokenizer)
+    again = RewardModel.from_pretrained(tmp_path)
+    assert (again.pad_id, again.num_padding_at_beginning) == (tokenizer.pad_id, 2)
+    assert not again.has_fresh_head
+    ours, saved = dict(model.named_parameters()), dict(again.named_parameters())
+    rows = 8 * math.ceil(len(transformers.AutoTokenizer.from_pretrained(tmp_path)) / 8)
+    embed = saved["backbone.embed.weight"]
+    assert len(embed) == rows
+    assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == rows
+    assert rows >= tokenizer.vocab_size > rows - 8
+    assert not embed[tokenizer.vocab_size :].any()
+    assert ours.keys() == saved.keys()
+    for name, parameter in ours.items():
+        assert torch.equal(parameter, saved[name][: len(parameter)]), name
+    assert data.load_tokenizer(tmp_path).pad_id == tokenizer.pad_id
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_model_is_saved_over_the_files_it_was_loaded_from(layout, tmp_path):
+    """Save over mapped files: they must not change under the model whose weights they hold."""
+    torch.manual_seed(0)
+    RewardModel(GPT(small("llama", vocab_size=48)), pad_id=0).save_pretrained(tmp_path, layout)
+    model = RewardModel.from_pretrained(tmp_path)
+    before = model.backbone.blocks[0].q.weight.detach().clone()
+    other = RewardModel(GPT(small("llama", vocab_size=48)), pad_id=0)
+    other.save_pretrained(tmp_path, layout)
+    assert torch.equal(model.backbone.blocks[0].q.weight, before)
+    model.save_pretrained(tmp_path, layout)
+    assert torch.equal(RewardModel.from_pretrained(tmp_path).backbone.blocks[0].q.weight, before)
+
+
+def test_model_is_not_saved_beside_another_that_would_be_read_instead(tmp_path):
+    model = RewardModel(GPT(small("llama")), pad_id=0)
+    for first, second, file in (
+        ("hf", "deepspeed-chat", "model.safetensors"),
+        ("deepspeed-chat", "hf", "pytorch_model.bin"),
+    ):
+        model.save_pretrained(tmp_path / first, first)
+        with pytest.raises(ValueError, match=f"{first}/{file}: another model"):
+            model.save_pretrained(tmp_path / first, second)
+
+
+@pytest.mark.parametrize("layout", ["deepspeed-chat", "hf"])
+def test_weights_have_the_permissions_of_config_json(layout, tmp_path):
+    RewardModel(GPT(small("gpt2")), pad_id=0).save_pretrained(tmp_path, layout)
+    files = list(tmp_path.iterdir())
+    assert len(files) == 2 and len({file.stat().st_mode for file in files}) == 1
+
+
+def test_backbone_of_a_trained_model_loads_as_a_backbone(tmp_path):
+    """Load every bit, also in the other spelling of DeepSpeed-Chat's prefix."""
+    model = RewardModel(GPT(small("gpt2", vocab_size=48)), pad_id=0)
+    model.save_pretrained(tmp_path)
+
+    # Outputs may differ: loaded weights lie transposed, where a product may round otherwise.
+    def have_equal_weights(loaded, saved):
+        pairs = zip(loaded.parameters(), saved.parameters(), strict=True)
+        return all(torch.equal(a, b) for a, b in pairs)
+
+    assert have_equal_weights(GPT.from_pretrained(tmp_path), model.backbone)
+    weights = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    old = {name.replace("rwtransformer", "rwtranrsformer"): w for name, w in weights.items()}
+    torch.save(old, tmp_path / "pytorch_model.bin")
+    assert have_equal_weights(RewardModel.from_pretrained(tmp_path), model)
+
+
+# --------------------------------------------------------------------------------------------------
+# Padding
+
+
+def save_backbone(backbone, directory):
+    (directory / "config.json").write_text(json.dumps(backbone.config.to_hf()))
+    torch.save(backbone.to_hf(), directory / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "model_type, token_ids, expected",
+    [
+        ("llama", {"bos_token_id": 1, "pad_token_id": 1}, (1, 1)),
+        ("llama", {"bos_token_id": 1, "pad_token_id": 2}, (2, 0)),
+        # a new id right after the vocabulary
+        ("llama", {"bos_token_id": 1, "pad_token_id": None}, (48, 0)),
+        ("llama", {"bos_token_id": 1, "pad_token_id": -1}, (48, 0)),  # Llama 1's way to say "none"
+        ("gpt2", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),  # gpt2 puts no bos in front
+    ],
+)
+def test_padding_follows_from_the_directory(model_type, token_ids, expected, tmp_path):
+    save_backbone(GPT(small(model_type, vocab_size=48, token_ids=token_ids)), tmp_path)
+    model = RewardModel.from_pretrained(tmp_path)
+    assert (model.pad_id, model.num_padding_at_beginning) == expected
+    given = RewardModel.from_pretrained(tmp_path, pad_id=3, num_padding_at_beginning=2)
+    assert (given.pad_id, given.num_padding_at_beginning) == (3, 2)
+
+
+def test_padding_falls_back_to_the_tokenizer(tmp_path):
+    data.train_tokenizer(["a few words", "and some more"], 290).save(tmp_path)
+    save_backbone(GPT(small("llama", vocab_size=300)), tmp_path)
+    assert RewardModel.from_pretrained(tmp_path).pad_id == data.load_tokenizer(tmp_path).pad_id == 0
+
+
+def test_a_pad_id_of_minus_one_is_none(tmp_path):
+    """Take the tokenizer's own pad where config.json says -1, Llama 1's way."""
+    data.train_tokenizer(["a few words", "and some more"], 290).save(tmp_path)
+    backbone = GPT(small("llama", vocab_size=300, token_ids={"pad_token_id": -1}))
+    save_backbone(backbone, tmp_path)
+    assert RewardModel.from_pretrained(tmp_path).pad_id == 0
+
+
+def test_pad_id_beyond_the_embedding_adds_rows_of_zeros():
+    # Its config.json has no pad id: it gets a new one behind the vocabulary.
+    model = RewardModel.from_pretrained(TESTDATA / "gpt2")
+    assert model.pad_id == 96
+    assert model.backbone.embed.weight.shape == (97, 32)
+    assert model.backbone.embed.weight[96].count_nonzero() == 0
+    model = RewardModel.from_pretrained(TESTDATA / "gpt2", pad_id=99)
+    assert model.backbone.embed.weight.shape == (100, 32)
+
+
+# --------------------------------------------------------------------------------------------------
+# Errors
+
+
+def broken(directory, config, weights):
+    """Copy the tiny gpt2 checkpoint with changes. Keys and weights that become `...` go."""
+    config = json.loads((TESTDATA / "gpt2" / "config.json").read_text()) | config
+    weights = GPT.from_pretrained(TESTDATA / "gpt2").to_hf() | weights
+    config = {key: value for key, value in config.items() if value is not ...}
+    weights = {name: weight for name, weight in weights.items() if weight is not ...}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    torch.save(weights, directory / "pytorch_model.bin")
+    return directory
+
+
+BAD_WEIGHTS = {  # what is wrong: weights, words of the error
+    "missing": ({"h.1.mlp.c_fc.bias": ...}, ["h.1.mlp.c_fc.bias", "missing"]),
+    "left over": ({"h.2.ln_1.weight": torch.ones(32)}, ["h.2.ln_1.weight", "not part of"]),
+    "left over that ends like a buffer": (
+        {"h.2.attn.c_attn.bias": torch.ones(96)},
+        ["h.2.attn.c_attn.bias", "not part of"],
+    ),
+    "shape": ({"ln_f.bias": torch.ones(31)}, ["ln_f.bias", "[31]", "[32]"]),
+    "transposed": (
+        {"h.0.mlp.c_fc.weight": torch.ones(128, 32)},
+        ["h.0.mlp.c_fc.weight", "[128, 32]", "[32, 128]"],
+    ),
+    "list for a weight": ({"ln_f.bias": [1.0] * 32}, ["pytorch_model.bin", "tensors"]),
+    "sparse": ({"ln_f.bias": torch.ones(32).to_sparse()}, ["pytorch_model.bin", "tensors"]),
+    "int8": ({"ln_f.bias": torch.ones(32).to(torch.int8)}, ["ln_f.bias", "int8", "float32"]),
+}
+BAD_CONFIGS = {  # what is wrong: keys, words of the error
+    "width": ({"n_embd": 64}, ["wte.weight", "[96, 32]", "[96, 64]"]),
+    "family": ({"model_type": "bert"}, ["config.json", "'bert'", "gpt2", "llama"]),
+    "key": ({"n_layer": ...}, ["config.json", "n_layer", "missing"]),
+    "unsupported": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        ["scale_attn_by_inverse_layer_idx", "True"],
+    ),
+    "activation": ({"activation_function": "swish2"}, ["swish2", "gelu_new"]),
+    "heads": ({"n_head": 5}, ["config.json", "32", "5"]),
+    "no heads": ({"n_head": 0}, ["config.json", "n_head", "0"]),
+    "text for a number": ({"n_layer": "2"}, ["config.json", "n_layer", "'2'"]),
+    "text for eps": ({"layer_norm_epsilon": "x"}, ["config.json", "layer_norm_epsilon", "'x'"]),
+    "text for an id": ({"pad_token_id": "0"}, ["config.json", "pad_token_id", "'0'"]),
+    "list for a family": ({"model_type": []}, ["config.json", "[]", "gpt2"]),
+    "huge pad": ({"pad_token_id": 10**12}, ["config.json", "pad_token_id", "10000"]),
+    "huge n_positions": ({"n_positions": 10**20}, ["config.json", "n_positions", "10000"]),
+    "list for bos": ({"bos_token_id": [1]}, ["config.json", "bos_token_id", "[1]"]),
+    "null for a count": (
+        {"num_padding_at_beginning": None},
+        ["config.json", "num_padding_at_beginning", "None"],
+    ),
+    "text for a bias": ({"reward_bias": "0"}, ["config.json", "reward_bias", "'0'", "finite"]),
+    "quantized": ({"quantization_config": {"bits": 4}}, ["config.json", "quantization_config"]),
+    "list for rope": ({"rope_parameters": [1]}, ["config.json", "rope_parameters", "[1]"]),
+    "unknown rope": ({"rope_scaling": {"type": "yarn"}}, ["config.json", "'yarn'", "llama3"]),
+    "incomplete rope": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8}},
+        ["config.json", "low_freq_factor"],
+    ),
+}
+
+
+@pytest.mark.parametrize("weights, words", BAD_WEIGHTS.values(), ids=BAD_WEIGHTS)
+def test_bad_weights_are_refused(weights, words, tmp_path):
+    directory = broken(tmp_path / "model", {}, weights)
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(directory)
+    assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+
+
+@pytest.mark.parametrize("config, words", BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_bad_configs_are_refused(config, words, tmp_path):
+    directory = broken(tmp_path / "model", config, {})
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(directory)
+    assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+
+
+class Payload:
+    def __reduce__(self):
+        return print, ("code in a pickle ran",)
+
+
+def add_weight(directory, name, weight):
+    file = directory / "pytorch_model.bin"
+    torch.save({**torch.load(file), name: weight}, file)
+
+
+def write_cut_safetensors(directory):
+    import safetensors.torch
+
+    weights = GPT.from_pretrained(directory).to_hf()
+    (directory / "model.safetensors").write_bytes(safetensors.torch.save(weights)[:5000])
+
+
+def write_index(directory, content):
+    (directory / "model.safetensors.index.json").write_text(content)
+
+
+BAD_FILES = {  # what is wrong: how it comes about, words of the error
+    "no config": (lambda d: (d / "config.json").unlink(), ["no config.json"]),
+    "cut config": (
+        lambda d: (d / "config.json").write_text('{"model_type": "gpt2"'),
+        ["config.json", "not JSON"],
+    ),
+    "no weights": (
+        lambda d: (d / "pytorch_model.bin").unlink(),
+        ["neither model.safetensors nor pytorch_model.bin"],
+    ),
+    "cut weights": (lambda d: os.truncate(d / "pytorch_model.bin", 5000), ["pytorch_model.bin"]),
+    "code in the pickle": (
+        lambda d: (d / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(), protocol=2)),
+        ["pytorch_model.bin"],
+    ),
+    "not safetensors": (
+        lambda d: (d / "model.safetensors").write_bytes(b"not safetensors"),
+        ["model.safetensors"],
+    ),
+    "cut safetensors": (write_cut_safetensors, ["model.safetensors"]),
+    "missing shard": (
+        lambda d: write_index(d, '{"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}'),
+        ["model-1-of-2.safetensors"],
+    ),
+    "index of numbers": (
+        lambda d: write_index(d, '{"weight_map": {"wte.weight": 1}}'),
+        ["index.json", "weight_map"],
+    ),
+    "cut index": (lambda d: write_index(d, '{"weight_map": '), ["index.json", "weight_map"]),
+    "index of nothing": (lambda d: write_index(d, "[]"), ["index.json", "weight_map"]),
+    "head of another width": (
+        lambda d: add_weight(d, "v_head.weight", torch.ones(1, 31)),
+        ["v_head.weight", "[1, 31]", "[1, 32]"],
+    ),
+    "score of another width": (
+        lambda d: add_weight(d, "score.weight", torch.ones(1, 31)),
+        ["score.weight", "[1, 31]", "[1, 32]"],
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, words", BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_files_are_refused(spoil, words, tmp_path, capfd):
+    directory = broken(tmp_path / "model", {}, {})
+    spoil(directory)
+    with pytest.raises(ValueError) as error:
+        RewardModel.from_pretrained(directory)
+    assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+    assert "code in a pickle ran" not in capfd.readouterr().out
+
+
+def test_missing_directory_is_named():
+    with pytest.raises(ValueError, match="/no/such/model: no such directory"):
+        GPT.from_pretrained("/no/such/model")
