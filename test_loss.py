@@ -4,12 +4,15 @@ Ids in the small cases: 1 to 9 are tokens, 0 is the pad id. Rewards are random u
 """
 
 import inspect
+import itertools
 import json
 import math
 import operator
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +107,274 @@ def test_deepspeed_chat_numbers_tell_wrong_losses_apart(name, wrong, monkeypatch
     worst = [differences_to_deepspeed_chat(case) for case in CASES]
     assert max(difference["loss"] for difference in worst) > 1e-2
     assert max(difference["grad_rewards"] for difference in worst) > 1e-2
+
+
+# --------------------------------------------------------------------------------------------------
+# The packed path beside the padded one: right losses in both, and each wrong loss fails in both
+
+
+@dataclass
+class Case:
+    """Rows of ids with a reward for each, and what the loss of their comparisons is."""
+
+    name: str
+    input_ids: list[list[int]]  # (N, L)
+    rewards: list[list[float]]  # (N, L)
+    groups: list[list[int]]  # rows of each comparison, best first
+    ends: list[int]  # (N,) lengths of the texts
+    pad_id: int
+    num_padding_at_beginning: int
+    attention_mask: list[list[int]] | None
+    loss: float
+    grad_rewards: list[list[float]]  # (N, L)
+
+
+def known_cases():
+    """Take the cases of DeepSpeed-Chat and of vectors/loss.json that a packed batch can hold.
+
+    It has no left padding. Identical texts have equal rewards there, so which position is read
+    doesn't matter; rewards that somebody made up differ.
+    """
+    vectors = json.loads((Path(__file__).parent / "vectors" / "loss.json").read_text())["cases"]
+    for case in CASES + vectors:
+        if case.get("options") or case.get("error") or case["pad_id"] < 0:
+            continue
+        rows, mask = case["input_ids"], case.get("attention_mask")
+        if mask:
+            ends = [sum(ones) for ones in mask]
+            if any(ones != sorted(ones, reverse=True) for ones in mask):
+                continue
+        else:
+            leading = case["num_padding_at_beginning"]
+            ends = rm.text_ends(torch.tensor(rows), case["pad_id"], leading, None)
+        texts = [row[:end] for row, end in zip(rows, ends)]
+        B = len(rows) // 2
+        if any(texts[i] == texts[B + i] for i in range(B)):
+            continue
+        yield Case(
+            case["name"],
+            rows,
+            case["rewards"],
+            [[i, B + i] for i in range(B)],
+            ends,
+            case["pad_id"],
+            case["num_padding_at_beginning"],
+            mask,
+            case["loss"],
+            case["grad_rewards"],
+        )
+
+
+def ranking_case():
+    """Make a ranking of three, the longest text last; loss and gradient in plain Python.
+
+    d/dx of log(1 + exp(-x)) is -1 / (1 + exp(x)).
+    """
+    ids, rewards = batch([1, 2, 3, 0, 0, 0, 0], [1, 2, 4, 5, 0, 0, 0], [1, 6, 7, 8, 9, 9, 0])
+    regions = {(0, 1): [2, 3], (0, 2): range(1, 6), (1, 2): range(1, 6)}
+    loss, gradient = 0.0, [[0.0] * 7 for _ in range(3)]
+    for (i, j), region in regions.items():
+        loss += bradley_terry(rewards, i, j, region) / 3
+        for t in region:
+            margin = rewards[i, t].item() - rewards[j, t].item()
+            slope = -1 / (1 + math.exp(margin)) / len(region) / 3
+            gradient[i][t] += slope
+            gradient[j][t] -= slope
+    rows, rewards = ids.tolist(), rewards.tolist()
+    return Case("ranking", rows, rewards, [[0, 1, 2]], [3, 4, 6], 0, 0, None, loss, gradient)
+
+
+BOTH = [*known_cases(), ranking_case()]
+
+
+class GivenRewards(torch.nn.Module):
+    """A backbone of width 1 whose hidden states are the rewards of a case, whatever the layout."""
+
+    def __init__(self, case: Case, rewards: torch.Tensor):
+        super().__init__()
+        self.case, self.rewards = case, rewards
+        self.config = SimpleNamespace(embed_dim=1, vocab_size=2**62, position_offset=0)
+
+    def forward(self, input_ids, attention_mask):
+        return self.rewards[pair_rows(self.case)][..., None]
+
+    def forward_packed(self, batch):
+        branches, tails = [], []
+        for group, trunk in zip(self.case.groups, batch.trunks):
+            for row in group:
+                end = self.case.ends[row]
+                branches.append(self.rewards[row, trunk:end])
+                tails.append(self.rewards[row, end : end + batch.tails[len(tails)]])
+        return torch.cat(branches + tails)[:, None]
+
+
+def pair_rows(case: Case) -> list[int]:
+    """List the rows of the padded layout: the chosen of all pairs, then the rejected."""
+    pairs = []
+    for group in case.groups:
+        pairs += itertools.combinations(group, 2)
+    return [chosen for chosen, _ in pairs] + [rejected for _, rejected in pairs]
+
+
+def loss_and_gradient(case: Case, path: str, reads_padding=True):
+    """Compute a case with a RewardModel: the loss, and d loss / d rewards (N, L)."""
+    leaf = torch.tensor(case.rewards, dtype=torch.float64, requires_grad=True)
+    rewards = leaf
+    if not reads_padding:
+        rewards = leaf * (torch.arange(leaf.shape[1]) < torch.tensor(case.ends)[:, None])
+    backbone = GivenRewards(case, rewards)
+    model = rm.RewardModel(backbone, case.pad_id, case.num_padding_at_beginning).double()
+    torch.nn.init.ones_(model.v_head.weight)
+    if path == "packed":
+        texts = [row[:end] for row, end in zip(case.input_ids, case.ends)]
+        groups = [[texts[row] for row in group] for group in case.groups]
+        loss = model(model.pack(groups))["loss"]
+    else:
+        rows, mask = pair_rows(case), None
+        if case.attention_mask:
+            mask = torch.tensor(case.attention_mask)[rows]
+        loss = model(torch.tensor(case.input_ids)[rows], mask)["loss"]
+    loss.backward()
+    return loss.item(), leaf.grad
+
+
+def errors(case: Case, path: str, **how) -> tuple[float, float]:
+    """Compare a case with its numbers: errors of the loss and of its gradient.
+
+    Infinite, where they are not finite or where there are none.
+    """
+    try:
+        loss, gradient = loss_and_gradient(case, path, **how)
+    except (RuntimeError, ValueError):
+        return math.inf, math.inf
+    expected = torch.tensor(case.grad_rewards, dtype=torch.float64)
+    found = abs(loss - case.loss), (gradient - expected).abs().max().item()
+    return tuple(error if math.isfinite(error) else math.inf for error in found)
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+@pytest.mark.parametrize("case", BOTH, ids=lambda case: case.name)
+def test_both_paths_give_known_numbers(case, path):
+    loss, gradient = loss_and_gradient(case, path)
+    assert loss == pytest.approx(case.loss, rel=1e-12, abs=1e-12)
+    expected = torch.tensor(case.grad_rewards, dtype=torch.float64)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+
+
+def to_the_end_of_the_rows(chosen, rejected):
+    """Beyond the longer end; in a packed ranking, to the end of its longest text."""
+    start, stop = divergent_region(chosen, rejected)
+    return start, 10**6 if start < stop else stop
+
+
+def up_to_the_pad_id(chosen, rejected):
+    """Texts end before their first pad id (0, and 2 in the cases with a leading one)."""
+    pad_id = 2 if chosen[0] == 2 else 0
+    cut = [
+        list(itertools.takewhile(lambda token: token != pad_id, text))
+        for text in (chosen, rejected)
+    ]
+    start, stop = divergent_region(*cut)
+    if start == stop:
+        stop = max(len(chosen), len(rejected))
+        start = stop - 1
+    return start, stop
+
+
+def swapped(chosen_rewards, rejected_rewards, *rest):
+    return pair_loss(rejected_rewards, chosen_rewards, *rest)
+
+
+def log_of_sigmoid_as_written(chosen_rewards, rejected_rewards, *_):
+    return -torch.log(torch.sigmoid(chosen_rewards - rejected_rewards)).mean()
+
+
+def without_gradient(chosen_rewards, rejected_rewards, *rest):
+    return pair_loss(chosen_rewards.detach(), rejected_rewards.detach(), *rest)
+
+
+pair_loss = rm.pair_loss
+# Every wrong loss of tools/test_vectors.py by its name there, and cases that must tell it apart.
+WRONG_LOSSES = {
+    "the whole row": ("divergent_region", from_the_start, ["random batch of 8"]),
+    "to the end of L": ("divergent_region", to_the_end_of_the_rows, ["ranking"]),
+    "up to the shorter end": (
+        "divergent_region",
+        shorter_end,
+        ["chosen shorter", "rejected ends first", "ranking"],
+    ),
+    "a sum for the mean": ("pair_loss", summed, ["no padding", "ranking"]),
+    "one too early": ("divergent_region", one_too_early, ["no padding", "chosen shorter"]),
+    "one too late": ("divergent_region", one_too_late, ["no padding", "no shared prefix"]),
+    "the last token alone": (
+        "divergent_region",
+        last_token_alone,
+        ["no padding", "equal again later", "ranking"],
+    ),
+    "the pad id over the mask": (
+        "divergent_region",
+        up_to_the_pad_id,
+        ["mask: pad id in the prompt", "mask: pad id in a response"],
+    ),
+    "chosen and rejected swapped": ("pair_loss", swapped, ["no padding", "one token", "ranking"]),
+    "log of sigmoid as written": (
+        "pair_loss",
+        log_of_sigmoid_as_written,
+        ["large differences against the chosen"],
+    ),
+    "leading pads unknown": ("divergent_region", up_to_the_pad_id, ["leading pad of the text"]),
+    "no gradient": ("pair_loss", without_gradient, ["no padding", "ranking"]),
+}
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+@pytest.mark.parametrize("name", WRONG_LOSSES)
+def test_wrong_losses_fail_in_both_paths(name, path, monkeypatch):
+    """In value and in gradient, in each of the cases named, where right losses agree to 1e-12."""
+    place, wrong, names = WRONG_LOSSES[name]
+    monkeypatch.setattr(rm, place, wrong)
+    cases = [case for case in BOTH if case.name in names]
+    assert len(cases) == len(names)
+    for case in cases:
+        assert min(errors(case, path)) > 1e-3, case.name
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+@pytest.mark.parametrize(
+    "name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None)
+)
+def test_deepspeed_chat_numbers_tell_wrong_losses_apart_in_both_paths(
+    name, wrong, path, monkeypatch
+):
+    monkeypatch.setattr(rm, name, wrong)
+    names = {case["name"] for case in CASES}
+    found = [errors(case, path) for case in BOTH if case.name in names]
+    assert max(loss for loss, _ in found) > 1e-2
+    assert max(gradient for _, gradient in found) > 1e-2
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_rewards_at_padding_count_in_both_paths(path):
+    """The wrong loss "nothing at padding" takes them for 0."""
+    names = ["chosen ends first", "rejected is a prefix of chosen, which fills L", "ranking"]
+    cases = [case for case in BOTH if case.name in names]
+    assert len(cases) == len(names)
+    for case in cases:
+        assert min(errors(case, path, reads_padding=False)) > 1e-3, case.name
+
+
+@pytest.mark.parametrize("path", ["packed", "padded"])
+def test_bad_batch_is_refused_in_both_paths(path, monkeypatch):
+    """The wrong loss "nothing refused" gives a number for a margin that is none."""
+    model = rm.RewardModel(GivenRewards(BOTH[0], torch.tensor(BOTH[0].rewards)), BOTH[0].pad_id)
+    rows = torch.tensor(BOTH[0].input_ids)
+    inputs = (rows, None, [math.nan])
+    if path == "packed":
+        inputs = (model.pack([rows.tolist()], [math.nan]),)
+    with pytest.raises(ValueError, match="margins: found nan for pair 0"):
+        model(*inputs)
+    monkeypatch.setattr(rm.guards, "check_margins", lambda margins, count: margins)
+    assert model(*inputs)["loss"].isnan()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -1,16 +1,203 @@
-"""Guards against input from outside: how text that may hold control characters is shown.
-
-It reads no files; rows of data files are checked in parts/rows.py.
+"""Guards: what a batch must be, said row by row; where a number that is not finite came from; how
+text from outside is shown. They compute no loss (rm.py) and stop no run (train.py).
 """
 
+import math
 import unicodedata
+from collections.abc import Callable, Sequence
+
+import torch
+
+from parts.packed import PackedBatch
+
+# --------------------------------------------------------------------------------------------------
+# Batches
+
+
+def check_rows(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    pairs: bool = False,
+    vocab_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Check ids (N, L) and mask (N, L); with `pairs`, that rows i and N/2 + i can be compared.
+
+    Returns ids and mask (bool, or None) on the CPU, where the ends of texts are searched for.
+    Raises ValueError that names the row and what is wrong with it.
+    """
+    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
+        raise ValueError(
+            "input_ids: expected integers of shape (rows, length), "
+            f"found {input_ids.dtype} of shape {list(input_ids.shape)}"
+        )
+    ids = input_ids.cpu()
+    if pairs and len(ids) % 2:
+        raise ValueError(
+            f"input_ids: {len(ids)} rows; pairs need an even number, "
+            "all chosen rows and then all rejected ones"
+        )
+    if vocab_size is not None:
+        unknown = ((ids < 0) | (ids >= vocab_size)).nonzero()
+        if len(unknown) > 0:
+            row, column = unknown[0].tolist()
+            raise ValueError(
+                f"row {row}: id {int(ids[row, column])} at column {column}; "
+                f"the model has ids 0 to {vocab_size - 1}"
+            )
+    if attention_mask is None:
+        return ids, None
+    mask = attention_mask.cpu() != 0
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask: shape {list(mask.shape)}; "
+            f"expected that of input_ids, {list(ids.shape)}"
+        )
+    empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(
+            f"row {empty[0]} has no token: its attention_mask is 0 everywhere; leave the row out"
+        )
+    if pairs:
+        starts = mask.int().argmax(dim=1).tolist()
+        check_starts(starts)
+    return ids, mask
+
+
+def check_starts(starts: list[int]):
+    """Raise ValueError where the two rows of a pair begin at different columns. starts: (2B,)."""
+    B = len(starts) // 2
+    for i, (chosen, rejected) in enumerate(zip(starts[:B], starts[B:])):
+        if chosen != rejected:
+            raise ValueError(
+                f"pair {i}: row {i} begins at column {chosen}, row {B + i} at column {rejected} "
+                "(attention_mask): rows padded on the left by different amounts cannot be "
+                "compared; pad them on the right"
+            )
+
+
+def check_rewards(rewards: torch.Tensor, shape: torch.Size):
+    """Raise ValueError unless rewards are float32 or float64 of this shape."""
+    if rewards.shape != shape or rewards.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"rewards: expected float32 or float64 of shape {list(shape)}, that of input_ids; "
+            f"found {rewards.dtype} of shape {list(rewards.shape)}"
+        )
+
+
+def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
+    """Return the margin of every pair, or packed comparison: 0 where none are given.
+
+    Raises ValueError that names the pair whose margin is not finite, or a wrong number of margins.
+    """
+    if margins is None:
+        return [0.0] * count
+    margins = torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
+    found = None
+    if len(margins) != count:
+        found = f"{len(margins)} numbers"
+    for i, margin in enumerate(margins):
+        if not math.isfinite(margin):
+            found = f"{margin} for pair {i}"
+            break
+    if found:
+        raise ValueError(f"margins: found {found}; expected a finite number for each of {count}")
+    return margins
+
+
+def check_packed(batch: PackedBatch, longest_tail: int | None):
+    """Raise ValueError for a batch without the padding, or without the pairs, that a loss reads."""
+    is_whole = batch.longest_tail is None
+    has_enough = longest_tail is not None and not is_whole and batch.longest_tail >= longest_tail
+    has_pairs = min(map(len, batch.token_groups)) >= 2
+    if not (has_pairs and (is_whole or has_enough)):
+        raise ValueError(
+            f"the batch was packed for scores alone (longest_tail {batch.longest_tail}, "
+            f"min_responses): this loss needs longest_tail {longest_tail}, and pairs; "
+            "`RewardModel.pack` makes such batches"
+        )
+
+
+def check_packed_ids(batch: PackedBatch, vocab_size: int):
+    """Raise ValueError that names the comparison and response with an id the model lacks."""
+    has_padding = any(batch.tails)
+    if has_padding and not 0 <= batch.pad_id < vocab_size:
+        raise ValueError(f"pad_id {batch.pad_id}; the model has ids 0 to {vocab_size - 1}")
+    for i, group in enumerate(batch.token_groups):
+        for j, text in enumerate(group):
+            if min(text) < 0 or max(text) >= vocab_size:
+                unknown = [token for token in text if not 0 <= token < vocab_size]
+                raise ValueError(
+                    f"comparison {i}, response {j}: id {unknown[0]}; "
+                    f"the model has ids 0 to {vocab_size - 1}"
+                )
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def non_finite_rows(
+    batch: list, micro_batches: list[list], losses: list, loss_of: Callable, process
+) -> list[str]:
+    """Name for each rank the rows whose loss is not finite, as "rank 0: file:line, file:line".
+
+    batch: the comparisons of a step, the same on all ranks, each with its place in `where`.
+    micro_batches, losses: comparisons that this rank computed on, and the loss of each micro-batch.
+    loss_of: computes the loss of a list of comparisons. It is called for each suspect alone, by all
+        ranks, because in a packed batch NaN times an attention of 0 spoils other rows, too.
+    """
+    number = {id(comparison): i for i, comparison in enumerate(batch)}
+    own = []
+    for comparisons, loss in zip(micro_batches, losses):
+        if not math.isfinite(loss):
+            own += [number[id(comparison)] for comparison in comparisons]
+    alone = []
+    for i in sorted(process.join(own)[0]):
+        if not math.isfinite(loss_of([batch[i]])):
+            alone.append(i)
+    rows = []
+    for i in sorted(own):
+        if i in alone or not alone:
+            rows.append(batch[i].where)
+    said = []
+    if rows:
+        said.append(f"rank {process.rank}: {listed(rows)}")
+    return process.join(said)[0]
+
+
+def listed(names: list[str], most: int = 8) -> str:
+    """Join the first names with commas, and count the others."""
+    text = ", ".join(names[:most])
+    if len(names) > most:
+        text += f" and {len(names) - most} more"
+    return text
+
+
+def non_finite(loss: float, grad_norm: float, rows: list[str], batch: list, streak: int) -> str:
+    """Say which number of a step is not finite, and where it comes from.
+
+    rows: from `non_finite_rows`. batch: the comparisons of the step. streak: the number of such
+    steps in a row, with this one.
+    """
+    if rows:
+        text = f"the loss is {loss:g} ({'; '.join(rows)})"
+    else:
+        names = listed([comparison.where for comparison in batch], most=1)
+        text = f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {names})"
+    if streak > 1:
+        text += f", after {streak - 1} steps that were not finite either and were skipped"
+    return text
+
+
+# --------------------------------------------------------------------------------------------------
+# Text from outside
 
 
 def visible(text: str) -> str:
-    """Replace characters that cannot be seen, or would act on a page or a terminal, by signs.
+    """Replace invisible characters, and characters that act on a page or a terminal, by signs.
 
-    Control characters, also those of the writing direction, become signs or names like ⟨U+202E⟩.
-    Newlines and tabs keep their effect and get a sign in front.
+    Control characters, also those of the writing direction, become signs or names: ⟨U+202E⟩.
+    Newlines and tabs stay, behind a sign.
     """
     return "".join(map(visible_character, text))
 
