@@ -4,7 +4,6 @@ File formats: parts/rows.py. Tokenizers and chat templates: parts/tokenizers.py.
 disk: parts/token_cache.py.
 """
 
-import itertools
 import math
 import random
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ import torch
 # Names not used below, such as PackedBatch and load_tokenizer, are handed on to callers.
 from parts.packed import PackedBatch, pack, shared_prefix
 from parts.rows import bad_row, nothing_left, parse_row, read_rows
-from parts.token_cache import Tokenized, TokenizedData, TokenizedFile, select, token_file
+from parts.token_cache import Tokenized, TokenizedData, TokenizedFile, rows_of, select, token_file
 from parts.tokenizers import Tokenizer, chat_text, has_tokenizer, load_tokenizer, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------

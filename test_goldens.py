@@ -165,7 +165,7 @@ RUNS = {  # (file of comparisons, flags)
     "built-in data": (None, ""),
 }
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # as test_train.py does
+FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # as conftest.py does
 
 
 def write_rows(path: Path, n: int, seed: int, rankings=()):
@@ -213,7 +213,7 @@ def curves(case: str, folder: Path) -> list:
     process = FORKS.Process(target=main_in_float64, args=([*arguments, *flags.split()], said))
     said.touch()
     process.start()
-    process.join(120)
+    process.join(1800)  # unless it hangs
     if process.is_alive():
         process.kill()
         process.join()

@@ -8,11 +8,7 @@ import torch
 
 
 def summarize(
-    loss: float,
-    chosen: list[float],
-    rejected: list[float],
-    true_margin: list[float],
-    dropped: int,
+    loss: float, chosen: list[float], rejected: list[float], true_margin: list[float], dropped: int
 ) -> dict[str, float]:
     """Compute the metrics of an evaluation, under their names in metrics.jsonl.
 
@@ -73,6 +69,28 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
+def outcome(events: list[dict], scores: list[float], rewards: list[float]) -> str:
+    """Say what training changed, in a line or two.
+
+    events: of metrics.jsonl. scores, rewards: (R,), the last end scores of the eval responses, and
+    their true rewards; empty where these are not known.
+    """
+    evaluations = [event for event in events if event["event"] == "eval"]
+    before, after = evaluations[0], evaluations[-1]
+    text = (
+        f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, "
+        f"{after['accuracy']:.4f} after training"
+    )
+    if "bayes_accuracy" in after:
+        text += f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}"
+    if rewards:
+        text = (
+            f"Spearman's correlation of {len(scores)} eval responses' scores with their true "
+            f"rewards: {spearman(scores, rewards):.4f}\n{text}"
+        )
+    return text
+
+
 # --------------------------------------------------------------------------------------------------
 # TensorBoard (train.py --enable_tensorboard)
 
@@ -101,7 +119,7 @@ class Writer:
             raise unwritable(directory, error) from None
 
     def write(self, event: dict):
-        """Write the numbers of a line of metrics.jsonl, at its step; null (not finite) is skipped."""
+        """Write the numbers of a line of metrics.jsonl, at its step; null is skipped."""
         try:
             for name, value in event.items():
                 if name not in ("event", "step") and value is not None:

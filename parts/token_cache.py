@@ -55,6 +55,22 @@ class TokenizedFile:
         sequences = [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
         return Tokenized(sequences, f"{self.path}:{line}", margin)
 
+    def notes(self) -> list[str]:
+        """Say how many rows have a margin, and how many were skipped, if any: lines for a user."""
+        lines = []
+        with_margin = np.count_nonzero(self.rows["margin"])
+        if with_margin:
+            lines.append(
+                f"{self.path}: {with_margin} rows have a margin, which the loss takes off their "
+                "differences"
+            )
+        if self.bad_rows:
+            lines.append(
+                f"{self.path}: {len(self.bad_rows)} rows skipped, as they are no comparison; "
+                f"the first: {self.bad_rows[0]}"
+            )
+        return lines
+
 
 @dataclass
 class TokenizedData:
@@ -77,6 +93,24 @@ class TokenizedData:
     def fingerprint(self) -> str:
         """Return a hash of all that tokens, margins and their order follow from; of files only."""
         return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
+
+
+def rows_of(files: list[TokenizedFile], share_of: Callable[[int], np.ndarray]) -> np.ndarray:
+    """List rows of files, (n, 2) int64: numbers of files, and of rows in them.
+
+    share_of: picks row numbers of a file that has so many rows, as --data_split says.
+    Raises ValueError that names a file of which no row is picked.
+    """
+    selected = []
+    for number, file in enumerate(files):
+        rows = share_of(len(file))
+        if len(rows) == 0:
+            raise ValueError(
+                f"--data_split: the second share of the {len(file)} rows of {file.path} is no row; "
+                "give a larger one"
+            )
+        selected.append(np.stack((np.full(len(rows), number), rows), axis=1))
+    return np.concatenate(selected)
 
 
 def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:

@@ -296,6 +296,23 @@ def read_config(file: Path) -> dict:
     return config
 
 
+def sample_texts(sources: list[Iterable[list[str]]], characters: int = 50_000_000) -> list[str]:
+    """Take the first texts of each source, about equally many characters of each, to train on.
+
+    sources: lists of texts, each list taken whole or not at all. characters: of all sources
+    together; more text changes a tokenizer little, and takes its time. Every source is read to its
+    end, so that a bad row shows before a tokenizer is trained.
+    """
+    taken = []
+    for source in sources:
+        room = characters // len(sources)
+        for texts in source:
+            if room > 0:
+                taken += texts
+                room -= sum(map(len, texts))
+    return taken
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a sentencepiece BPE tokenizer with at most `vocab_size` ids.
 

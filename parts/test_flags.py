@@ -1,0 +1,143 @@
+"""The flags of train.py: their names and defaults, what refuses a value, and a missing tools/."""
+
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from conftest import HERE, LIMIT, TINY, complaint, words
+from parts.flags import parse_flags
+
+# Every flag of commit c0e6c6a, the last one before the redesign.
+FLAGS = """
+    --data_path --data_split --eval_path --eval_fraction --max_seq_len --truncation_side
+    --tokenizer_path --pad_id --num_padding_at_beginning --skip_bad_rows --data_output_path
+    --model_name_or_path --model_type --n_layer --n_head --n_embd --vocab_size --dropout --lora_dim
+    --lora_module_name --only_optimize_lora --lora_learning_rate --per_device_train_batch_size
+    --per_device_eval_batch_size --gradient_accumulation_steps --loss --center_rewards_coefficient
+    --layout --micro_batch_tokens --learning_rate --weight_decay --max_grad_norm
+    --lr_scheduler_type --num_warmup_steps --num_train_epochs --max_steps --eval_interval
+    --eval_iters --seed --dtype --gradient_checkpointing --zero_stage --offload --process_timeout
+    --dry_run --flops --output_dir --normalize_rewards --enable_tensorboard --tensorboard_path
+    --save_interval --keep_checkpoints --resume
+""".split()
+NAMES = ["gpt2", "opt", "llama"], ["divergent", "end"]  # of families and losses, for parse_flags
+
+
+def parsed(monkeypatch, *arguments):
+    """Parse these flags alone."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *words(arguments)])
+    return parse_flags(*NAMES)
+
+
+def test_help_lists_every_flag(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as exit:
+        parsed(monkeypatch, "--help")
+    assert exit.value.code == 0
+    listed = re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE)
+    assert set(FLAGS) - set(listed) == set()
+    assert len(listed) == len(set(listed))
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("", dict(batch=32, steps=2000, warmup=100, tokens=32 * 1024, rate=1e-3)),
+        ("--max_steps 50", dict(batch=32, steps=50, warmup=2, tokens=32 * 1024, rate=1e-3)),
+        ("--data_path x", dict(batch=16, steps=None, warmup=0, tokens=16 * 1024, rate=1e-3)),
+        (
+            "--data_path x --model_name_or_path m --max_seq_len 64",
+            dict(batch=16, steps=None, warmup=0, tokens=16 * 128, rate=5e-5),
+        ),
+    ],
+)
+def test_defaults_that_depend_on_other_flags(flags, expected, monkeypatch):
+    args = parsed(monkeypatch, flags)
+    assert args.per_device_train_batch_size == expected["batch"]
+    assert args.max_steps == expected["steps"]
+    assert args.num_warmup_steps == expected["warmup"]
+    assert args.micro_batch_tokens == expected["tokens"]
+    assert args.learning_rate == expected["rate"]
+
+
+def test_torchrun_that_starts_again_means_resume(monkeypatch):
+    for restarts, expected in ((None, False), ("0", False), ("1", True)):
+        if restarts:
+            monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        assert parsed(monkeypatch).resume == expected
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--learning_rate fast", ["--learning_rate", "'fast'", "above 0"]),
+        ("--learning_rate 0", ["--learning_rate", "'0'", "above 0"]),
+        ("--learning_rate nan", ["--learning_rate", "'nan'", "above 0"]),
+        (
+            "--per_device_train_batch_size -1",
+            ["--per_device_train_batch_size", "'-1'", "whole number", "from 1"],
+        ),
+        (
+            "--gradient_accumulation_steps 1.5",
+            ["--gradient_accumulation_steps", "'1.5'", "whole number"],
+        ),
+        ("--data_split 2,4", ["--data_split", "'2,4'", "three numbers"]),
+        ("--data_split 1,0,1", ["--data_split", "'1,0,1'", "above 0"]),
+        ("--eval_fraction 1", ["--eval_fraction", "'1'", "0.9"]),
+        ("--seed -1", ["--seed", "'-1'", "from 0"]),
+        ("--lr_scheduler_type cosin", ["--lr_scheduler_type", "'cosin'", "cosine"]),
+        ("--model_type bert", ["--model_type", "'bert'", "gpt2", "llama"]),
+        ("--n_embd 30 --n_head 4", ["--n_head", "4", "--n_embd 30"]),
+        ("--model_type llama --n_embd 12 --n_head 4", ["--n_head", "4", "even"]),
+        ("--vocab_size 100", ["--vocab_size", "'100'", "from 300"]),
+        ("--n_layer 2 --model_name_or_path x", ["--n_layer", "--model_name_or_path"]),
+        ("--eval_path x.jsonl", ["--eval_path", "--data_path"]),
+        ("--offload", ["--offload", "--zero_stage 0", "2 or 3"]),
+        ("--lora_module_name q_proj", ["--lora_module_name", "--lora_dim"]),
+        ("--only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),
+        ("--model_name_or_path out", ["--output_dir", "'out'", "--model_name_or_path"]),
+        ("--max_step 3", ["--max_step"]),  # no abbreviations
+        # flags come before files
+        ("--model_name_or_path /no/such --dropout 2", ["--dropout", "'2'"]),
+    ],
+)
+def test_bad_flags(flags, expected, monkeypatch, capsys):
+    line = complaint(monkeypatch, capsys, flags)
+    assert line.startswith("train.py: error:") and all(word in line for word in expected), line
+
+
+def test_without_tools_training_works_and_other_programs_name_what_is_missing(tmp_path):
+    """A copy of the four modules and parts/ alone trains; the model loads there."""
+    for name in ("rm.py", "model.py", "data.py", "train.py"):
+        shutil.copy(HERE / name, tmp_path / name)
+    not_code = shutil.ignore_patterns("test_*", "__pycache__")
+    shutil.copytree(HERE / "parts", tmp_path / "parts", ignore=not_code)
+
+    def run(*arguments):
+        command = [sys.executable, *words(arguments)]
+        how = dict(cwd=tmp_path, capture_output=True, text=True, timeout=LIMIT)
+        return subprocess.run(command, **how)
+
+    done = run("train.py", *TINY, "--max_steps 2 --eval_iters 1 --vocab_size 400 --output_dir out")
+    assert done.returncode == 0, done.stderr
+    weights = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert all(weight.isfinite().all() for weight in weights.values())
+    script = "import data, rm; rm.RewardModel.from_pretrained('out'); data.load_tokenizer('out')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=LIMIT)
+    assert done.returncode == 0
+    for arguments, name in (
+        ("train.py --dry_run", "dry_run"),
+        ("rm.py out rows.jsonl", "score"),
+        ("rm.py convert out other --layout hf", "score"),
+    ):
+        refused = run(arguments)
+        assert refused.returncode == 1
+        (line,) = refused.stderr.strip().splitlines()
+        assert line.startswith(f"{arguments.split()[0]}: error: ")
+        assert f"tools/{name}.py" in line and "missing" in line
+        if name == "dry_run":
+            assert "--dry_run" in line
+        assert refused.stdout == ""
