@@ -1,4 +1,5 @@
-"""The conformance kit in vectors/: made by this code, and agreeing with plain Python, DeepSpeed-Chat's numbers and `transformers`."""
+"""The conformance kit in vectors/: tools/make_vectors.py writes it, and plain Python, numbers of
+DeepSpeed-Chat and `transformers` agree with it."""
 
 import itertools
 import json
@@ -11,6 +12,7 @@ import torch
 
 import data
 import rm
+import test_loss
 from tools import check_vectors, make_vectors
 from model import GPT, scaled_dot_product
 from parts.huggingface import read_checkpoint
@@ -22,6 +24,7 @@ TESTDATA = VECTORS.parent / "testdata"
 DEEPSPEED_CHAT = json.loads((TESTDATA / "loss_cases.json").read_text())["cases"]
 CASES = json.loads((VECTORS / "loss.json").read_text())["cases"]
 NUMBERS = [case for case in CASES if case["error"] is None]
+LLAMA_3 = make_vectors.MODELS["llama_rope_scaling"]["config"]["rope_scaling"]
 MODELS = sorted(path.name for path in (VECTORS / "models").iterdir())
 
 
@@ -30,7 +33,7 @@ def load(name: str):
 
 
 def agree(got, expected, tolerance: float, where=""):
-    """Two trees of JSON are the same; numbers that are no integers up to `tolerance`, relative above 1."""
+    """Check that two trees of JSON are equal, floats up to `tolerance`, relative above 1."""
     assert type(got) is type(expected), where
     if isinstance(expected, dict):
         assert got.keys() == expected.keys(), where
@@ -56,18 +59,18 @@ def models() -> dict[str, RewardModel]:
     }
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # loss.json
 
 
 def by_definition(case: dict) -> dict:
-    """Loss, scores and d loss / d rewards of a case in plain Python, one position after the other, the gradient by hand.
+    """Compute loss, scores and d loss / d rewards of a case in plain Python, by position.
 
-    d/dx of -log sigmoid(x) is -sigmoid(-x); d/da of (a + b)^2 is 2 (a + b).
+    The gradient is by hand: d/dx of -log sigmoid(x) is -sigmoid(-x), d/da of (a + b)^2 2 (a + b).
     """
     rows, rewards, options = case["input_ids"], case["rewards"], case.get("options", {})
     pairs, length = len(rows) // 2, len(rows[0])
-    texts = []  # of every row {column: id}
+    texts = []  # {column: id}, one for every row
     for i, row in enumerate(rows):
         if mask := case.get("attention_mask"):
             ones = [column for column in range(length) if mask[i][column]]
@@ -120,7 +123,7 @@ def by_definition(case: dict) -> dict:
 
 @pytest.mark.parametrize("case", DEEPSPEED_CHAT + NUMBERS, ids=lambda case: case["name"])
 def test_loss_by_definition(case):
-    """The same few lines give DeepSpeed-Chat's numbers and the kit's."""
+    """A few lines of plain Python give DeepSpeed-Chat's numbers and those of the kit."""
     got = by_definition(case)
     agree(got, {name: case[name] for name in got}, 1e-12)
 
@@ -134,7 +137,7 @@ def test_our_loss_agrees():
 
 
 def with_region(wrong):
-    """Our loss with another rule for its region: `wrong` has the texts and the right (start, stop)."""
+    """Make our loss with another region: `wrong` gets two texts and the right (start, stop)."""
     right = rm.divergent_region
 
     def function(input_ids, rewards, pad_id, num_padding_at_beginning=0, attention_mask=None):
@@ -147,7 +150,7 @@ def with_region(wrong):
 
 
 def with_pair_loss(wrong):
-    """Our loss with another term of a pair."""
+    """Make our loss with another term of a pair."""
 
     def function(input_ids, rewards, pad_id, num_padding_at_beginning=0, attention_mask=None):
         with mock.patch.object(
@@ -165,7 +168,7 @@ def pad_over_mask(input_ids, rewards, pad_id, num_padding_at_beginning, attentio
 
 
 def at_padding_nothing(input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask):
-    """Rewards at padding count as 0: the mean has the right length, but not the right terms."""
+    """Take 0 for rewards at padding: the mean has the right length, but not the right terms."""
     text = input_ids != pad_id if attention_mask is None else attention_mask.bool()
     return pairwise_loss(
         input_ids, rewards * text, pad_id, num_padding_at_beginning, attention_mask
@@ -180,7 +183,7 @@ def refuses_nothing(input_ids, rewards, pad_id, num_padding_at_beginning, attent
 
 
 logsigmoid = torch.nn.functional.logsigmoid
-WRONG = {  # function, and cases that must tell it apart
+WRONG = {  # a wrong loss, and cases that must tell it apart
     "the whole row": (
         with_region(lambda a, b, start, stop: (0, stop)),
         {"no padding", "differs in the last token", "many pairs"},
@@ -262,19 +265,25 @@ def test_wrong_losses_are_told_apart(name):
     assert rows["all three"]["verdict"] == "not taken" or name == "no gradient"
 
 
+def test_every_wrong_loss_is_put_through_the_packed_path_too():
+    """Most of them by one table; the other two need more than a wrong region or term."""
+    others = {"nothing at padding", "nothing refused"}
+    assert set(WRONG) == set(test_loss.WRONG_LOSSES) | others
+
+
 @pytest.mark.parametrize("name", ["one too early", "to the end of L"])
-def test_what_cannot_be_told_apart_is_ok(name):
-    """Where a region is the whole row anyway, nothing is wrong."""
+def test_a_wrong_region_that_is_the_right_one_in_a_case_is_ok(name):
+    """A row of one token has one region."""
     row = verdicts(WRONG[name][0])["one token"]
     assert row["verdict"] == "ok" and float(row["loss"]) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # check_vectors
 
 
 def run(monkeypatch, capsys, *words) -> tuple[object, list[str]]:
-    """The program's exit status (or its last words), and the lines that it printed."""
+    """Run check_vectors. Returns its exit status or message, and the lines that it printed."""
     monkeypatch.setattr("sys.argv", ["check_vectors", *words])
     with pytest.raises(SystemExit) as exit:
         check_vectors.main()
@@ -370,7 +379,7 @@ SOMETHING = 5
         ),
     ],
 )
-def test_program_with_functions_of_others(
+def test_program_with_foreign_functions(
     function, status, line, last, tmp_path, monkeypatch, capsys
 ):
     (tmp_path / "others").mkdir()
@@ -407,7 +416,7 @@ def test_program_with_functions_of_others(
         ("others.constant:F", ["something else than a function as 'F'", "none at all"]),
     ],
 )
-def test_program_says_what_is_wrong_with_its_argument(word, words, tmp_path, monkeypatch, capsys):
+def test_program_names_the_mistake_in_its_argument(word, words, tmp_path, monkeypatch, capsys):
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "broken.py").write_text("import no_such_module_either")
     (tmp_path / "others" / "constant.py").write_text("F = 5")
@@ -417,12 +426,15 @@ def test_program_says_what_is_wrong_with_its_argument(word, words, tmp_path, mon
     assert all(word in message for word in words), message
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The kit is what its generator writes
 
 
 def test_generator_writes_the_kit_again(tmp_path):
-    """Every file: JSON in the same order, weights and tokenizer to the bit, computed numbers up to another machine's rounding."""
+    """JSON comes in the same order, weights and tokenizer come to the bit.
+
+    Computed numbers may differ by the rounding of another machine.
+    """
     make_vectors.write(tmp_path)
     names = sorted(
         str(path.relative_to(VECTORS))
@@ -443,7 +455,7 @@ def test_generator_writes_the_kit_again(tmp_path):
 
 
 def test_inputs_are_exact_in_every_format():
-    """Rewards in float32; weights also in bfloat16 and float16."""
+    """float32 holds the rewards; bfloat16 and float16 hold the weights, too."""
     for case in NUMBERS:
         rewards = torch.tensor(case["rewards"], dtype=torch.float64)
         assert torch.equal(rewards.float().double(), rewards), case["name"]
@@ -460,7 +472,7 @@ def test_kit_is_small():
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "opt", "opt_postnorm_proj"])
 def test_generator_gives_deepspeed_chats_numbers(name):
-    """From the checkpoints in testdata/, with what DeepSpeed-Chat's own code computed from them in float32."""
+    """DeepSpeed-Chat's own code computed these from the checkpoints in testdata/, in float32."""
     expected = json.loads((TESTDATA / name / "expected.json").read_text())
     model = RewardModel.from_pretrained(
         TESTDATA / name, expected.get("pad_id", 0), expected.get("num_padding_at_beginning", 0)
@@ -486,7 +498,7 @@ def test_generator_gives_deepspeed_chats_numbers(name):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # models/, packed.json, rankings.json: our implementation, in other ways than the generator took
 
 
@@ -498,7 +510,7 @@ def numbers(out: dict, model) -> dict:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_model_in_float32(name):
-    """The tolerance that vectors/README.md states for it."""
+    """float32 keeps to the tolerance that vectors/README.md states."""
     model = RewardModel.from_pretrained(VECTORS / "models" / name)
     agree(make_vectors.model_file(name, model), load(f"models/{name}/expected.json"), 1e-5)
 
@@ -510,7 +522,10 @@ def test_training_in_float32(name):
 
 
 def replay(name: str, **changed) -> list[dict]:
-    """The steps of trajectory.json by the formulas of AdamW (Loshchilov & Hutter 2019, algorithm 2), from what the file says alone."""
+    """Replay trajectory.json from what it says alone.
+
+    AdamW is written out: Loshchilov & Hutter (2019), algorithm 2.
+    """
     file = load(f"models/{name}/trajectory.json")
     o = file["optimizer"] | changed
     (beta1, beta2), model = (
@@ -566,7 +581,7 @@ def test_training_by_formula(name):
     ids=str,
 )
 def test_training_in_another_way_is_told_apart(changed):
-    """By more than the tolerance of float32."""
+    """They differ by more than the tolerance of float32."""
     with pytest.raises(AssertionError):
         agree(replay("gpt2", **changed), load("models/gpt2/trajectory.json")["steps"], 1e-4)
 
@@ -606,12 +621,12 @@ def test_model_packed_and_without_a_mask(name, models):
         ("llama_gqa", {"rms_norm_eps": 1e-5}),
         ("gpt2", {"layer_norm_epsilon": 1e-6}),
         ("llama_rope_scaling", {"rope_scaling": None}),
-        ("llama_rope_scaling", {"rope_scaling": make_vectors.LLAMA_3 | {"high_freq_factor": 3.0}}),
+        ("llama_rope_scaling", {"rope_scaling": LLAMA_3 | {"high_freq_factor": 3.0}}),
     ],
     ids=str,
 )
 def test_models_that_differ_in_one_detail_are_told_apart(name, changed):
-    """By ten times the tolerance of float32, and more."""
+    """They differ by ten times the tolerance of float32, or more."""
     hf, weights = read_checkpoint(VECTORS / "models" / name)
     expected = load(f"models/{name}/expected.json")
     backbone = GPT.from_hf(hf | changed, weights, source=name).double()
@@ -644,7 +659,7 @@ def test_hidden_states_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("case", load("packed.json")["cases"], ids=lambda case: case["name"])
 def test_packed(case, models):
-    """What is attended to: of equal scores, attention is the mean over the keys that a query sees, here of unit vectors."""
+    """Attention with equal scores is a mean over the keys that a query sees, here unit vectors."""
     batch = data.pack(case["token_groups"], case["pad_id"], longest_tail=case["longest_tail"])
     tokens, keys = batch.num_tokens, batch.num_tokens - sum(case["tails"])
     zeros, units = (
@@ -657,7 +672,7 @@ def test_packed(case, models):
         .tolist()
     )
     assert ["".join(map(str, row)) + "0" * (tokens - keys) for row in seen] == case["attends"]
-    # What lies where: a text is its trunk and its branch, in its columns; its tail is padding, in those behind it.
+    # A text is its trunk and its branch, in its columns; its tail is padding, in the next columns.
     parts = iter(zip(case["input_ids"], case["positions"]))
     trunks, branches, tails = (
         [[next(parts) for _ in range(length)] for length in case[name]]
@@ -680,7 +695,7 @@ def test_packed(case, models):
     model, outs = models[case["model"]], []
     margins = case["options"].get("margins", [0.0] * len(case["token_groups"]))
     options = {key: value for key, value in case["options"].items() if key != "margins"}
-    with mock.patch.multiple(model, **model.objective | options):
+    with mock.patch.multiple(model, **({"loss": model.loss} | options)):
         for group, margin in zip(case["token_groups"], margins):
             chosen, rejected = zip(*itertools.combinations(group, 2))
             outs.append(
@@ -696,7 +711,7 @@ def test_packed(case, models):
 
 @pytest.mark.parametrize("case", load("rankings.json")["cases"], ids=lambda case: case["name"])
 def test_rankings(case, models):
-    """In the packed layout, and from the rewards in the file alone."""
+    """The packed layout agrees, and so does plain Python from the rewards in the file."""
     model = models[case["model"]]
     got = numbers(model(data.pack(case["token_groups"], model.pad_id)), model)
     agree(got, {key: case[key] for key in got}, 1e-10)
@@ -725,7 +740,7 @@ def test_rankings(case, models):
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokens/
 
 TOKENS = load("tokens/rows.json")
@@ -738,7 +753,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("case", TOKENS["cases"], ids=lambda case: case["name"])
 def test_tokens(case, tokenizer, tmp_path):
-    """From a file, as training reads it; what the sequences decode to is the text, or the part of it that was to stay."""
+    """Read rows from a file, as training does. Sequences decode to their text, or a part of it."""
     (tmp_path / "row.jsonl").write_text(json.dumps(case["row"]) + "\n")
     (comparison,) = data.load_comparisons(tmp_path / "row.jsonl")
     assert [comparison.prompt + response for response in comparison.responses] == case[
