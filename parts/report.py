@@ -26,10 +26,7 @@ SERIES = [
     ("#6a6a70", "#9a9aa2"),
 ]
 # Backgrounds that stand for a low, a middle and a high reward
-SHADES = {
-    "light": ("#f5ab5e", "#f0f0ec", "#86bbee"),
-    "dark": ("#8a4610", "#2c2e33", "#17588f"),
-}
+SHADES = {"light": ("#f5ab5e", "#f0f0ec", "#86bbee"), "dark": ("#8a4610", "#2c2e33", "#17588f")}
 LEVELS = 8  # of shading, on either side of the middle
 INK = {
     "light": dict(ink="#1d1f24", soft="#5d6068", line="#dcdcd8", paper="#ffffff", page="#f7f7f5"),
@@ -61,12 +58,12 @@ class Series:
     """A row of numbers in a chart."""
 
     y: list[float | None]  # None, NaN and infinities leave a gap
-    x: list[float] | None = None  # by default 0, 1, 2, ...
+    x: list[float] | None = None  # None: 0, 1, 2, ...
     name: str = ""  # in the legend; "" is left out of it
     kind: str = "line"  # line, point, or bar
     color: int = 0  # an index of SERIES
-    style: str = ""  # of a line: a key of STROKES
-    width: float = 0.8  # of a bar, in units of x
+    style: str = ""  # a key of STROKES, for a line
+    width: float = 0.8  # in units of x, for a bar
     error: list[float] | None = None  # half the lengths of error bars
     notes: list[str] | None = None  # tooltips of the points or bars
     labels: list[str] | None = None  # texts above them
@@ -96,7 +93,7 @@ class Axes:
         return self.left + share * (self.right - self.left)
 
     def at_y(self, y: float) -> float:
-        """Return the height of y; beyond a border, that of the border."""
+        """Return the height of y, or of the border that y lies beyond."""
         share = (min(max(y, self.y_low), self.y_high) - self.y_low) / (self.y_high - self.y_low)
         return self.bottom - share * (self.bottom - self.top)
 
@@ -283,7 +280,7 @@ def draw_mark(s: Series, i: int, axes: Axes, x, y, error, slot) -> Iterator[str]
 
 
 def reference_lines(axes: Axes, vlines: list[tuple], hlines: list[tuple]) -> list[str]:
-    """Draw lines across the data. Texts of vertical ones have a row each: lines may be close."""
+    """Draw lines across the data. Each text of a vertical line has a row: lines may be close."""
     out, texts = [], []
     color, dashes = INK["light"]["soft"], ' stroke-dasharray="3 3"'
     halo = ' class="halo" paint-order="stroke" stroke="#ffffff" stroke-width="4"'
@@ -321,48 +318,7 @@ def standalone(svg: str) -> str:
 # --------------------------------------------------------------------------------------------------
 # Pages
 
-STYLE = """
-:root{color-scheme:light dark}
-*{box-sizing:border-box}
-body{margin:0;background:var(--page);color:var(--ink);\
-font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;overflow-wrap:anywhere}
-main{max-width:1080px;margin:0 auto;padding:28px 16px 64px}
-h1{font-size:1.5rem;line-height:1.25;margin:0 0 .5rem;letter-spacing:-.01em}
-h2{font-size:1.02rem;margin:0;font-weight:600}
-p{margin:.5rem 0;max-width:46em}
-.soft,summary,th{color:var(--soft)}
-.small,table,summary{font-size:.875rem}
-.card{background:var(--paper);border:1px solid var(--line);border-radius:12px;padding:16px;\
-margin:20px 0;min-width:0}
-.head{display:flex;flex-wrap:wrap;gap:2px 18px;align-items:baseline;margin-bottom:10px}
-.facts{display:flex;flex-wrap:wrap;gap:10px 34px;margin:18px 0}
-.facts b{display:block;font-size:1.3rem;font-weight:600;line-height:1.2;\
-font-variant-numeric:tabular-nums}
-.cols{display:grid;grid-template-columns:minmax(0,1fr);gap:16px 28px}
-@media (min-width:820px){.cols{grid-template-columns:repeat(2,minmax(0,1fr))}.cols .card{margin:0}}
-@media (max-width:819px){.cols .card{margin:0}}
-@media (max-width:480px){main{padding:16px 10px 40px}.card{padding:12px}}
-svg{display:block;width:100%;max-width:560px;height:auto;margin:0 auto}
-.text{white-space:pre-wrap;line-height:1.9;margin:2px 0 14px}
-.text.prompt{color:var(--soft);white-space:normal;line-height:1.6;margin:6px 0 14px}
-.text span{padding:2px 0;border-radius:2px}
-.text:not(.prompt) span:not(.off,.mark){box-shadow:inset -1px 0 var(--paper)}
-.off{color:var(--soft)}
-.name{font-size:.85em}
-.empty::before{content:"⋯";font-size:.6em}
-.pad{border-bottom:2px dotted var(--soft)}
-.mark{color:var(--ink);font-size:.8em;font-weight:600;margin:0 2px;white-space:nowrap}
-.bar{display:flex;max-width:340px;height:14px;border-radius:3px;overflow:hidden}.bar span{flex:1}
-.bar.ends{justify-content:space-between;height:auto;margin-bottom:6px}.bar.ends span{flex:none}
-.scroll{overflow:auto;max-height:24rem;margin-top:8px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{text-align:right;padding:3px 14px 3px 0;border-bottom:1px solid var(--line);font-weight:400;\
-white-space:pre}
-th:first-child,td:first-child{text-align:left}
-.words td,.words th{text-align:left;white-space:pre-wrap}
-details{margin:6px 0}summary{cursor:pointer}
-code{font:.92em ui-monospace,Menlo,Consolas,monospace}
-"""
+STYLE = "\n" + Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 
 
 def style_of_charts() -> str:
@@ -475,7 +431,7 @@ def moving_mean(values: list[float | None], window: int) -> list[float]:
 
 
 def histogram(groups: dict[str, list[float]], title: str, x_label: str, vlines=()) -> str:
-    """Draw the counts of each group in 40 bins that all share; numbers that are not finite go."""
+    """Draw the counts of each group in 40 common bins, without numbers that are not finite."""
     groups = {
         name: torch.tensor([v for v in values if finite(v)], dtype=torch.float64)
         for name, values in groups.items()
@@ -536,7 +492,7 @@ def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
 
 
 def run_charts(steps: list[dict], evals: list[dict], chosen, rejected, true_margins) -> list[str]:
-    """Draw the charts of a run, as `run_page` gets its numbers."""
+    """Draw the charts of a run from the arguments of `run_page`, with events by kind."""
     at, losses = [event["step"] for event in steps], [event["loss"] for event in steps]
 
     def of_steps(name, title):

@@ -21,7 +21,8 @@ from parts.guards import visible
 from parts.metrics import calibration_error
 
 HOSTILE = (
-    "</span><script>alert(1)</script> \"quoted\" 'single' & &amp; ]]> <!-- -->\x1b[31mred\x1b]0;title\x07\x9b2J\x00\x7f "
+    "</span><script>alert(1)</script> \"quoted\" 'single' & &amp; ]]> <!-- -->"
+    "\x1b[31mred\x1b]0;title\x07\x9b2J\x00\x7f "
     "\u202edcba\u2066 \u2028 🙂🙃 שלום \r\n\ttab"
 )
 
@@ -173,20 +174,29 @@ function look(frame) {
   doc.querySelectorAll("details").forEach(one => one.open = true);
   const rgb = color => color.match(/[0-9.]+/g).map(Number);
   const linear = c => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
-  const light = color => rgb(color).slice(0, 3).reduce((sum, c, i) => sum + linear(c) * [.2126, .7152, .0722][i], 0);
+  const weights = [.2126, .7152, .0722];
+  const light = color =>
+    rgb(color).slice(0, 3).reduce((sum, c, i) => sum + linear(c) * weights[i], 0);
   let worst = 99, where = "", overflow = [];
   for (const node of doc.querySelectorAll("body *:not(style):not(svg):not(svg *)")) {
-    if (node.getBoundingClientRect().right > root.clientWidth + 1 && !node.closest(".scroll")) overflow.push(node.tagName + "." + node.className);
+    const isWide = node.getBoundingClientRect().right > root.clientWidth + 1;
+    if (isWide && !node.closest(".scroll")) overflow.push(node.tagName + "." + node.className);
     if (![...node.childNodes].some(child => child.nodeType == 3 && child.data.trim())) continue;
     let behind = node;
-    while (behind && (rgb(view.getComputedStyle(behind).backgroundColor)[3] ?? 1) == 0) behind = behind.parentElement;
-    const [a, b] = [light(view.getComputedStyle(node).color), light(view.getComputedStyle(behind).backgroundColor)].sort((x, y) => y - x);
-    if ((a + .05) / (b + .05) < worst) { worst = (a + .05) / (b + .05); where = node.outerHTML.slice(0, 90); }
+    const background = node => view.getComputedStyle(node).backgroundColor;
+    while (behind && (rgb(background(behind))[3] ?? 1) == 0) behind = behind.parentElement;
+    const lights = [light(view.getComputedStyle(node).color), light(background(behind))];
+    const [a, b] = lights.sort((x, y) => y - x);
+    const contrast = (a + .05) / (b + .05);
+    if (contrast < worst) { worst = contrast; where = node.outerHTML.slice(0, 90); }
   }
   return {clientWidth: root.clientWidth, scrollWidth: root.scrollWidth, overflow, worst, where,
           page: view.getComputedStyle(doc.body).backgroundColor};
 }
-onload = () => { document.body.textContent = "RESULT" + JSON.stringify([...document.querySelectorAll("iframe")].map(look)) + "END"; };
+onload = () => {
+  const found = [...document.querySelectorAll("iframe")].map(look);
+  document.body.textContent = "RESULT" + JSON.stringify(found) + "END";
+};
 </script>FRAMES</body>"""
 
 
@@ -204,15 +214,11 @@ def check_in_a_browser(page, scheme, tmp_path):
     """
     (tmp_path / "page.html").write_text(page)
     frames = [360, 1400]
-    (tmp_path / "probe.html").write_text(
-        PROBE.replace(
-            "FRAMES",
-            "".join(
-                f'<iframe src="page.html" style="border:0;display:block;width:{width}px;height:900px"></iframe>'
-                for width in frames
-            ),
-        )
-    )
+    style = "border:0;display:block;height:900px"
+    iframes = [
+        f'<iframe src="page.html" style="{style};width:{width}px"></iframe>' for width in frames
+    ]
+    (tmp_path / "probe.html").write_text(PROBE.replace("FRAMES", "".join(iframes)))
     done = subprocess.run(
         [
             "chromium",
@@ -440,7 +446,7 @@ def test_a_run_without_true_rewards_or_with_one_step_or_none(tmp_path):
 
 
 def test_the_page_of_a_real_run(tmp_path, monkeypatch):
-    """The page shows the numbers of metrics.jsonl as train.py writes it."""
+    """The page shows the numbers of metrics.jsonl, which train.py writes."""
     pairs = [
         {"prompt": c.prompt, "responses": c.responses}
         for c in itertools.islice(data.known_rewards(0), 40)
@@ -466,7 +472,7 @@ def test_the_page_of_a_real_run(tmp_path, monkeypatch):
         tmp_path / "cache",
     ]
     monkeypatch.setattr(sys, "argv", ["train.py", *map(str, arguments)])
-    monkeypatch.setattr(train.signal, "signal", lambda *_: None)  # an interrupt stays pytest's
+    monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
     train.main()
     events = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()

@@ -43,11 +43,11 @@ class Row:
     """A comparison of K responses, best first, or a single response, and its rewards."""
 
     sequences: list[list[int]]  # token ids
-    texts: list[list[str]]  # of the tokens, and of the padding up to the longest end, L
+    texts: list[list[str]]  # (K, L): tokens, and padding up to the longest end, L
     rewards: torch.Tensor  # (K, L) float32 or wider, on the CPU
     prompt: int  # tokens in front of the responses
     cut: int  # tokens of the prompt that truncation took off, in front of them
-    lost: list[int]  # tokens of each response that truncation took off
+    lost: list[int]  # tokens that truncation took off each response
     margin: float = 0.0  # by how much the data wants a pair to differ
 
     @property
@@ -79,11 +79,14 @@ class Row:
 
     @property
     def loss(self) -> float:
-        """The mean over the pairs; NaN without one."""
+        """The mean loss of the pairs; NaN without a pair."""
         return mean([pair.loss for pair in self.pairs])
 
     def region(self, i: int) -> tuple[int, int]:
-        """Return (start, stop) of what losses read of response i; the response, without a pair."""
+        """Return (start, stop) of the positions of response i that losses read.
+
+        A response without a pair has no loss: from the prompt to its end.
+        """
         pairs = [pair for pair in self.pairs if i in (pair.i, pair.j)]
         if not pairs:
             return self.prompt, self.ends[i]
@@ -94,8 +97,8 @@ class Row:
 def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Row]:
     """Score the first `count` rows of a file, in the padded layout, the reference.
 
-    The formats are those of `data.load_comparisons`, also with one response. Raises ValueError that
-    names file and line.
+    Formats are those of `data.load_comparisons`; a row may have one response. Raises ValueError
+    that names file and line.
     """
     rows, device = [], model.v_head.weight.device
     comparisons = itertools.islice(load_comparisons(path, min_responses=1), count)
@@ -108,8 +111,8 @@ def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Ro
         texts = []
         for sequence in sequences:
             texts.append(token_texts(tokenizer, sequence) + padding[: length - len(sequence)])
-        # The prompt reaches as far as all texts have its tokens; that of whole dialogues as far as
-        # these are equal. Truncation takes tokens off it first.
+        # The prompt reaches as far as all texts have its tokens; in whole dialogues, as far as
+        # these are equal. Truncation takes tokens off its start.
         whole = tokenize(comparison, tokenizer, 2**31)
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         begin_alike = list(whole)
@@ -130,7 +133,7 @@ def token_texts(tokenizer, sequence: list[int]) -> list[str]:
 
     Tokens cannot be decoded one by one: a character may be several of them (bytes), and
     sentencepiece leaves out the space in front of the first. So the text of a token is what it adds
-    to the tokens before it, and that of one which completes no character is "".
+    to the tokens before it; the text of a token that completes no character is "".
     """
     names = {tokenizer.pad_id: "⟨pad⟩", tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
     texts = [""] * len(sequence)
@@ -149,7 +152,7 @@ def token_texts(tokenizer, sequence: list[int]) -> list[str]:
 
 
 class Scale:
-    """Shades of rewards. Differences alone have a meaning: the middle is the shown ones' median."""
+    """A scale from rewards to shades around their median: differences alone have a meaning."""
 
     def __init__(self, rows: list[Row]):
         shown = torch.cat([row.rewards[:, row.prompt :].flatten() for row in rows]).double()
@@ -162,7 +165,7 @@ class Scale:
             self.reach = max(distances[int(0.98 * (len(shown) - 1))].item(), 1e-6)
 
     def level(self, reward: float) -> float:
-        """Return -1 (low) to 1 (high)."""
+        """Return a number from -1 (low) to 1 (high)."""
         if not math.isfinite(reward):
             return 0.0
         return min(max((reward - self.middle) / self.reach, -1.0), 1.0)

@@ -1,5 +1,5 @@
-"""Comparisons token by token, on the page and in the terminal: no text of a data file becomes markup
-or moves the cursor, and every number is that of `rm.pairwise_loss`."""
+"""Comparisons token by token: no text of a data file becomes markup or moves the cursor of a
+terminal, and every number is that of `rm.pairwise_loss`."""
 
 import io
 import itertools
@@ -9,6 +9,7 @@ import re
 import sys
 
 import pytest
+import sentencepiece
 import torch
 
 import data
@@ -276,7 +277,7 @@ def tokenizer_of(kind, checkpoint, directory):
         return data.load_tokenizer(checkpoint / "tokenizer.model")
     if kind == "sentencepiece with a space in front":  # as Llama 2
         model = io.BytesIO()
-        data.sentencepiece.SentencePieceTrainer.train(
+        sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["some words for a small vocabulary"] * 9),
             model_writer=model,
             model_type="bpe",

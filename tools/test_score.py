@@ -16,6 +16,8 @@ import torch
 import data
 import train
 from model import GPT, GPTConfig
+from parts.normalize import normalize
+from rm import RewardModel
 from tools import score
 
 HERE = Path(__file__).parent.parent
@@ -184,6 +186,21 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
         )
     refused = run("convert", trained, tmp_path / "hf", "--layout", "deepspeed-chat")
     assert refused.returncode != 0 and "hf, which is not empty" in refused.stderr.splitlines()[-1]
+
+
+def test_converting_says_what_other_programs_must_add(tmp_path, run_here):
+    from transformers import AutoModelForSequenceClassification
+
+    config = GPTConfig("llama", vocab_size=8, n_layer=1, n_embd=8, n_head=2)
+    model = RewardModel(GPT(config), pad_id=0)
+    normalize(model, [1.0, 3.0])
+    model.save_pretrained(tmp_path / "ours")
+    _, out = run_here("convert", tmp_path / "ours", tmp_path / "hf", "--layout", "hf")
+    assert "other programs must add -2 (reward_bias in config.json)" in out
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    logit = theirs(torch.tensor([[1, 2, 3]])).logits.item()
+    ((ours,),) = score.score(score.trained_model(tmp_path / "hf"), [[[1, 2, 3]]], 1)
+    assert ours == pytest.approx(logit - 2, abs=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
