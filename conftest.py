@@ -14,7 +14,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import itertools
 import json
 import multiprocessing
-import signal
 import socket
 import subprocess
 import sys

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-# Names not used below, such as PackedBatch and load_tokenizer, are handed on to callers.
+# Names that nothing below uses, such as PackedBatch and load_tokenizer, are imported for callers.
 from parts.packed import PackedBatch, pack, shared_prefix
 from parts.rows import bad_row, nothing_left, parse_row, read_rows
 from parts.token_cache import Tokenized, TokenizedData, TokenizedFile, rows_of, select, token_file
@@ -95,9 +95,9 @@ def tokenize(
 
     A sequence is bos, prompt + response encoded as one string, eos. bos stands where the tokenizer
     has one, eos where it is not also the pad. Sequences over `max_seq_len` are truncated. "left"
-    drops the same number of tokens from the start of every text, at most those that all texts
-    share, keeps bos and eos, and cuts a text that is still too long before eos. "right" cuts the
-    end, eos included (DeepSpeed-Chat).
+    keeps bos and eos and drops the same number of tokens from the start of every text, at most the
+    tokens that all texts share; the end of a text that is still too long is dropped, too. "right"
+    drops the end, eos included (DeepSpeed-Chat).
     Raises ValueError where a sequence would have no token.
     """
     texts = [tokenizer.encode(text) for text in texts_of(comparison)]
@@ -141,7 +141,7 @@ def are_identical(sequences: list[list[int]]) -> bool:
 
 
 def tokenize_each(comparisons: Iterable[Comparison], *how) -> Iterator[Tokenized]:
-    """Tokenize a stream of comparisons like `known_rewards`, and drop identical sequences.
+    """Tokenize a stream of comparisons, such as `known_rewards`, and drop identical sequences.
 
     how: the arguments of `tokenize` after the comparison.
     """
@@ -153,7 +153,7 @@ def tokenize_each(comparisons: Iterable[Comparison], *how) -> Iterator[Tokenized
 
 
 def tokenize_all(comparisons: Iterable[Comparison], *how) -> TokenizedData:
-    """Tokenize comparisons that are in memory, drop identical sequences, and count these."""
+    """Tokenize comparisons in memory; drop and count comparisons with identical sequences."""
     comparisons = list(comparisons)
     kept = list(tokenize_each(comparisons, *how))
     selected = np.array([(0, row) for row in range(len(kept))])

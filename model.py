@@ -12,7 +12,7 @@ Notable features:
   own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding
   key, as in `transformers`
-- rows with padding, or comparisons packed one after the other: only attention knows which
+- padded rows, or packed comparisons (parts/packed.py): only attention knows which
 
 Shapes in comments: B rows, L positions, T tokens of a packed batch, H heads, D width of a head,
 C width of the hidden state.
@@ -41,14 +41,14 @@ ACTIVATIONS = {
 
 @dataclass
 class GPTConfig:
-    """The shape of a backbone. A field that is None takes its family's value, or the usual one.
+    """The shape of a backbone. A field that is None takes the value of its family, or follows.
 
     Raises ValueError where the fields do not fit together.
     """
 
     model_type: str = "gpt2"  # a family
     vocab_size: int = 50257  # rows of the token embedding
-    n_positions: int = 1024  # longest row; with learned positions, rows of their table
+    n_positions: int = 1024  # longest row
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # C, width of the hidden state
@@ -66,7 +66,7 @@ class GPTConfig:
     embed_dim: int | None = None  # width of embedding and output, projected if not n_embd
     position_offset: int | None = None  # row of the position table for position 0 (OPT: 2)
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
-    init_std: float | None = None  # of fresh weights; None: 0.02 at width 768, as 1 / sqrt(width)
+    init_std: float | None = None  # of fresh weights; None: 0.02 * sqrt(768 / n_embd)
     token_ids: dict = field(default_factory=dict)  # bos, eos, pad, under config.json's keys
 
     def __post_init__(self):
@@ -135,8 +135,8 @@ class Block(nn.Module):
     def forward(self, x, attend, rotary, keys=ALL, read=ALL):
         """Transform x, (B, L, C) or packed (T, C).
 
-        attend: the attention of that layout. rotary: the tables of `rotary_tables`, or None.
-        keys: the rows of x that are attended to. read: the rows that are read later, and returned.
+        attend: the attention of the layout. rotary: cos and sin of `rotary_tables`, or None.
+        keys, read: slices of a packed x, see `GPT.forward_packed`; a padded x is taken whole.
         """
         pre_norm, y = self.config.pre_norm, self.attn_norm(x) if self.config.pre_norm else x
         x = x[read] + self.drop(self.attention(y, attend, rotary, keys, read))
@@ -193,7 +193,7 @@ class GPT(nn.Module):
     def _init_weights(self, module):
         """Initialize as GPT-2: normal with `init_std`, biases zero.
 
-        Layers that write to the residual stream are scaled down by the number of such writes.
+        Layers that write to the residual stream are scaled by 1 / sqrt(number of such layers).
         """
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.init_std)
@@ -211,8 +211,8 @@ class GPT(nn.Module):
 
         input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None:
         everywhere. Returns (B, L, embed_dim). Values at left padding have no meaning. Positions are
-        columns, at padding too; but OPT counts attended tokens, and all padding has the position
-        before the first. Raises ValueError for rows longer than `n_positions`.
+        columns, at padding too; but OPT counts attended tokens from 0, and all padding has
+        position -1. Raises ValueError for rows longer than `n_positions`.
         """
         L = input_ids.shape[1]
         positions = torch.arange(L, device=input_ids.device)
@@ -222,7 +222,11 @@ class GPT(nn.Module):
         return self.transform(input_ids, positions, L, partial(padded_attention, mask=mask))
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
-        """Compute `forward` at all tokens but the trunks': (T - trunk tokens, embed_dim)."""
+        """Compute `forward` at all tokens but the trunks': (T - trunk tokens, embed_dim).
+
+        No token attends to tails, which are padding: `keys` are the other tokens. No reward of a
+        trunk is read: `read` are the other tokens, and the last block computes those alone.
+        """
         positions = batch.positions
         n_text = batch.num_tokens - sum(batch.tails)
         if self.config.position_offset:
@@ -247,11 +251,12 @@ class GPT(nn.Module):
             rotary = rotary_tables(positions, self.config, x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
-            rows = read if block is self.blocks[-1] else ALL
+            # Earlier blocks compute every token: the next block attends to trunks.
+            output = read if block is self.blocks[-1] else ALL
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, attend, rotary, keys, rows, use_reentrant=False)
+                x = checkpoint(block, x, attend, rotary, keys, output, use_reentrant=False)
             else:
-                x = block(x, attend, rotary, keys, rows)
+                x = block(x, attend, rotary, keys, output)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -282,7 +287,7 @@ class GPT(nn.Module):
         return huggingface.state_dict_to_hf(self.config.model_type, self.state_dict())
 
     def linear_layers(self) -> list[tuple[str, nn.Module, str]]:
-        """List the linear layers of the blocks: DeepSpeed-Chat's name, block, its name in there."""
+        """List the linear layers of the blocks: DeepSpeed-Chat's name, block, attribute of it."""
         layers = []
         for i, block in enumerate(self.blocks):
             for child, module in block.named_children():
@@ -298,7 +303,7 @@ class GPT(nn.Module):
 
 
 def make_embedding(rows: int, width: int) -> nn.Embedding:
-    # The initialization of nn.Embedding would import a large part of PyTorch on the meta device.
+    # On the meta device, nn.Embedding's own initialization would import much of PyTorch.
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -308,16 +313,19 @@ def make_norm(config: GPTConfig) -> nn.Module:
     return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
 
 
-def scaled_dot_product(q, k, v, dropout_p: float, **mask) -> torch.Tensor:
-    """Attend from q (B, L, H, D) to k and v (B, M, H_kv, D). Returns (B, L, H, D)."""
+def scaled_dot_product(q, k, v, dropout_p: float, **options) -> torch.Tensor:
+    """Attend from q (B, L, H, D) to k and v (B, M, H_kv, D). Returns (B, L, H, D).
+
+    options: attn_mask or is_causal, as PyTorch's function takes them.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    mask["enable_gqa"] = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **mask)
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, **options)
     return y.transpose(1, 2)
 
 
 def padded_attention(q, k, v, dropout_p: float, mask) -> torch.Tensor:
-    """Attend within rows. q, k, v as above, M = L. mask: that of `causal_mask`, None: causal."""
+    """Attend within rows: q, k, v (B, L, ...). mask: from `causal_mask`; None: causal alone."""
     return scaled_dot_product(q, k, v, dropout_p, attn_mask=mask, is_causal=mask is None)
 
 

@@ -8,13 +8,14 @@
        the two ends.
     6. The loss is the mean over the pairs. The score of a sequence is its reward at its last token.
 
-`pairwise_loss` is steps 3 to 6, `RewardModel.forward` all six. This file reads no files and knows
-no tokenizer: parts/huggingface.py reads and writes checkpoints, data.py turns text into token ids.
+`pairwise_loss` is steps 3 to 6, `RewardModel.forward` all six. By default, training packs its
+batches instead of padding them (parts/packed.py), to the same numbers: `forward_packed`.
+
+This file reads no files and knows no tokenizer: parts/huggingface.py reads and writes checkpoints,
+data.py turns text into token ids. Two programs of tools/score.py are called by its name:
 
     python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]       score the responses in a file
     python rm.py convert CHECKPOINT DIRECTORY --layout hf         write a model in another layout
-
-are the programs of tools/score.py.
 """
 
 import itertools
@@ -25,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from model import GPT, GPTConfig  # GPTConfig is handed on to train.py
+from model import GPT, GPTConfig  # GPTConfig for train.py, which imports it from here
 from parts import guards, huggingface
 from parts.flags import hand_over
 from parts.packed import PackedBatch, pack
@@ -47,18 +48,19 @@ def pair_loss(
 ) -> torch.Tensor:
     """The loss of one pair: mean over t of -log sigmoid(r_chosen[t] - r_rejected[t]).
 
-    Both (T,), T >= 1, the rewards of the divergent region, float32 or float64. Returns a scalar,
-    the negative log likelihood of the preference under Bradley & Terry (1952), as in Ouyang et al.
-    (2022), eq. 1, at every token.
+    chosen_rewards, rejected_rewards: (N,), N >= 1, the rewards of the divergent region, float32 or
+        float64.
+    ends: the rewards at the two last tokens, scalars; only variants read them.
+    Returns a scalar, the negative log likelihood of the preference under Bradley & Terry (1952), as
+    in Ouyang et al. (2022), eq. 1, at every token.
 
-    Variants, all off by default; the last two read `ends`, the rewards at the two last tokens,
-    scalars:
-    margin: by how much the chosen text is to be better, taken off the difference (Touvron et al.
-        2023, Llama 2, eq. 2).
-    loss: "end" reads the ends alone, in place of the region (Ouyang et al. 2022, and TRL).
-    center_rewards_coefficient: times the squared sum of the ends, is added (Eisenstein et al. 2023,
-        and TRL). It keeps rewards near 0; differences of rewards alone leave their level open.
-    Raises ValueError for another `loss`, and where `ends` are needed and not given.
+    Variants, all off by default:
+    margin: by how much the chosen text is to be better; it is subtracted from the difference
+        (Touvron et al. 2023, Llama 2, eq. 2).
+    loss: "end" compares the two `ends` alone, in place of the region (Ouyang et al. 2022, TRL).
+    center_rewards_coefficient: a weight; the squared sum of the two `ends`, times it, is added
+        (Eisenstein et al. 2023, TRL). It keeps rewards near 0: differences leave their level open.
+    Raises ValueError for an unknown `loss`, and where `ends` are needed and not given.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss: found {loss!r}; expected {' or '.join(LOSSES)}")
@@ -87,10 +89,11 @@ def pairwise_loss(
 ) -> dict[str, torch.Tensor]:
     """The loss of a batch of pairs, pair by pair (DeepSpeed-Chat, step 2, `RewardModel.forward`).
 
-    input_ids: (2B, L) int64, rows 0..B-1 chosen, rows B..2B-1 rejected, right-padded with `pad_id`.
+    input_ids: (2B, L) int64, rows 0..B-1 chosen, rows B..2B-1 rejected, padded with `pad_id`: on
+        the right; with a mask also on the left, both rows of a pair by the same number of columns.
     rewards: (2B, L) float32 or float64.
-    num_padding_at_beginning: number of leading `pad_id` that belong to a text (OPT: 1, its bos is
-        DeepSpeed-Chat's pad).
+    num_padding_at_beginning: the first so many `pad_id` of a row end no text (OPT: 1, since its bos
+        is DeepSpeed-Chat's pad).
     attention_mask: (2B, L), 1 on text. It decides where texts end; without it, the pad id does.
     loss, margins (B,), center_rewards_coefficient: variants of the pair's term, see `pair_loss`.
 
@@ -116,7 +119,7 @@ def pairwise_loss(
         chosen_text = rows[chosen][: ends[chosen]]
         rejected_text = rows[rejected][: ends[rejected]]
         start, stop = divergent_region(chosen_text, rejected_text)  # 4. find the divergence
-        if start == stop:  # identical texts: equal rewards, so log 2 (less a margin), no gradient
+        if start == stop:  # identical texts have equal rewards: log 2 without a margin, no gradient
             if rows[chosen] != rows[rejected]:  # after both ends, so by the pad id alone
                 raise ValueError(
                     f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} "
@@ -140,7 +143,7 @@ def pairwise_loss(
 
 
 def divergent_region(chosen: list[int], rejected: list[int]) -> tuple[int, int]:
-    """(start, stop) of the positions that the loss of two texts, given as token ids, reads.
+    """Find the positions that the loss of two texts (token ids) reads: start, and stop after them.
 
     The texts diverge where their ids first differ, or where exactly one of them has ended; the
     region reaches from there to the longer end, so the rewards that the shorter text gets at its
@@ -191,8 +194,8 @@ def text_ends(
 class RewardModel(nn.Module):
     """A GPT backbone and a value head: a reward for every token.
 
-    pad_id: fills rows up; where no attention_mask is given, it also tells where texts end.
-    num_padding_at_beginning: how many leading `pad_id` belong to a text (OPT: 1).
+    pad_id: pads rows; where no attention_mask is given, it also tells where texts end.
+    num_padding_at_beginning: as in `pairwise_loss`; a packed batch does not need it.
     loss, center_rewards_coefficient: the objective, as `pair_loss` explains it.
     reward_bias: is added to every reward, which no difference shows (parts/normalize.py).
     has_fresh_head: nothing has trained the value head.
@@ -226,29 +229,29 @@ class RewardModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         margins: Sequence[float] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Rewards and loss of a batch of pairs, checked and returned as in `pairwise_loss`.
+        """Loss and end scores of a batch of pairs; arguments, result and errors: `pairwise_loss`.
 
+        input_ids: a `PackedBatch`, which has margins of its own, goes on to `forward_packed`. It
+            comes through `forward` because the hooks of DistributedDataParallel run here alone.
         attention_mask: (2B, L), tells which tokens are attended to and where texts end; without it,
             both follow from the pad id.
-        margins: (B,). A `PackedBatch` in place of input_ids has margins of its own and goes to
-            `forward_packed`: through here, so that the hooks of DistributedDataParallel run.
+        margins: (B,).
         """
         if isinstance(input_ids, PackedBatch):
             if attention_mask is not None or margins is not None:
                 raise ValueError(
                     "attention_mask or margins: found beside a packed batch, which has lengths of "
-                    "its own; give margins to data.pack"
+                    "its own; give margins to `RewardModel.pack`"
                 )
             return self.forward_packed(input_ids)
         vocab_size = self.backbone.config.vocab_size
-        ids, mask = guards.check_rows(input_ids, attention_mask, True, vocab_size)
+        ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True, vocab_size=vocab_size)
         attended = attention_mask
         if mask is None:
             ends = text_ends(ids, self.pad_id, self.num_padding_at_beginning, None)
             column = torch.arange(ids.shape[1], device=input_ids.device)
             attended = column < torch.tensor(ends, device=input_ids.device)[:, None]
         rewards = self.token_rewards(input_ids, attended)
-        leading = self.num_padding_at_beginning
         return pairwise_loss(
             input_ids,
             rewards,
@@ -262,12 +265,10 @@ class RewardModel(nn.Module):
 
     @property
     def longest_tail(self) -> int | None:
-        """The padding behind a text, in tokens, that the loss needs in a packed batch; None: all.
-
-        All of OPT's padding has one position, so one token stands for the others.
-        """
+        """The number of padding tokens that the loss needs behind a text; None: all of them."""
         if self.loss == "end":
             return 0
+        # OPT: all padding of a text has the same id, position and keys, so the same reward.
         if self.backbone.config.position_offset:
             return 1
         return None
@@ -277,7 +278,7 @@ class RewardModel(nn.Module):
         return pack(token_groups, self.pad_id, margins, longest_tail=self.longest_tail)
 
     def forward_packed(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Rewards and loss of a packed batch: the numbers of `forward`, each trunk computed once.
+        """Loss and end scores of a packed batch: the numbers of `forward`, a shared prompt once.
 
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs
         (i, j), i < j; the loss of the batch is the mean over its comparisons (Ouyang et al. 2022,
@@ -295,7 +296,7 @@ class RewardModel(nn.Module):
             for i, j in itertools.combinations(range(len(group)), 2):
                 start, stop = divergent_region(group[i], group[j])
                 start = min(start, stop - 1)  # identical texts: their last token
-                region = slice(start - trunk, stop - trunk)
+                region = slice(start - trunk, stop - trunk)  # rewards begin behind the trunk
                 better, worse = rewards[i], rewards[j]
                 scores = better[len(group[i]) - 1 - trunk], worse[len(group[j]) - 1 - trunk]
                 term = pair_loss(better[region], worse[region], scores, margin, *objective)
@@ -310,8 +311,10 @@ class RewardModel(nn.Module):
         }
 
     def packed_rewards(self, batch: PackedBatch) -> list[list[torch.Tensor]]:
-        """The rewards after the trunk of every text of a packed batch: comparisons, texts, (T,).
+        """The rewards of each text behind its trunk, as far as the batch has padding.
 
+        Returns a list for each comparison of a tensor (N,) for each text: N reaches to the longest
+        text, or without tails to the text's own end.
         Raises ValueError that names the comparison, the response and an id that the model lacks.
         """
         guards.check_packed_ids(batch, self.backbone.config.vocab_size)
@@ -332,11 +335,11 @@ class RewardModel(nn.Module):
         return result
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """The reward of every token of rows; all three tensors (N, L), rewards float32 or wider."""
+        """The reward of every token: ids and mask (N, L) -> rewards (N, L), float32 or wider."""
         return self.value(self.backbone(input_ids, attention_mask))
 
     def value(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The value head: hidden states (..., C) -> rewards (...), in float32 or wider, always.
+        """The value head: hidden states (..., C) -> rewards (...), float32 or wider, in any mode.
 
         In half precision rewards near 8 would be multiples of 1/128 (fp16) or 1/16 (bf16); the loss
         reads their differences.
@@ -355,14 +358,16 @@ class RewardModel(nn.Module):
         return_value_only: bool = False,
         prompt_length: int = 0,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Values for step 3's critic, an end score for its reward (PPO; DeepSpeed-Chat's name).
+        """Values and end scores for step 3 of RLHF (PPO), by the name that DeepSpeed-Chat calls.
+
+        A critic takes the values, a reward model the end score.
 
         input_ids: (N, L) int64, prompts of `prompt_length` columns, padded on the left or not, then
             answers padded on the right.
         attention_mask: (N, L); None: every id but the pad id is attended to.
-        Returns `values` (N, L), and unless `return_value_only`, in a dict with `chosen_end_scores`
-        (N,): the value before the first pad id at or after `prompt_length`, or at the row's end.
-        Values where the mask is 0 have no meaning. Raises ValueError that names the row.
+        Returns values (N, L) alone, or a dict of `values` and `chosen_end_scores` (N,): the value
+        before the first pad id at or after `prompt_length` (leading pad ids of a text aside), or at
+        the row's end. Values at left padding have no meaning. Raises ValueError that names the row.
         """
         vocab_size = self.backbone.config.vocab_size
         ids, _ = guards.check_rows(input_ids, attention_mask, vocab_size=vocab_size)
@@ -392,7 +397,7 @@ class RewardModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path, pad_id=None, num_padding_at_beginning=None, **objective):
-        """Load a directory of `save_pretrained`, or a Hugging Face backbone (a fresh value head).
+        """Load what `save_pretrained` wrote, or a Hugging Face backbone, with a fresh value head.
 
         pad_id, num_padding_at_beginning: None takes what the directory says (`padding_of`). A
         pad_id beyond the embedding adds rows of zeros up to it.
@@ -421,7 +426,7 @@ class RewardModel(nn.Module):
         that is how many are written.
         layout "hf": model.safetensors (needs safetensors), which
         `transformers.AutoModelForSequenceClassification` loads.
-        Raises ValueError for another layout, and where weights of another kind lie in `path`.
+        Raises ValueError for an unknown layout, and where weights of another kind lie in `path`.
         """
         huggingface.save_reward_model(self, path, layout, tokenizer)
 

@@ -25,8 +25,8 @@ from parts.test_tokenizers import tokenizer  # noqa: F401, a fixture
 def test_margin_of_a_pair_goes_with_it_to_the_tokens(tmp_path, tokenizer, row, margin):
     file = tmp_path / "rows.jsonl"
     file.write_text(
-        '{"prompt": "a", "chosen": "b", "rejected": "c", %s}\n{"prompt": "a", "chosen": "c", "rejected": "b"}\n'
-        % row
+        '{"prompt": "a", "chosen": "b", "rejected": "c", %s}\n'
+        '{"prompt": "a", "chosen": "c", "rejected": "b"}\n' % row
     )
     assert [comparison.margin for comparison in data.load_comparisons(file)] == [margin, 0.0]
     tokens = data.tokenize_file(file, tokenizer, 64, "left", tmp_path / "cache")
@@ -371,10 +371,9 @@ def test_counting_words_is_not_enough(pairs):
     optimizer.step(closure)
     margins = (features[20_000:] @ weight).detach()
     accuracy = ((margins > 0).double() + 0.5 * (margins == 0)).mean().item()
-    print(
-        f"accuracy of counting words {accuracy:.4f}, Bayes-optimal {better_first(pairs[20_000:]):.4f}"
-    )
-    assert accuracy < better_first(pairs[20_000:]) - 0.05
-    assert (
-        accuracy > 0.52
-    )  # it has learned what can be learned so, such as to dislike rambling; 0.008 is one standard deviation
+    best = better_first(pairs[20_000:])
+    print(f"accuracy of counting words {accuracy:.4f}, Bayes-optimal {best:.4f}")
+    assert accuracy < best - 0.05
+    # It has learned what words alone teach, such as to dislike rambling. One standard deviation is
+    # 0.008.
+    assert accuracy > 0.52

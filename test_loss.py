@@ -1,6 +1,7 @@
-"""The loss, as a specification: what `rm.pairwise_loss` computes, on numbers from elsewhere and on cases worked out here.
+"""The loss, as a specification: `rm.pairwise_loss` on DeepSpeed-Chat's numbers and on small cases.
 
-Ids in the small cases: 1 to 9 are tokens, 0 is the pad id. Rewards are random unless a test says what they are.
+Ids in the small cases: 1 to 9 are tokens, 0 is the pad id. Rewards are random unless a test gives
+them.
 """
 
 import inspect
@@ -24,7 +25,7 @@ CASES = json.loads((Path(__file__).parent / "testdata" / "loss_cases.json").read
 
 
 def batch(*rows, seed=0):
-    """Rows of ids (chosen rows, then rejected rows) -> (2B, L) ids and random float64 rewards that want a gradient."""
+    """Make (2B, L) ids of chosen rows, then rejected rows, and random float64 rewards."""
     ids = torch.tensor(rows)
     rewards = torch.randn(
         ids.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
@@ -38,12 +39,12 @@ def bradley_terry(rewards, chosen, rejected, positions):
     return sum(math.log1p(math.exp(-margin)) for margin in margins) / len(margins)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # DeepSpeed-Chat's numbers
 
 
 def differences_to_deepspeed_chat(case):
-    """The worst differences of loss, end scores and d loss / d rewards to what DeepSpeed-Chat's own code computed."""
+    """Compute the worst differences from DeepSpeed-Chat: loss, end scores, d loss / d rewards."""
     rewards = torch.tensor(case["rewards"], dtype=torch.float64, requires_grad=True)
     out = pairwise_loss(
         torch.tensor(case["input_ids"]), rewards, case["pad_id"], case["num_padding_at_beginning"]
@@ -377,7 +378,7 @@ def test_bad_batch_is_refused_in_both_paths(path, monkeypatch):
     assert model(*inputs)["loss"].isnan()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The region, case by case
 
 
@@ -446,7 +447,7 @@ def test_scores_are_the_rewards_at_the_last_tokens():
 
 
 def test_leading_pad_id_can_belong_to_the_text():
-    """OPT in DeepSpeed-Chat: bos is the pad id, so the first one does not end the text (num_padding_at_beginning=1)."""
+    """OPT in DeepSpeed-Chat: bos is the pad id, so the first pad id does not end the text."""
     ids, rewards = batch([2, 5, 6, 2, 2], [2, 5, 7, 8, 2])
     out = pairwise_loss(ids, rewards, pad_id=2, num_padding_at_beginning=1)
     assert out["loss"].item() == pytest.approx(bradley_terry(rewards, 0, 1, [2, 3]), abs=1e-12)
@@ -481,7 +482,7 @@ def test_ids_beyond_both_ends_do_not_count():
 
 
 def test_ids_in_front_of_a_left_padded_pair_do_not_count():
-    """As step 3 pads prompts. Where both rows begin at the same column, a mask tells all there is to know."""
+    """Step 3 pads prompts so. Where both rows begin at the same column, the mask is enough."""
     ids, rewards = batch([7, 1, 2, 0], [8, 1, 2, 3])
     mask = torch.tensor([[0, 1, 1, 0], [0, 1, 1, 1]])
     out = pairwise_loss(ids, rewards, pad_id=0, attention_mask=mask)
@@ -491,7 +492,7 @@ def test_ids_in_front_of_a_left_padded_pair_do_not_count():
 
 
 def test_brute_force():
-    """Random batches of texts whose ends are known, so that no search for them can be wrong in the same way."""
+    """Random texts whose ends are known: no search for them can be wrong in the same way."""
     rng = random.Random(0)
     for seed in range(300):
         texts = []
@@ -537,7 +538,7 @@ def test_gradient_is_the_finite_difference():
 
 
 def test_large_margins_stay_finite():
-    """-log(sigmoid(x)) computed as written is inf at x = -1000; logsigmoid gives 1000 there, and slope -1."""
+    """-log(sigmoid(x)) as written is inf at x = -1000; logsigmoid gives 1000, and slope -1."""
     ids = torch.tensor([[1, 2], [1, 3]])
     rewards = torch.tensor([[0.0, -500.0], [0.0, 500.0]], requires_grad=True)
     loss = pairwise_loss(ids, rewards, pad_id=0)["loss"]
@@ -553,7 +554,7 @@ def test_dtype_is_kept(dtype):
     assert {value.dtype for value in out.values()} == {dtype}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Variants of a pair's term
 
 
@@ -647,7 +648,7 @@ def test_term_of_a_pair_that_needs_ends_asks_for_them(options):
         rm.pair_loss(torch.zeros(2), torch.zeros(2), **options)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused, and how it is said
 
 MASK = torch.tensor([[1, 1, 1, 0]] * 2)
@@ -656,7 +657,8 @@ MASK = torch.tensor([[1, 1, 1, 0]] * 2)
 @pytest.mark.parametrize(
     "rows, kwargs, words",
     [
-        # A pad id in the shared prompt ends both texts before they differ: DeepSpeed-Chat's mean over nothing is NaN.
+        # A pad id in the shared prompt ends both texts before they differ: DeepSpeed-Chat's mean
+        # over nothing is NaN.
         (
             [[1, 2, 3, 4], [1, 0, 2, 3], [1, 2, 3, 5], [1, 0, 2, 4]],
             {},
@@ -722,7 +724,7 @@ def test_input_ids_of_another_shape_or_kind_are_refused(ids):
 
 
 def test_readme_works_a_pair_by_hand():
-    """Its table, read and computed again: the ids are numbers of the words, and the padding is 0."""
+    """The table of the README, computed again: ids are numbers of the words, padding is 0."""
     text = (Path(__file__).parent / "README.md").read_text()
     table = {
         cells[0]: cells[1:]
@@ -775,8 +777,8 @@ def test_readme_works_a_pair_by_hand():
         rewards.grad[0], -rewards.grad[1]
     )
     assert (
-        f"{-rewards.grad[0, 3]:.4f} at position 3, where the model is wrong, and {-rewards.grad[0, 4]:.4f} at position 4"
-        in text
+        f"{-rewards.grad[0, 3]:.4f} at position 3, where the model is wrong, "
+        f"and {-rewards.grad[0, 4]:.4f} at position 4" in text
     )
     chosen, rejected = out["chosen_mean_scores"].item(), out["rejected_mean_scores"].item()
     assert f"{chosen} for the chosen response, at its end; {rejected} for the rejected one" in text
@@ -785,7 +787,7 @@ def test_readme_works_a_pair_by_hand():
 
 
 def test_readme_points_at_lines_that_exist():
-    """The table of the six steps names functions of rm.py and comments in it; each step of the loop has one such line."""
+    """The README's table of six steps names functions and comments of rm.py that are there."""
     here = Path(__file__).parent
     rows = [
         line

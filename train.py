@@ -49,7 +49,7 @@ from rm import GPT, LOSSES, GPTConfig, RewardModel
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
 EVAL_PAIRS = 4000  # of the built-in data
 TOKENIZER_PAIRS = 2000  # of the built-in data
-LONGEST_STREAK = 25  # steps skipped in fp16: the scale has then fallen from 65536 to 0.002
+LONGEST_STREAK = 25  # steps skipped in a row in fp16: its scale has fallen from 65536 to 0.004
 
 
 # --------------------------------------------------------------------------------------------------
@@ -70,10 +70,9 @@ def train(args, process: Process):
         f"{process.device}; {total_steps} steps of {global_batch} comparisons"
     )
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
-    run = RunDirectory(args.output_dir, args.keep_checkpoints, result, process)
+    tensorboard = args.tensorboard_path if args.enable_tensorboard else None
+    run = RunDirectory(args.output_dir, args.keep_checkpoints, result, process, tensorboard)
     done, facts = run.step_to_resume(total_steps) if args.resume else (0, {})
-    if args.enable_tensorboard and process.rank == 0:
-        run.tensorboard = metrics.Writer(args.tensorboard_path, done)
     run.open(done, 4 * size, args.save_interval > 0)
 
     # Call `replica` to train, not `model`: its hooks average the gradients over the ranks.
@@ -84,15 +83,15 @@ def train(args, process: Process):
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.dtype == "fp16")
-    skipped, streak = 0, 0  # steps that fp16's scaler skips: all of them, and the last in a row
+    skipped, streak = 0, 0  # steps skipped in fp16: in all, and in a row until now
     torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
     if done:
         run.load(facts, model, optimizer, args.seed)
         scaler.load_state_dict(facts["scaler"])
         skipped, streak = facts["skipped"]
-        process.print(f"resuming after step {done}, from {run.checkpoints}/step-{done}")
 
     signals, stopping, scores = stop_signals(), False, None
+    # An interval of 0 leaves step 0 in these ranges; the last step is asked for by itself.
     eval_steps = range(0, total_steps, args.eval_interval or total_steps)
     save_steps = range(0, total_steps, args.save_interval or total_steps)
     if (done in eval_steps or done == total_steps) and not run.has_evaluation(done):
@@ -108,14 +107,14 @@ def train(args, process: Process):
             )
 
         # `batch` holds the comparisons of all ranks; this rank takes its share, in micro-batches.
-        # With sharded weights all ranks need equally many: an empty one runs, and weighs nothing.
+        # For an empty micro-batch the first comparison of the batch runs, and weighs nothing.
         micro_batches = share_of(
             batch, args.layout, model.longest_tail, args.micro_batch_tokens, process, is_sharded
         )
         losses, pair_count, token_count = [], 0, 0
         for i, comparisons in enumerate(micro_batches):
             inputs, tokens = collate(comparisons or batch[:1], model, args.layout, process.device)
-            is_last = i == len(micro_batches) - 1
+            is_last = i == len(micro_batches) - 1  # then the hooks average the gradients
             with nullcontext() if is_last or replica is model else replica.no_sync():
                 with autocast(args.dtype, process.device):
                     out = replica(*inputs)
@@ -127,13 +126,14 @@ def train(args, process: Process):
             if comparisons:
                 pair_count += len(out["chosen_mean_scores"])
 
+        # In fp16 this notes gradients that are not finite; `scaler.step` then skips the update.
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
         if is_sharded:
             grad_norm = grad_norm.full_tensor()
         grad_norm = grad_norm.item()
-        # Summed over the ranks, so that all of them go on, or none.
         loss = torch.stack(losses).double().sum().item()
+        # Summed over the ranks, so that all of them continue, or none.
         loss, pairs, tokens, stopping = process.sum([loss, pair_count, token_count, len(signals)])
         if math.isfinite(loss) and math.isfinite(grad_norm):
             streak = 0
@@ -152,15 +152,15 @@ def train(args, process: Process):
         scaler.update()
         optimizer.zero_grad()
 
-        seconds, step_ended = perf_counter() - step_ended, perf_counter()
+        began, step_ended = step_ended, perf_counter()
         lr = optimizer.param_groups[0]["lr"]
-        counts = {"pairs": int(pairs), "tokens": int(tokens), "seconds": seconds}
+        counts = {"pairs": int(pairs), "tokens": int(tokens), "seconds": step_ended - began}
         run.log(event="step", step=step, loss=loss, lr=lr, grad_norm=grad_norm, **counts)
         bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-        is_last = step == total_steps
-        if is_last or (step in eval_steps and not stopping):
+        is_last_step = step == total_steps
+        if is_last_step or (step in eval_steps and not stopping):
             scores = evaluate(model, evaluation, args, process, step, run)
-        if stopping or step in save_steps or (is_last and args.save_interval):
+        if stopping or step in save_steps or (is_last_step and args.save_interval):
             facts = {"scaler": scaler.state_dict(), "skipped": [skipped, streak]}
             run.save(step, model, optimizer, facts)
         if stopping:
@@ -181,7 +181,7 @@ def train(args, process: Process):
 def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) -> float:
     """The learning rate of optimizer step `step` (from 0) of `total`, by the schedule `kind`.
 
-    As transformers' `get_scheduler`, so DeepSpeed-Chat's.
+    The schedules are those of transformers' `get_scheduler`, which DeepSpeed-Chat calls.
     """
     if step < warmup and kind != "constant":
         return peak * step / warmup
@@ -195,7 +195,7 @@ def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) ->
     return peak
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=2)  # all steps of an epoch ask for its permutation
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     """A permutation of n comparisons, (n,) int64, from seed and epoch alone."""
     return np.random.RandomState([seed, epoch]).permutation(n)
@@ -252,8 +252,8 @@ def collate(
 def autocast(dtype: str, device: torch.device) -> torch.autocast:
     """Compute matrix products in `dtype`: "fp32", "bf16" or "fp16".
 
-    Without autocast's cache: every weight is used once a pass, and its copy would outlive the
-    weight that FSDP frees.
+    Autocast's cache of weights in half precision is off: a pass uses each weight once, and the
+    cached copy would stay in memory when FSDP frees the weight.
     """
     kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     return torch.autocast(device.type, kind, enabled=dtype != "fp32", cache_enabled=False)
@@ -342,7 +342,7 @@ def evaluate(
 
     Returns the numbers that the metrics are made of: `chosen`, `rejected` (end scores) and
     `true_margin` of every pair; `scores` and `rewards` of every response. True numbers are empty
-    where they are not known. run: None neither logs nor prints.
+    where they are not known. run: logs the metrics; None does not, and prints nothing.
     """
     n = len(dataset)
     if args.eval_iters:
@@ -361,20 +361,9 @@ def evaluate(
             with autocast(args.dtype, process.device):
                 out = model(*inputs)
             loss += out["loss"].item() * len(comparisons)
-            chosen = out["chosen_mean_scores"].tolist()
-            rejected = out["rejected_mean_scores"].tolist()
-            pair = 0
-            for comparison in comparisons:
-                count = len(comparison.sequences)
-                pairs = slice(pair, pair + count * (count - 1) // 2)
-                numbers["chosen"] += chosen[pairs]
-                numbers["rejected"] += rejected[pairs]
-                # The first pairs are those of the first response with each other one.
-                numbers["scores"] += [chosen[pair], *rejected[pair : pair + count - 1]]
-                pair = pairs.stop
-                true = comparison.rewards or []
-                numbers["rewards"] += true
-                numbers["true_margin"] += [a - b for a, b in itertools.combinations(true, 2)]
+            if comparisons:
+                chosen, rejected = out["chosen_mean_scores"], out["rejected_mean_scores"]
+                metrics.collect(numbers, comparisons, chosen.tolist(), rejected.tolist())
     model.train()
     loss, *lists = process.join(loss, *numbers.values())
     numbers = dict(zip(numbers, lists))
@@ -413,7 +402,7 @@ def prepare(args, process: Process):
     if directory:
         model = load_model(args, tokenizer)
     for path in [*(args.data_path or ()), *(args.eval_path or ())]:
-        file_hash(path)
+        file_hash(path)  # a missing file shows now
     try:
         if tokenizer is None:
             tokenizer = new_tokenizer(args)
@@ -574,8 +563,8 @@ def load_data(args, tokenizer: data.Tokenizer, process: Process):
 def distribute(model: RewardModel, zero_stage: int, offload: bool, process: Process):
     """Move the model to this process's device, or shard it; return what to call to train it.
 
-    Calling another method than `forward`, or `model` in place of what is returned, would train each
-    rank on its own, without a word.
+    Calling another method than `forward`, or `model` itself, would silently train each rank on its
+    own.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()  # gpt2's checkpoints have them transposed
@@ -629,9 +618,9 @@ def result_follows_from(
     global_batch: int,
     total_steps: int,
 ) -> dict:
-    """List what the weights of a run follow from, by stable names; a resumed run must agree.
+    """List what the weights of a run follow from, by names that later versions keep.
 
-    How ranks, rows and accumulation make up a batch doesn't count.
+    A resumed run must agree. How ranks and accumulation make up a batch doesn't count.
     """
     result = {name: getattr(args, name) for name in RESULT_FLAGS}
     result["global_batch"] = global_batch
@@ -659,7 +648,7 @@ def main():
         if args.enable_tensorboard:
             metrics.summary_writer()  # says at once if it is not installed
         train(args, Process.start(args.zero_stage > 0, args.process_timeout))
-    except (Exception, KeyboardInterrupt, CheckpointException) as error:
+    except (Exception, KeyboardInterrupt, CheckpointException) as error:  # the last is no Exception
         complaint = complaint_about(error, args.process_timeout)
     leave(complaint)
 

@@ -39,7 +39,7 @@ class Process:
 
     @classmethod
     def start(cls, is_sharded: bool, timeout: float) -> "Process":
-        """Find this process's device and join the others; sharding needs a group of one, too."""
+        """Find this process's device and join the others; sharding needs a group even for one."""
         device = cls.device
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -87,14 +87,14 @@ class Process:
 
 
 class Size(NamedTuple):
-    """What a comparison adds to a batch, which computes on (sum of rows) x (largest length) tokens.
+    """The size of a comparison. A batch computes on (sum of rows) x (largest length) tokens.
 
-    Packed, a token counts as a row of length 1.
+    Padded, a row is a row. Packed, every token counts as a row of length 1, so that the rule holds.
     """
 
     rows: int
     length: int
-    responses: int  # micro-batches hold comparisons of one number; packed: 0, it does not matter
+    responses: int  # a padded micro-batch holds comparisons with equally many; packed: 0 for all
 
     @property
     def tokens(self) -> int:
@@ -121,7 +121,7 @@ def share_of(
 
     batch: the comparisons of all ranks, each with its token lists in `sequences`.
     Returns at least one micro-batch; with sharded weights as many as every other rank has, because
-    ranks wait for each other in each. So a micro-batch may be empty.
+    ranks wait for each other in each micro-batch. So a micro-batch may be empty.
     """
     sizes = [size_of(comparison.sequences, layout, longest_tail) for comparison in batch]
     ranks = [cut(share, sizes, budget) for share in split(sizes, process.world_size)]
@@ -150,12 +150,13 @@ def split(sizes: list[Size], world_size: int) -> list[list[int]]:
 def cut(share: list[int], sizes: list[Size], budget: int) -> list[list[int]]:
     """Cut comparisons into micro-batches of at most `budget` tokens; a larger one stands alone.
 
-    Padded micro-batches have similar lengths and equally many responses each. Then the mean over
-    their pairs is the mean over their comparisons, and micro-batches add up by their number.
+    The comparisons of a padded micro-batch have similar lengths and equally many responses. So its
+    loss, the mean over its pairs, is also the mean over its n comparisons, and n / batch size is
+    its weight in the loss of the batch.
     """
     micro_batches = []
     rows, longest, responses = 0, 0, None
-    # Packed comparisons are all of one length and number here, so they keep their order.
+    # Packed comparisons are equal in length and responses here, so they keep their order.
     for i in sorted(share, key=lambda i: (sizes[i].responses, sizes[i].length)):
         size = sizes[i]
         rows += size.rows

@@ -106,10 +106,12 @@ def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
 
 def check_packed(batch: PackedBatch, longest_tail: int | None):
     """Raise ValueError for a batch without the padding, or without the pairs, that a loss reads."""
-    is_whole = batch.longest_tail is None
-    has_enough = longest_tail is not None and not is_whole and batch.longest_tail >= longest_tail
+    is_enough = batch.longest_tail is None
+    if longest_tail is not None and not is_enough:
+        # Tails of one token stand for longer ones; tails of two cannot.
+        is_enough = longest_tail <= batch.longest_tail <= 1
     has_pairs = min(map(len, batch.token_groups)) >= 2
-    if not (has_pairs and (is_whole or has_enough)):
+    if not (has_pairs and is_enough):
         raise ValueError(
             f"the batch was packed for scores alone (longest_tail {batch.longest_tail}, "
             f"min_responses): this loss needs longest_tail {longest_tail}, and pairs; "
@@ -151,18 +153,18 @@ def non_finite_rows(
     for comparisons, loss in zip(micro_batches, losses):
         if not math.isfinite(loss):
             own += [number[id(comparison)] for comparison in comparisons]
-    alone = []
+    guilty = []
     for i in sorted(process.join(own)[0]):
         if not math.isfinite(loss_of([batch[i]])):
-            alone.append(i)
+            guilty.append(i)
     rows = []
     for i in sorted(own):
-        if i in alone or not alone:
+        if i in guilty or not guilty:  # where no suspect fails alone, all of them are named
             rows.append(batch[i].where)
-    said = []
+    named = []
     if rows:
-        said.append(f"rank {process.rank}: {listed(rows)}")
-    return process.join(said)[0]
+        named.append(f"rank {process.rank}: {listed(rows)}")
+    return process.join(named)[0]
 
 
 def listed(names: list[str], most: int = 8) -> str:

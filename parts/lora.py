@@ -29,7 +29,7 @@ class LoRALinear(nn.Linear):
         nn.init.kaiming_uniform_(self.lora_right_weight, a=math.sqrt(5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., in) -> (..., out)"""
+        """Compute y of the equation above: (..., in) -> (..., out)."""
         dim = self.lora_right_weight.shape[1]
         return super().forward(x) + x @ self.lora_right_weight / dim @ self.lora_left_weight
 
@@ -41,7 +41,7 @@ def add(
     module_name: str | None = None,
     only: bool = False,
 ) -> int:
-    """Put LoRA of rank `dim` beside linear layers of `model`, in place. Returns beside how many.
+    """Put LoRA of rank `dim` beside linear layers of `model`, in place. Returns their number.
 
     Call it before DistributedDataParallel, `fully_shard` and the optimizer take the parameters.
     layers: DeepSpeed-Chat's name of each, e.g. rwtransformer.decoder.layers.0.self_attn.q_proj, the
@@ -78,7 +78,7 @@ def add(
 
 
 def merge(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the state dict of a plain model, weights W + (R L)^T / dim, for that of one with LoRA.
+    """Turn the state dict of a model with LoRA into a plain one, with weights W + (R L)^T / dim.
 
     The sum is computed in float32 or wider and has the dtype of the weight; tensors without LoRA
     are passed on as they are, and `state` is not changed.

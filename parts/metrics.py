@@ -3,8 +3,30 @@
 It runs no model: train.py's `evaluate` computes the scores and hands them in.
 """
 
+import itertools
+
 import numpy as np
 import torch
+
+
+def collect(
+    numbers: dict[str, list[float]], comparisons: list, chosen: list[float], rejected: list[float]
+):
+    """Append the end scores and true rewards of comparisons to the lists of `train.evaluate`.
+
+    chosen, rejected: (P,), the end scores of all pairs (i, j), i < j, comparison after comparison.
+    """
+    numbers["chosen"] += chosen
+    numbers["rejected"] += rejected
+    pair = 0
+    for comparison in comparisons:
+        count = len(comparison.sequences)
+        # The first pairs of a comparison are its first response with each other response.
+        numbers["scores"] += [chosen[pair], *rejected[pair : pair + count - 1]]
+        pair += count * (count - 1) // 2
+        rewards = comparison.rewards or []
+        numbers["rewards"] += rewards
+        numbers["true_margin"] += [a - b for a, b in itertools.combinations(rewards, 2)]
 
 
 def summarize(

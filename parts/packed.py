@@ -7,22 +7,29 @@ The rows of a pair begin with the same prompt, and the padded layout pads them t
     chosen      P P P P P P C C C . . . . . . .        P  prompt, in both rows
     rejected    P P P P P P R R R R R . . . . .        C, R  the responses      .  padding
 
-Packed, nothing is computed twice, and padding only where the loss reads rewards. A comparison is
-one trunk (what its texts share), a branch for each text, and a tail for each text: the padding from
-its own end to the end of the longest text. Rows ask, columns are asked:
+Packed, what all texts of a comparison share is computed once, and padding only where the loss reads
+rewards. A comparison is one trunk (what its texts share), a branch for each text (the rest), and a
+tail for each text: the padding from its own end to the end of the longest text. In memory all
+trunks come first, then all branches, then all tails.
 
-                  P P P P P P   C C C   R R R R R
-    trunk     P | x           |       |              A token depends on nothing after it. So a trunk,
-              P | x x         |       |              computed once, gives its branches exactly what
-              : | x x x x x x |       |              they would get in rows of their own. Positions
-    chosen    C | x x x x x x | x     |              are the columns of those rows.
-              C | x x x x x x | x x   |
-              C | x x x x x x | x x x |
-    its tail  . | x x x x x x | x x x |              The loss reads the shorter text's rewards at
-              . | x x x x x x | x x x |              padding. Padding sees the text, no padding.
-    rejected  R | x x x x x x |       | x
-              R | x x x x x x |       | x x
-              : | x x x x x x |       | x x x x x
+Who attends to whom, x: a row attends to a column (`...` stands for more of the same):
+
+                    P P P P P P   C C C   R R R R R
+    trunk     P   | x           |       |
+              P   | x x         |       |
+              ... | x x x x x x |       |
+    chosen    C   | x x x x x x | x     |
+              C   | x x x x x x | x x   |
+              C   | x x x x x x | x x x |
+    its tail  .   | x x x x x x | x x x |
+              .   | x x x x x x | x x x |
+    rejected  R   | x x x x x x |       | x
+              R   | x x x x x x |       | x x
+              ... | x x x x x x |       | x x x x x
+
+A token depends on nothing after it. So a trunk, computed once, gives its branches exactly what they
+would get in rows of their own; positions are the columns of those rows. The loss reads the shorter
+text's rewards at padding, which sees its whole text and no other padding.
 
 For sharing prompts compare Wang & Hegde (2024, arXiv 2410.20305).
 
@@ -37,8 +44,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# Comparisons of up to so many tokens share a call of attention: a small call costs more than what
-# it computes.
+# Comparisons that have at most this many tokens together share a call of attention, because a small
+# call costs more time than its arithmetic.
 SHORT = 200
 
 
@@ -90,7 +97,7 @@ def trunk_length(group: list[list[int]]) -> int:
 
 
 def tail_length(length: int, longest: int, longest_tail: int | None) -> int:
-    """Count the padding behind a text of `length` tokens beside one of `longest` tokens."""
+    """Count the padding behind a text of `length` tokens beside a text of `longest` tokens."""
     padding = longest - length
     if longest_tail is None:
         return padding
@@ -119,7 +126,8 @@ def pack(
     token_groups: a list's length is where its text ends; it may contain `pad_id`.
     margins: one for each comparison, for the loss.
     min_responses: 1 allows single texts, to be scored.
-    longest_tail: `RewardModel.pack` knows how much padding its loss reads. None: all of it.
+    longest_tail: cut tails to this length; None: keep them whole. `RewardModel.pack` knows the
+        length that its loss needs.
     Raises ValueError that names the comparison which has too few texts or an empty one.
     """
     if not token_groups:
@@ -178,9 +186,9 @@ class PackedAttention:
         self.plans = {}  # by the number of queries: the last block has fewer
 
     def __call__(self, q, k, v, dropout_p: float) -> torch.Tensor:
-        """q (T, H, D), in the last block without the trunks; k and v without the tails.
+        """Attend from q to k and v, without the rows of tails; returns a tensor of q's shape.
 
-        Returns the shape of q.
+        q: (T, H, D), or in the last block without the rows of trunks. k, v: (T - tails, H_kv, D).
         """
         if can_use_varlen(q, dropout_p):
             return self.with_varlen(q, k, v)
@@ -197,31 +205,35 @@ class PackedAttention:
         query_lengths = key_lengths + batch.tails
         if not with_trunks:
             query_lengths = [0] * n_trunks + query_lengths[n_trunks:]
-        # The gradient of a split is one concatenation; that of a slice would be as large as q.
-        pieces = list(q.split(query_lengths))
+        # The gradient of a split is one concatenation; the gradient of a slice is as large as q.
+        queries = q.split(query_lengths)
         k, v = k.split(key_lengths), v.split(key_lengths)
+        answers = list(queries)  # pieces without a token keep their empty query
         for asking, asked, mask in self.plans[len(q)]:
-            query = torch.cat([pieces[piece] for piece in asking])[None]
+            query = torch.cat([queries[piece] for piece in asking])[None]
             key = torch.cat([k[piece] for piece in asked])[None]
             value = torch.cat([v[piece] for piece in asked])[None]
             y = self.scaled_dot_product(
                 query, key, value, dropout_p, attn_mask=mask, is_causal=mask is None
             )
-            answers = y[0].split([query_lengths[piece] for piece in asking])
-            for piece, answer in zip(asking, answers):
-                pieces[piece] = answer
-        return torch.cat(pieces)
+            parts = y[0].split([query_lengths[piece] for piece in asking])
+            for piece, part in zip(asking, parts):
+                answers[piece] = part
+        return torch.cat(answers)
 
-    def plan_masks(self, with_trunks: bool, like: torch.Tensor) -> list[tuple]:
-        """List the attention calls: query pieces, key pieces, mask (None: causal, one trunk)."""
-        batch, device = self.batch, like.device
+    def plan_masks(self, with_trunks: bool, q: torch.Tensor) -> list[tuple]:
+        """List the attention calls: pieces that ask, pieces that are asked, and the mask.
+
+        The mask is 0 where a query sees a key, else -inf, in q's dtype; None for a trunk that asks
+        itself alone, which is causal.
+        """
+        batch, device = self.batch, q.device
         n_trunks, n_branches = len(batch.trunks), len(batch.branches)
         trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]
-        # For each piece the trunk it belongs to and the branch, -1 for a trunk, which all share.
-        of_piece = torch.tensor(
-            [[*range(n_trunks), *trunk_of, *trunk_of], [-1] * n_trunks + [*range(n_branches)] * 2],
-            device=device,
-        )
+        # Each piece has the number of its trunk and of its branch; a trunk has branch -1.
+        trunk_numbers = [*range(n_trunks), *trunk_of, *trunk_of]
+        branch_numbers = [-1] * n_trunks + [*range(n_branches), *range(n_branches)]
+        of_piece = torch.tensor([trunk_numbers, branch_numbers], device=device)
         lengths = torch.tensor(self.lengths, device=device)
         of_token = of_piece.repeat_interleave(lengths, dim=1, output_size=batch.num_tokens)
         places = torch.cat((of_token, batch.positions[None])).split(self.lengths, dim=1)
@@ -231,15 +243,15 @@ class PackedAttention:
             if asking != asked:
                 queries = torch.cat([places[piece] for piece in asking], dim=1)
                 keys = torch.cat([places[piece] for piece in asked], dim=1)
-                mask = like.new_zeros(()).where(sees(queries, keys), -math.inf)
+                mask = q.new_zeros(()).where(sees(queries, keys), -math.inf)
             plan.append((asking, asked, mask))
         return plan
 
     def list_calls(self, with_trunks: bool) -> list[tuple[list[int], list[int]]]:
-        """List the attention calls as numbers of pieces: (those that ask, those that are asked)."""
+        """List the attention calls by the indices of pieces: the asking and the asked pieces."""
         n_branches = len(self.batch.branches)
         calls = []
-        room = 0  # tokens that the last call could still take in
+        room = 0  # tokens that still fit into the last call
         first = len(self.batch.trunks)
         for trunk, group in enumerate(self.batch.token_groups):
             branches = list(range(first, first + len(group)))
@@ -250,7 +262,7 @@ class PackedAttention:
             size = sum(self.lengths[piece] for piece in [trunk, *branches, *tails])
             if size > SHORT:
                 if has_queries:
-                    calls.append((own, own))
+                    calls.append(([trunk], [trunk]))
                 for branch, tail in zip(branches, tails):
                     calls.append(([branch, tail], [trunk, branch]))
                 room = 0
@@ -305,18 +317,18 @@ class PackedAttention:
                 texts.append(torch.cat((trunk, next(branches))))
         causal = list(zip(batch.trunks, trunks)) if with_trunks else []
         causal += zip(batch.branches, texts)
-        full = list(zip(batch.tails, texts))
+        not_causal = list(zip(batch.tails, texts))
         plan = []
-        for sequences, is_causal in ((causal, True), (full, False)):
+        for sequences, is_causal in ((causal, True), (not_causal, False)):
             sequences = [(count, keys) for count, keys in sequences if count > 0]
             if not sequences:
                 continue
             counts = [count for count, _ in sequences]
-            keys = [keys for _, keys in sequences]
+            key_rows = [keys for _, keys in sequences]
             query_starts, longest_query = starts_of(counts, device)
-            key_starts, longest_key = starts_of([len(rows) for rows in keys], device)
+            key_starts, longest_key = starts_of([len(keys) for keys in key_rows], device)
             lengths = (query_starts, key_starts, longest_query, longest_key)
-            plan.append((sum(counts), torch.cat(keys).to(device), lengths, is_causal))
+            plan.append((sum(counts), torch.cat(key_rows).to(device), lengths, is_causal))
         return plan
 
 

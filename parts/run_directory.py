@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from parts.distributed import lost_process
 from parts.huggingface import WEIGHT_FILES
+from parts.metrics import Writer
 from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
@@ -47,16 +48,24 @@ class RunDirectory:
     """The files of one run, written by rank 0; checkpoints by all ranks.
 
     result: what the weights of the run follow from, by stable names, in JSON. A run resumes from
-    checkpoints of the same result alone.
+    checkpoints of the same result alone. tensorboard_path: where its numbers go as well.
     """
 
-    def __init__(self, path, keep_checkpoints: int, result: dict, process):
+    def __init__(
+        self,
+        path,
+        keep_checkpoints: int,
+        result: dict,
+        process,
+        tensorboard_path: str | None = None,
+    ):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.keep = keep_checkpoints
         self.result = result
         self.process = process
         self.metrics_file = None
+        self.tensorboard_path = tensorboard_path
         self.tensorboard = None
 
     # ----------------------------------------------------------------------------------------------
@@ -99,6 +108,8 @@ class RunDirectory:
         Raises ValueError where the disk has no room for all that the run will write.
         """
         if self.process.rank == 0:
+            if self.tensorboard_path:
+                self.tensorboard = Writer(self.tensorboard_path, done)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if not done:
@@ -214,6 +225,7 @@ class RunDirectory:
         if not is_same:
             del state["random"]
         path = self.checkpoints / f"step-{step}"
+        process.print(f"resuming after step {step}, from {path}")
         dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
         set_state_dict(
             model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
@@ -241,17 +253,18 @@ class RunDirectory:
         except (OSError, RuntimeError, CheckpointException) as error:
             if isinstance(error, CheckpointException):  # of several ranks
                 error, _ = next(iter(error.failures.values()))
-            if lost_process(error):
+            if lost_process(error) or isinstance(error, torch.OutOfMemoryError):
                 raise error
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"--output_dir {self.path}: cannot be written to ({reason}); "
-                f"{self.what_is_left()}. Make room; the same command with --resume then continues from there"
+                f"{self.what_is_left()}. Make room; the same command with --resume then continues "
+                "from there"
             ) from None
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """List what two runs' results follow from where they differ, or where one side lacks a name."""
+    """List the differences between the facts of two runs, names missing on one side included."""
     found = []
     for name in sorted(before.keys() | now.keys()):
         part, _, field = name.partition(".")
@@ -321,7 +334,7 @@ def discard_old(directory: Path, step: int, keep: int):
 
 
 def sync(path: Path):
-    """Have the disk know the content of a file, or the names in a directory."""
+    """Flush the content of a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)

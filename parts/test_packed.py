@@ -254,7 +254,7 @@ def test_packed_batch_allows_no_mask_or_margins_beside_it_and_no_unknown_loss():
     model = lively("gpt2")
     batch = data.pack([[[1, 2], [1, 3]]], model.pad_id)
     for beside in ({"margins": [1.0]}, {"attention_mask": torch.ones(2, 2)}):
-        with pytest.raises(ValueError, match="give margins to data.pack"):
+        with pytest.raises(ValueError, match="give margins to `RewardModel.pack`"):
             model(batch, **beside)
     words = "margins: found 2 numbers; expected a finite number for each of 1"
     with pytest.raises(ValueError, match=words):

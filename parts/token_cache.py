@@ -96,7 +96,7 @@ class TokenizedData:
 
 
 def rows_of(files: list[TokenizedFile], share_of: Callable[[int], np.ndarray]) -> np.ndarray:
-    """List rows of files, (n, 2) int64: numbers of files, and of rows in them.
+    """List rows of files, (n, 2) int64: the index of a file, and of a row in it.
 
     share_of: picks row numbers of a file that has so many rows, as --data_split says.
     Raises ValueError that names a file of which no row is picked.
@@ -114,7 +114,7 @@ def rows_of(files: list[TokenizedFile], share_of: Callable[[int], np.ndarray]) -
 
 
 def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
-    """Select rows by `selected`, (n, 2) int64: numbers of files and of rows in them."""
+    """Select rows by `selected`, (n, 2) int64: the index of a file, and of a row in it."""
     kept = np.zeros(len(selected), dtype=bool)
     for number, file in enumerate(files):
         is_from_file = selected[:, 0] == number

@@ -14,9 +14,9 @@ import torch
 from tqdm import tqdm
 
 from data import load_comparisons, pad_rows, shared_prefix, tokenize
-from parts.rows import read_rows
 from parts.guards import visible
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
+from parts.rows import read_rows
 from rm import divergent_region, pair_loss
 
 # LEVELS of the page's shades, as 256 terminal colours, under black text

@@ -68,8 +68,8 @@ import data
 import rm
 import train
 from parts.metrics import calibration_error
-from parts.token_cache import cached, hash_of
 from parts.report import SERIES, Series, chart, standalone
+from parts.token_cache import cached, hash_of
 from tools.score import score
 
 DATA, OBJECTIVES = (
@@ -80,7 +80,7 @@ BUILT_IN = DATA[:3]
 LENGTH_BONUS = 0.3  # reward of a word, in the confounded labels
 DOCS = Path(__file__).parent.parent / "docs"
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What differs between cells
 
 
@@ -307,7 +307,7 @@ def run_cell(cell: str, options) -> dict | None:
     return row
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Measures
 
 
@@ -414,7 +414,7 @@ def statistics(scores, lengths, true=None, features=None) -> dict:
     return {name: float(value) if name != "pairs" else value for name, value in result.items()}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The cells, one after the other
 
 
@@ -480,7 +480,7 @@ def convert(options):
     AutoTokenizer.from_pretrained(**source).save_pretrained(options.directory)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The page
 
 # Written by hand after the numbers have been seen; {name} is a place in PAGE.

@@ -2,8 +2,8 @@
 
 import torch
 
-from tools import bench
 from model import GPT
+from tools import bench
 
 GROUPS = [[[5, 6, 7, 8], [5, 6, 9]], [[11, 12], [13, 14, 15, 16]]]
 

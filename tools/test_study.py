@@ -12,8 +12,8 @@ import torch
 
 import data
 import rm
-from tools import study
 from model import GPT, GPTConfig
+from tools import study
 from tools.score import score
 
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 6]], [[7, 8], [7, 9, 10, 11]], [[1, 2], [1, 2, 3, 4]]]

@@ -13,11 +13,11 @@ import torch
 import data
 import rm
 import test_loss
-from tools import check_vectors, make_vectors
 from model import GPT, scaled_dot_product
 from parts.huggingface import read_checkpoint
 from parts.packed import PackedAttention
 from rm import RewardModel, pairwise_loss
+from tools import check_vectors, make_vectors
 
 VECTORS = make_vectors.DIRECTORY
 TESTDATA = VECTORS.parent / "testdata"
