@@ -1,332 +1,320 @@
-"""Speed and memory beside other implementations: everything that is compared is measured in turns, in one run.
+"""Measure speed and memory beside other implementations, always in turns and in one run.
 
-    python -m tools.bench             a training step in the packed layout, beside the padded ones, transformers and TRL
-    python -m tools.bench ranks       two processes of one thread beside one process of two threads
-    python -m tools.bench load        checkpoints of real shapes with random weights: our loading beside transformers'
+    python -m tools.bench           training steps: packed beside padded, transformers and TRL
+    python -m tools.bench ranks     two processes of one thread beside one process of two threads
+    python -m tools.bench load      loading checkpoints of real shapes, beside transformers
 
-Needs requirements-dev.txt; TRL where `pip install trl==1.16.0` has put it. The figures in README.md are from here.
+It holds models, batches and steps to measure; the real loop is in train.py, the figures are in
+README.md. Needs requirements-dev.txt; TRL takes part where `pip install trl==1.16.0` has put it.
 """
 
 import argparse
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 import data
 import train
 from model import GPT, GPTConfig
+from parts.distributed import Process, share_of
 from parts.packed import packed_size
 from rm import RewardModel, pairwise_loss
+
+HERE = Path(__file__).resolve().parent
+# config.json of facebook/opt-350m, openai-community/gpt2, Llama 3.2 1B and TinyLlama 1.1B, then
+# smaller ones.
+SHAPES = json.loads((HERE / "shapes.json").read_text())
+
+
+def spread(values, unit: str = "", digits: int = 2) -> str:
+    """Write the median of some values, and their range in parentheses."""
+    median = f"{statistics.median(values):.{digits}f}{unit}"
+    return f"{median} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table_head(*columns: str):
+    print(f"| {' | '.join(columns)} |\n" + "| --- " * len(columns) + "|")
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory of a process
+
+
+def anonymous_memory(status: str) -> int:
+    """Read from /proc/PID/status how many bytes a process has that no file stands behind."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", status)[1])
+
+
+def measure(program: str, *arguments: str) -> tuple[int, str]:
+    """Measure the memory of a Python program while it works.
+
+    The program prints its memory, waits for a line, works, prints a line, waits for a line, and
+    prints its result. Returns the peak of its anonymous memory above what it printed, sampled every
+    millisecond; and the result.
+    """
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", program, *arguments]
+    with subprocess.Popen(command, cwd=HERE.parent, **pipes) as child:
+        base = int(child.stdout.readline())
+        status = Path(f"/proc/{child.pid}/status")
+        samples = [anonymous_memory(status.read_text())]
+        is_done = threading.Event()
+
+        def sample():
+            while not is_done.wait(0.001):
+                samples[0] = max(samples[0], anonymous_memory(status.read_text()))
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        print(file=child.stdin, flush=True)
+        child.stdout.readline()
+        is_done.set()
+        sampler.join()
+        peak = max(samples[0], anonymous_memory(status.read_text()))
+        return peak - base, child.communicate("\n")[0]
+
 
 # --------------------------------------------------------------------------------------------------
 # Loading
 
-
-SHAPES = {  # the config.json of facebook/opt-350m and openai-community/gpt2; a llama in the shape of Llama 3.2 1B
-    "OPT-350m": dict(
-        model_type="opt",
-        vocab_size=50272,
-        hidden_size=1024,
-        ffn_dim=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        word_embed_proj_dim=512,
-        max_position_embeddings=2048,
-        do_layer_norm_before=False,
-    ),
-    "GPT-2 124M": dict(model_type="gpt2"),
-    "llama 1B": dict(
-        model_type="llama",
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=131072,
-        tie_word_embeddings=True,
-    ),
-}
-TINY = {  # of the same classes, made before the clock starts: transformers imports them when they are first used
-    "opt": dict(
-        vocab_size=8,
-        hidden_size=8,
-        ffn_dim=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        word_embed_proj_dim=4,
-        pad_token_id=1,
-    ),
-    "gpt2": dict(vocab_size=8, n_embd=8, n_layer=1, n_head=1),
-    "llama": dict(
-        vocab_size=8,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-    ),
-}
-LOADERS = {  # the backbone alone, and with a fresh head; ours then also has a row for a new pad id in its embedding
-    "GPT (ours)": "model.GPT.from_pretrained(path)",
-    "AutoModel": "transformers.AutoModel.from_pretrained(path)",
-    "RewardModel (ours)": "rm.RewardModel.from_pretrained(path).backbone",
-    "AutoModelForSequenceClassification": "transformers.AutoModelForSequenceClassification.from_pretrained(path, num_labels=1).base_model",
-}
-
-
-# The programs below run in processes of their own, and begin with this.
-MEMORY = """
-import re, select, sys, json, time
-def anonymous_memory(pid="self"):  # bytes that no file stands behind
-    return 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", open(f"/proc/{pid}/status").read())[1])
+CLASSIFIER = "AutoModelForSequenceClassification"
+LOADERS = ("GPT (ours)", "AutoModel", "RewardModel (ours)", CLASSIFIER)
+MODEL = """
+import json, sys, transformers
+config = transformers.AutoConfig.for_model(**json.loads(sys.argv[1]))
+transformers.AutoModel.from_config(config).save_pretrained(sys.argv[2])
+"""
+# A child's base is its memory after `import torch`.
+LOAD = """
+import sys, torch
+status = open("/proc/self/status").read()
+from tools.bench import load_in_child
+load_in_child(status, *sys.argv[1:])
 """
 
-# The first line that it prints says how much memory it has after `import torch`, the last one how long loading took, and how
-# long until a first forward pass was done: a loader may map the file and leave the reading of it to that pass. Imports are
-# not counted.
-LOAD = (
-    MEMORY
-    + """
-import torch
-base = anonymous_memory()
-from tools.bench import LOADERS
-loader, path = sys.argv[1:]
-if "ours" in loader:
-    import model, rm
-else:
+
+def load(loader: str, path: str) -> torch.nn.Module:
+    """Load a backbone alone, or with a fresh head; our RewardModel adds a row for a new pad id."""
+    if loader == "GPT (ours)":
+        return GPT.from_pretrained(path)
+    if loader == "RewardModel (ours)":
+        return RewardModel.from_pretrained(path).backbone
     import transformers
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
-    transformers.AutoModelForSequenceClassification.from_config(transformers.AutoConfig.for_model(**json.load(open(path + "/tiny.json"))))
-print(base, flush=True)
-sys.stdin.readline()
-start = time.perf_counter()
-backbone = eval(LOADERS[loader])
-loaded = time.perf_counter() - start
-print("loaded", flush=True)
-sys.stdin.readline()
-start = time.perf_counter()
-with torch.no_grad():
-    backbone(torch.arange(8)[None])
-print(json.dumps([loaded, loaded + time.perf_counter() - start]), flush=True)
-"""
-)
 
-# Samples the memory of another process every millisecond, from its first line on standard input to its second.
-SAMPLE = (
-    MEMORY
-    + """
-peak = anonymous_memory(sys.argv[1])
-print(flush=True)
-while not select.select([sys.stdin], [], [], 0.001)[0]:
-    peak = max(peak, anonymous_memory(sys.argv[1]))
-print(max(peak, anonymous_memory(sys.argv[1])))
-"""
-)
+    if loader == "AutoModel":
+        return transformers.AutoModel.from_pretrained(path)
+    return getattr(transformers, CLASSIFIER).from_pretrained(path, num_labels=1).base_model
 
 
-def measure(program: str, *arguments) -> tuple[int, str]:
-    """Run a program that prints its memory, waits for a line, works, prints a line, waits for one, and prints its result.
+@torch.no_grad()
+def load_in_child(status: str, loader: str, path: str):
+    """Load a model in a process of its own, for `measure`; status: before imports but torch's.
 
-    Returns the peak of its anonymous memory, above what it printed, while it worked; and the result.
+    The result is how long loading took, and how long until a first forward pass of 8 tokens was
+    done: a loader may map the file and leave the reading of it to that pass.
     """
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, "-c", program, *arguments], **pipes) as child:
-        base = int(child.stdout.readline())
-        with subprocess.Popen([sys.executable, "-c", SAMPLE, str(child.pid)], **pipes) as sampler:
-            sampler.stdout.readline()
-            print(file=child.stdin, flush=True)
-            child.stdout.readline()
-            peak = int(sampler.communicate("\n")[0])
-        return peak - base, child.communicate("\n")[0]
+    if "ours" not in loader:
+        import transformers
 
-
-def measure_load(loader: str, path: Path) -> tuple[float, float, int]:
-    """Seconds until loaded, seconds until the first forward pass of 8 tokens is done, peak of anonymous memory until loaded."""
-    peak, result = measure(LOAD, loader, str(path))
-    loaded, used = json.loads(result)
-    return loaded, used, peak
-
-
-def make_checkpoint(config: dict, path: Path):
-    subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "import sys, json, transformers as t\nconfig = json.loads(sys.argv[1])\n"
-            "t.AutoModel.from_config(t.AutoConfig.for_model(**config)).save_pretrained(sys.argv[2])",
-            json.dumps(config),
-            path,
-        ],
-        check=True,
-        stderr=subprocess.DEVNULL,
-    )
+        transformers.logging.disable_progress_bar()
+        transformers.logging.set_verbosity_error()
+        # A tiny model of the same class first: transformers imports the class only then.
+        config = json.loads(Path(path, "config.json").read_text()) | SHAPES["tiny"]
+        config = transformers.AutoConfig.for_model(**config)
+        getattr(transformers, CLASSIFIER).from_config(config)
+    print(anonymous_memory(status), flush=True)
+    sys.stdin.readline()
+    start = time.perf_counter()
+    backbone = load(loader, path)
+    loaded = time.perf_counter() - start
+    print("loaded", flush=True)
+    sys.stdin.readline()
+    used = loaded + seconds(backbone, torch.arange(8)[None])
+    print(json.dumps([loaded, used]), flush=True)
 
 
 def bench_load(rounds: int):
-    print(
-        "| checkpoint | weights, float32 | loader | load | load and first forward | peak anonymous memory / weights |\n"
-        + "| --- " * 6
-        + "|"
-    )
-    for name, config in SHAPES.items():
+    memory = "peak anonymous memory / weights"
+    table_head("checkpoint", "weights, float32", "loader", "load", "load and first forward", memory)
+    for name in ("OPT-350m", "GPT-2 124M", "llama 1B"):
+        runs = {loader: [] for loader in LOADERS}
         with tempfile.TemporaryDirectory() as directory:
-            make_checkpoint(config, Path(directory))
-            (Path(directory) / "tiny.json").write_text(
-                json.dumps(config | TINY[config["model_type"]])
-            )
+            command = [sys.executable, "-c", MODEL, json.dumps(SHAPES[name]), directory]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
             size = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-            runs = {loader: [] for loader in LOADERS}
             for _ in range(rounds):
                 for loader in LOADERS:
-                    runs[loader].append(measure_load(loader, Path(directory)))
+                    peak, result = measure(LOAD, loader, directory)
+                    runs[loader].append((*json.loads(result), peak))
         for loader, results in runs.items():
-            loaded, used, peak = zip(*results)
-            print(
-                f"| {name} | {size / 1e9:.2f} GB | {loader} | {statistics.median(loaded):.2f} s ({min(loaded):.2f} to {max(loaded):.2f}) "
-                f"| {statistics.median(used):.2f} s ({min(used):.2f} to {max(used):.2f}) | {max(peak) / size:.3f} |",
-                flush=True,
-            )
+            loaded, used, peaks = zip(*results)
+            times = f"{spread(loaded, ' s')} | {spread(used, ' s')}"
+            memory = f"{max(peaks) / size:.3f}"
+            print(f"| {name} | {size / 1e9:.2f} GB | {loader} | {times} | {memory} |", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training steps: forward, backward, clipping and AdamW, on pairs with the lengths of hh-harmless
+# Batches
 
 
 VOCAB_SIZE, MAX_SEQ_LEN = 8000, 512
-LENGTHS = (
-    Path(__file__).parent / "hh_harmless_lengths.csv"
-)  # prefix and tails of 1,500 pairs, in tokens of a BPE of 8,000
+# Prefix and tails of 1,500 pairs of hh-harmless, in tokens of a BPE of 8,000.
+LENGTHS = HERE / "hh_harmless_lengths.csv"
 
 
 def random_batches(batches: int, size: int) -> list[list[list[list[int]]]]:
-    """Batches of pairs of random ids with the lengths of real ones, the left side truncated as train.py does.
+    """Make batches of pairs of random ids, with lengths of real pairs, truncated on the left.
 
-    The lengths are a systematic sample: of all pairs in the order of their tokens every so many-th, shuffled.
+    The lengths are a systematic sample of all pairs in the order of their tokens, shuffled.
     """
     rng, lengths = random.Random(0), []
     for row in LENGTHS.read_text().split()[1:]:
         prefix, chosen, rejected = map(int, row.split(","))
         prefix = max(0, min(prefix, MAX_SEQ_LEN - max(chosen, rejected)))
-        lengths.append(
-            (prefix, min(chosen, MAX_SEQ_LEN - prefix), min(rejected, MAX_SEQ_LEN - prefix))
-        )
+        room = MAX_SEQ_LEN - prefix
+        lengths.append((prefix, min(chosen, room), min(rejected, room)))
     lengths.sort(key=lambda row: row[0] + 2 * max(row[1:]))
-    sample = [
-        lengths[int((i + 0.5) * len(lengths) / (batches * size))] for i in range(batches * size)
-    ]
+    count = batches * size
+    sample = [lengths[int((i + 0.5) * len(lengths) / count)] for i in range(count)]
     rng.shuffle(sample)
     pairs = []
     for row in sample:
-        trunk, *tails = ([rng.randrange(4, VOCAB_SIZE) for _ in range(n)] for n in row)
-        tails[1][0] = tails[0][0] % (VOCAB_SIZE - 1) + 1  # they differ from there
+        trunk, *tails = (random_ids(rng, length) for length in row)
+        tails[1][0] = tails[0][0] % (VOCAB_SIZE - 1) + 1  # the texts differ from there
         pairs.append([trunk + tail for tail in tails])
-    return [pairs[i : i + size] for i in range(0, len(pairs), size)]
+    return [pairs[i : i + size] for i in range(0, count, size)]
 
 
-def random_ranking(responses: int, length: int, rng) -> list[list[int]]:
-    trunk, *tails = (
-        [rng.randrange(4, VOCAB_SIZE) for _ in range(length)] for _ in range(1 + responses)
-    )
+def random_ranking(responses: int, length: int, rng: random.Random) -> list[list[int]]:
+    trunk, *tails = (random_ids(rng, length) for _ in range(1 + responses))
     return [trunk + [i + 1] + tail[1:] for i, tail in enumerate(tails)]
 
 
+def random_ids(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(4, VOCAB_SIZE) for _ in range(length)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Training steps: forward, backward, clipping and AdamW
+
+
+def small_model(model_type: str = "gpt2", n_layer: int = 8, n_embd: int = 512) -> RewardModel:
+    torch.manual_seed(0)
+    config = GPTConfig(
+        model_type,
+        vocab_size=VOCAB_SIZE,
+        n_positions=MAX_SEQ_LEN,
+        n_layer=n_layer,
+        n_embd=n_embd,
+        n_head=n_embd // 64,
+    )
+    return RewardModel(GPT(config), pad_id=0)
+
+
+@dataclass
 class Ours:
-    """A model of ours and one training step of it, as train.py does it."""
+    """A model of ours and its training step, as the loop of train.py takes it."""
 
-    def __init__(self, layout: str, model_type="gpt2", pad_to=None, n_layer=8, n_embd=512):
-        torch.manual_seed(0)
-        config = GPTConfig(
-            model_type,
-            vocab_size=VOCAB_SIZE,
-            n_positions=MAX_SEQ_LEN,
-            n_layer=n_layer,
-            n_embd=n_embd,
-            n_head=n_embd // 64,
-        )
-        self.model, self.layout, self.pad_to = RewardModel(GPT(config), pad_id=0), layout, pad_to
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), fused=True
-        )
+    model: torch.nn.Module
+    layout: str = "packed"
+    dtype: str = "fp32"
+    pad_to: int | None = None  # tokens that padded rows are filled up to; None: the longest row
+    at_once: int | None = None  # comparisons of a micro-batch; None: all
 
-    def inputs(self, groups):
-        inputs, _ = train.collate(
-            [data.Tokenized(group) for group in groups], self.model, self.layout, "cpu"
-        )
+    def __post_init__(self):
+        self.parameters = list(self.model.parameters())
+        self.device = self.parameters[0].device
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, betas=(0.9, 0.95), fused=True)
+
+    def collate(self, groups: list) -> tuple[tuple, int]:
+        """Return the model's arguments and the number of tokens that it computes on."""
+        comparisons = [data.Tokenized(group) for group in groups]
+        inputs, tokens = train.collate(comparisons, self.model, self.layout, self.device)
         if self.pad_to:
-            *rows, margins = inputs
-            inputs = (
-                *(torch.nn.functional.pad(x, (0, self.pad_to - x.shape[1])) for x in rows),
-                margins,
-            )
-        return inputs
+            ids, mask, margins = inputs
+            missing = (0, self.pad_to - ids.shape[1])
+            inputs = (F.pad(ids, missing), F.pad(mask, missing), margins)
+            tokens = inputs[0].numel()
+        return inputs, tokens
 
-    def loss(self, groups):
-        return self.model(*self.inputs(groups))["loss"]
+    def run(self, inputs: tuple) -> dict[str, torch.Tensor]:
+        """Compute the loss, by this name, and perhaps scores, as `pairwise_loss` does."""
+        return self.model(*inputs)
 
-    def step(self, groups):
-        self.update(self.loss(groups))
+    def forward_backward(self, groups: list) -> tuple[torch.Tensor, int]:
+        """Add up the gradients of a step. Returns its loss and its tokens."""
+        parts, losses, tokens = [groups], [], 0
+        if self.at_once:
+            starts = range(0, len(groups), self.at_once)
+            parts = [groups[start : start + self.at_once] for start in starts]
+        for part in parts:
+            inputs, count = self.collate(part)
+            with train.autocast(self.dtype, self.device):
+                loss = self.run(inputs)["loss"] * (len(part) / len(groups))
+            loss.backward()
+            losses.append(loss.detach())
+            tokens += count
+        return torch.stack(losses).double().sum(), tokens
 
-    def update(self, loss):
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(
-            [p for group in self.optimizer.param_groups for p in group["params"]], 1.0
-        )
+    def clip(self) -> torch.Tensor:
+        return torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+
+    def update(self):
         self.optimizer.step()
         self.optimizer.zero_grad()
 
+    def step(self, groups: list) -> int:
+        """Take a step. Returns its tokens. Raises ValueError where loss or norm is not finite."""
+        loss, tokens = self.forward_backward(groups)
+        norm = self.clip().item()
+        if not math.isfinite(loss.item() + norm):
+            raise ValueError(f"loss {loss.item()}, norm of the gradient {norm}: not finite")
+        self.update()
+        return tokens
+
 
 class TransformersOPT(Ours):
-    """The backbone of transformers, with a value head and the reference loop of rm.py as its loss."""
+    """An OPT of transformers, with a value head and the reference loop of rm.py as its loss."""
 
-    def __init__(self):
+    def __init__(self, config: dict, device: str | torch.device = "cpu", **how):
         import transformers
 
-        super().__init__("padded", "opt", pad_to=MAX_SEQ_LEN)
-        config = transformers.OPTConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=512,
-            ffn_dim=2048,
-            num_hidden_layers=8,
-            num_attention_heads=8,
-            word_embed_proj_dim=512,
-            max_position_embeddings=MAX_SEQ_LEN,
-            dropout=0.0,
-            pad_token_id=0,
-        )
-        self.model.backbone.blocks, self.theirs = (
-            torch.nn.ModuleList(),
-            transformers.OPTModel(config),
-        )
-        self.optimizer = torch.optim.AdamW(
-            [*self.theirs.parameters(), *self.model.v_head.parameters()],
-            lr=1e-5,
-            betas=(0.9, 0.95),
-            fused=True,
-        )
+        torch.manual_seed(0)
+        config |= {"dropout": 0.0, "pad_token_id": 0, "attn_implementation": "sdpa"}
+        config = transformers.OPTConfig(**config)
+        model = torch.nn.Module()
+        with torch.device(device):
+            model.backbone = transformers.OPTModel(config)
+            model.v_head = torch.nn.Linear(config.word_embed_proj_dim, 1, bias=False)
+        model.pad_id = config.pad_token_id
+        super().__init__(model, "padded", **how)
 
-    def loss(self, groups):
-        input_ids, mask, _ = self.inputs(groups)
-        hidden = self.theirs(input_ids, attention_mask=mask).last_hidden_state
-        return pairwise_loss(
-            input_ids, self.model.v_head(hidden).squeeze(-1), 0, attention_mask=mask
-        )["loss"]
+    def run(self, inputs):
+        ids, mask, _ = inputs
+        hidden = self.model.backbone(ids, attention_mask=mask).last_hidden_state
+        with torch.autocast(self.device.type, enabled=False):
+            rewards = self.model.v_head(hidden.float()).squeeze(-1)
+        return pairwise_loss(ids, rewards, self.model.pad_id, attention_mask=mask)
 
 
 class TRL:
-    """The RewardTrainer of TRL: its collator, its training_step, the optimizer it makes."""
+    """The RewardTrainer of TRL: its collator, its training_step, the optimizer that it makes."""
 
     def __init__(self):
         import datasets
@@ -336,23 +324,9 @@ class TRL:
 
         torch.manual_seed(0)
         transformers.logging.set_verbosity_error()
-        config = transformers.GPT2Config(
-            vocab_size=VOCAB_SIZE,
-            n_positions=MAX_SEQ_LEN,
-            n_embd=512,
-            n_layer=8,
-            n_head=8,
-            num_labels=1,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=2,
-        )
-        words = tokenizers.Tokenizer(
-            tokenizers.models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2}, unk_token="<pad>")
-        )
+        config = transformers.GPT2Config(**SHAPES["small GPT-2"], num_labels=1)
+        words = {"<pad>": 0, "<s>": 1, "</s>": 2}
+        words = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
         )
@@ -367,18 +341,17 @@ class TRL:
             learning_rate=1e-5,
             disable_tqdm=True,
         )
+        rows = [{"chosen_ids": [3, 4], "rejected_ids": [3, 5]}]
         self.trainer = trl.RewardTrainer(
             transformers.GPT2ForSequenceClassification(config),
             arguments,
             processing_class=tokenizer,
-            train_dataset=datasets.Dataset.from_list(
-                [{"chosen_ids": [3, 4], "rejected_ids": [3, 5]}]
-            ),
+            train_dataset=datasets.Dataset.from_list(rows),
         )
-        self.trainer.current_gradient_accumulation_steps = (
-            1  # its loop, which we do not run, sets this
-        )
-        self.model, self.optimizer = self.trainer.model.train(), self.trainer.create_optimizer()
+        # Its loop, which we do not run, sets this.
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model = self.trainer.model.train()
+        self.optimizer = self.trainer.create_optimizer()
 
     def step(self, groups):
         batch = self.trainer.data_collator(
@@ -390,188 +363,161 @@ class TRL:
         self.optimizer.zero_grad()
 
 
-def seconds(function, *arguments) -> float:
+def seconds(function: Callable, *arguments) -> float:
     start = time.perf_counter()
     function(*arguments)
     return time.perf_counter() - start
 
 
 def compare(name: str, goal: str, ours, theirs, batches: list, their_batches: list | None = None):
-    """Print how many times as long a step of theirs takes: both in turns on the same comparisons, the median of the ratios."""
+    """Print how many times as long a step of theirs takes, in turns, on the same comparisons."""
     their_batches = their_batches or batches
-    ours.step(batches[0]), theirs.step(their_batches[0])  # the first step allocates
-    times = [
-        (seconds(ours.step, a), seconds(theirs.step, b)) for a, b in zip(batches, their_batches)
-    ]
-    ratios = [b / a for a, b in times]
-    a, b = (statistics.median(column) for column in zip(*times))
-    print(
-        f"| {name} | {statistics.median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f}) | {goal} | {b:.2f} s | {a:.2f} s |",
-        flush=True,
-    )
+    ours.step(batches[0])  # the first step allocates
+    theirs.step(their_batches[0])
+    our_times, their_times = [], []
+    for our_batch, their_batch in zip(batches, their_batches):
+        our_times.append(seconds(ours.step, our_batch))
+        their_times.append(seconds(theirs.step, their_batch))
+    ratios = [their_time / our_time for our_time, their_time in zip(our_times, their_times)]
+    medians = f"{statistics.median(their_times):.2f} s | {statistics.median(our_times):.2f} s"
+    print(f"| {name} | {spread(ratios, ' x')} | {goal} | {medians} |", flush=True)
 
 
 def bench_steps(rounds: int):
     torch.set_num_threads(2)
     batches = random_batches(rounds, 8)
     tokens = [sum(map(packed_size, batch)) for batch in batches]
-    print(
-        f"{rounds} batches of 8 pairs, {statistics.mean(tokens):.0f} packed tokens each on average\n"
-    )
-    print(
-        "| a training step of ours, packed, is faster than | median (range) | goal | their step | our step |\n"
-        + "| --- " * 5
-        + "|"
-    )
-    packed, half = (
-        Ours("packed"),
-        batches[: (rounds + 1) // 2],
-    )  # half of them where a step takes long
-    compare(
-        "our own padded path at max_seq_len (DeepSpeed-Chat's layout)",
-        "5.5 x",
-        packed,
-        Ours("padded", pad_to=MAX_SEQ_LEN),
-        half,
-    )
-    compare(
-        "our own padded path at the batch's longest (TRL's layout)",
-        "4.5 x",
-        packed,
-        Ours("padded"),
-        batches,
-    )
-    compare(
-        "an OPT of transformers, padded to max_seq_len, with the reference loop (ours: opt)",
-        "6 x",
-        Ours("packed", "opt"),
-        TransformersOPT(),
-        half,
-    )
-    if importlib.util.find_spec("trl"):
+    mean = f"{statistics.mean(tokens):.0f} packed tokens each on average"
+    print(f"{rounds} batches of 8 pairs, {mean}\n")
+    first = "a training step of ours, packed, is faster than"
+    table_head(first, "median (range)", "goal", "their step", "our step")
+    packed = Ours(small_model())
+    half = batches[: (rounds + 1) // 2]  # where a step takes long
+    padded = Ours(small_model(), "padded", pad_to=MAX_SEQ_LEN)
+    name = "our own padded path at max_seq_len (DeepSpeed-Chat's layout)"
+    compare(name, "5.5 x", packed, padded, half)
+    padded = Ours(small_model(), "padded")
+    name = "our own padded path at the batch's longest (TRL's layout)"
+    compare(name, "4.5 x", packed, padded, batches)
+    name = "an OPT of transformers, padded to max_seq_len, with the reference loop (ours: opt)"
+    theirs = TransformersOPT(SHAPES["small OPT"], pad_to=MAX_SEQ_LEN)
+    compare(name, "6 x", Ours(small_model("opt")), theirs, half)
+    has_trl = importlib.util.find_spec("trl") is not None
+    if has_trl:
         compare("TRL's RewardTrainer", "4.5 x", packed, TRL(), batches)
     else:
         print("| TRL's RewardTrainer | not installed | 4.5 x | | |")
     rng = random.Random(0)
     rankings = [[random_ranking(4, 64, rng) for _ in range(4)] for _ in half]
-    pairs = [
-        [list(pair) for ranking in batch for pair in itertools.combinations(ranking, 2)]
-        for batch in rankings
-    ]
-    compare(
-        "rankings of 4: the same six pairs packed one by one",
-        "3.3 x",
-        packed,
-        packed,
-        rankings,
-        pairs,
-    )
+    pairs = []
+    for batch in rankings:
+        both = [itertools.combinations(ranking, 2) for ranking in batch]
+        pairs.append([list(pair) for pair in itertools.chain(*both)])
+    name = "rankings of 4: the same six pairs packed one by one"
+    compare(name, "3.3 x", packed, packed, rankings, pairs)
+    print_share_of_peak(half, tokens)
+    if has_trl:
+        ours, trl = (measure(STEPS, name)[0] for name in ("ours", "TRL"))
+        print(
+            f"peak memory, above that before the model is made: ours {ours / 1e6:.0f} MB, "
+            f"TRL {trl / 1e6:.0f} MB, ratio {ours / trl:.2f}; goal 0.5"
+        )
 
-    large = Ours("packed", n_layer=12, n_embd=768)
-    weights = sum(p.numel() for name, p in large.model.named_parameters() if "embed" not in name)
+
+def print_share_of_peak(batches: list, tokens: list[int]):
+    """Print which share of torch.mm's FLOP/s a step of a larger model reaches."""
+    large = Ours(small_model(n_layer=12, n_embd=768))
+    named = large.model.named_parameters()
+    weights = sum(weight.numel() for name, weight in named if "embed" not in name)
     a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
-    large.step(batches[0]), torch.mm(a, b)
+    large.step(batches[0])
+    torch.mm(a, b)
     shares = []
-    for batch, count in zip(half, tokens):
+    for batch, count in zip(batches, tokens):
         peak = 2 * 4096**3 / min(seconds(torch.mm, a, b) for _ in range(3))
         shares.append(6 * weights * count / seconds(large.step, batch) / peak)
     print(
-        f"\nshare of the matmul peak ({peak / 1e9:.0f} GFLOP/s by torch.mm 4096^3), 12 layers x 768: median {statistics.median(shares):.2f} "
-        f"({min(shares):.2f} to {max(shares):.2f}); goal 0.8",
+        f"\nshare of the matmul peak ({peak / 1e9:.0f} GFLOP/s by torch.mm 4096^3), 12 layers x "
+        f"768: median {spread(shares)}; goal 0.8",
         flush=True,
     )
-    if importlib.util.find_spec("trl"):
-        (ours, _), (trl, _) = (
-            measure(STEP, contestant) for contestant in ("Ours('packed')", "TRL()")
-        )
-        print(
-            f"peak memory, above that before the model is made: ours {ours / 1e6:.0f} MB, TRL {trl / 1e6:.0f} MB, ratio {ours / trl:.2f}; goal 0.5"
-        )
 
 
-# Imports come before the first line that it prints, the model after it.
-STEP = (
-    MEMORY
-    + """
-from tools.bench import *
-torch.set_num_threads(2)
-if "TRL" in sys.argv[1]:
-    import trl, transformers, datasets, tokenizers
-    trl.RewardTrainer, transformers.GPT2ForSequenceClassification
-print(anonymous_memory(), flush=True)
-sys.stdin.readline()
-contestant = eval(sys.argv[1])
-for batch in random_batches(6, 8):
-    contestant.step(batch)
-print("done", flush=True)
-sys.stdin.readline()
-print("ended")
-"""
-)
+STEPS = "import sys; from tools.bench import steps_in_child; steps_in_child(sys.argv[1])"
+
+
+def steps_in_child(name: str):
+    """Take steps in a process of its own, for `measure`; all imports come before."""
+    torch.set_num_threads(2)
+    if name == "TRL":
+        import datasets  # noqa: F401
+        import tokenizers  # noqa: F401
+        import transformers
+        import trl
+
+        _ = trl.RewardTrainer, transformers.GPT2ForSequenceClassification
+    print(anonymous_memory(Path("/proc/self/status").read_text()), flush=True)
+    sys.stdin.readline()
+    contestant = TRL() if name == "TRL" else Ours(small_model())
+    for batch in random_batches(6, 8):
+        contestant.step(batch)
+    print("done", flush=True)
+    sys.stdin.readline()
+    print("ended")
 
 
 # --------------------------------------------------------------------------------------------------
 # Processes
 
 
-# A rank: the loop's own division of a batch and averaging of gradients, 16 pairs a step over all ranks. Rank 0 prints pairs a second.
-RANK = """
-import argparse
-from tools.bench import *
-args = argparse.Namespace(layout="packed", zero_stage=0, process_timeout=600.0)
-process = train.Process.start(args)
-ours, batches = Ours("packed"), random_batches(8, 16)
-trained = train.distribute(ours.model, args, process)
-def step(batch):
-    (chunk,) = train.divide([data.Tokenized(pair) for pair in batch], 10**9, args, process)
-    loss = trained(*ours.inputs([batch[i] for i in chunk]))["loss"] * (len(chunk) / len(batch) * process.world_size)
-    ours.update(loss)
-step(batches[0]), step(batches[1])
-process.wait()
-took = sum(seconds(step, batch) for batch in batches)
-process.print(f"{sum(map(len, batches)) / took:.4f}")
-process.wait()
-"""
+def train_rank():
+    """Train as a rank, by the loop's own division of a batch; rank 0 prints pairs a second.
+
+    A step has 16 pairs over all ranks.
+    """
+    process = Process.start(False, 600.0)
+    ours = Ours(small_model())
+    replica = train.distribute(ours.model, 0, False, process)
+    batches = random_batches(8, 16)
+
+    def step(groups):
+        batch = [data.Tokenized(group) for group in groups]
+        (comparisons,) = share_of(batch, "packed", None, 10**9, process, False)
+        inputs, _ = ours.collate([comparison.sequences for comparison in comparisons])
+        share = len(comparisons) / len(batch) * process.world_size
+        (replica(*inputs)["loss"] * share).backward()
+        ours.clip()
+        ours.update()
+
+    step(batches[0])
+    step(batches[1])
+    process.wait()
+    took = sum(seconds(step, batch) for batch in batches)
+    process.print(f"{sum(map(len, batches)) / took:.4f}")
+    process.wait()
 
 
 def bench_ranks(rounds: int):
-    kinds, speeds = (
-        {1: "one process of two threads", 2: "two processes of one thread"},
-        {1: [], 2: []},
-    )
-    with tempfile.NamedTemporaryFile("w", suffix=".py") as program:
-        program.write(RANK)
-        program.flush()
-        for _ in range(rounds):
-            for ranks in kinds:
-                done = subprocess.run(
-                    [
-                        sys.executable,
-                        "-m",
-                        "torch.distributed.run",
-                        "--standalone",
-                        f"--nproc_per_node={ranks}",
-                        program.name,
-                    ],
-                    env=os.environ
-                    | {
-                        "OMP_NUM_THREADS": str(2 // ranks),
-                        "PYTHONPATH": str(Path(__file__).parents[1]),
-                    },
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                    text=True,
-                    check=True,
-                )
-                speeds[ranks].append(float(done.stdout.split()[-1]))
+    kinds = {1: "one process of two threads", 2: "two processes of one thread"}
+    speeds = {1: [], 2: []}
+    for _ in range(rounds):
+        for ranks, found in speeds.items():
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={ranks}", "-m", "tools.bench", "rank"]
+            done = subprocess.run(
+                command,
+                cwd=HERE.parent,
+                env=os.environ | {"OMP_NUM_THREADS": str(2 // ranks)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                check=True,
+            )
+            found.append(float(done.stdout.split()[0]))
     for ranks, name in kinds.items():
-        print(
-            f"{name}: median {statistics.median(speeds[ranks]):.2f} pairs/s ({min(speeds[ranks]):.2f} to {max(speeds[ranks]):.2f})"
-        )
+        print(f"{name}: median {spread(speeds[ranks], ' pairs/s')}")
     ratios = [two / one for one, two in zip(speeds[1], speeds[2])]
-    print(
-        f"ratio: median {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f}); goal 0.95"
-    )
+    print(f"ratio: median {spread(ratios, digits=3)}; goal 0.95")
 
 
 def main():
@@ -580,14 +526,18 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("what", nargs="?", choices=("steps", "ranks", "load"), default="steps")
+    programs = {"steps": bench_steps, "ranks": bench_ranks, "load": bench_load}
+    choices = (*programs, "rank")  # rank: one process of `ranks`
+    parser.add_argument("what", nargs="?", choices=choices, default="steps")
     parser.add_argument(
         "--rounds", type=int, default=8, help="how often each is measured, in turns (8)"
     )
     args = parser.parse_args()
-    start = time.perf_counter()
-    {"steps": bench_steps, "ranks": bench_ranks, "load": bench_load}[args.what](args.rounds)
-    print(f"{time.perf_counter() - start:.0f} s")
+    if args.what == "rank":
+        train_rank()
+        return
+    took = seconds(programs[args.what], args.rounds)
+    print(f"{took:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The study of length: what differs between its cells, its measures against brute force and known answers, and the page."""
+"""Tests of tools/study.py: the cells, the measures beside brute force, and the page."""
 
 import itertools
 import json
@@ -13,6 +13,7 @@ import torch
 import data
 import rm
 from model import GPT, GPTConfig
+from parts.packed import pack
 from tools import study
 from tools.score import score
 
@@ -20,7 +21,7 @@ GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 6]], [[7, 8], [7, 9, 10, 11]], [[1, 2], [1, 2
 METRICS = [*study.QUALITY, *study.LENGTH]
 
 
-def test_the_region_up_to_the_shorter_end_is_every_position_of_both_texts_from_the_first_that_differs():
+def test_the_shorter_region_is_every_position_of_both_texts_from_the_first_that_differs():
     texts = [list(text) for n in range(1, 5) for text in itertools.product((1, 2), repeat=n)]
     for a, b in itertools.product(texts, repeat=2):
         differ = [t for t in range(min(len(a), len(b))) if a[: t + 1] != b[: t + 1]]
@@ -38,21 +39,18 @@ def test_up_to_the_shorter_end_no_reward_at_padding_is_read(monkeypatch):
 
 def test_confounded_labels_have_the_stated_probability():
     pairs = list(itertools.islice(data.known_rewards(3), 20_000))
-    stays = [
-        drawn.responses == pair.responses
-        for pair, drawn in zip(pairs, study.confounded(pairs, seed=5))
-    ]
-    difference = [
-        c.rewards[0]
-        - c.rewards[1]
-        + 0.3 * (len(c.responses[0].split()) - len(c.responses[1].split()))
-        for c in pairs
-    ]
-    p = 1 / (1 + np.exp(-np.array(difference)))
+    stays, differences = [], []
+    for pair, drawn in zip(pairs, study.confounded(pairs, seed=5)):
+        stays.append(drawn.responses == pair.responses)
+        words = [len(response.split()) for response in pair.responses]
+        difference = pair.rewards[0] - pair.rewards[1]
+        differences.append(difference + 0.3 * (words[0] - words[1]))
+    p = 1 / (1 + np.exp(-np.array(differences)))
     for low in np.arange(0, 1, 0.1):
         some = (low <= p) & (p < low + 0.1)
         error = math.sqrt((p * (1 - p))[some].sum())
-        assert some.sum() > 100 and abs((np.array(stays) - p)[some].sum()) < 4 * error
+        assert some.sum() > 100
+        assert abs((np.array(stays) - p)[some].sum()) < 4 * error
 
 
 def test_confounded_pairs_are_the_same_pairs_and_a_word_weighs_as_tone_does():
@@ -60,28 +58,27 @@ def test_confounded_pairs_are_the_same_pairs_and_a_word_weighs_as_tone_does():
     drawn = list(study.confounded(pairs, seed=5))
     assert drawn == list(study.confounded(pairs, seed=5)) != list(study.confounded(pairs, seed=6))
     for a, b in zip(pairs, drawn):
-        assert a.prompt == b.prompt and sorted(zip(a.responses, a.rewards)) == sorted(
-            zip(b.responses, b.rewards)
-        )
+        assert a.prompt == b.prompt
+        assert sorted(zip(a.responses, a.rewards)) == sorted(zip(b.responses, b.rewards))
     words = [len(response.split()) for pair in pairs for response in pair.responses]
-    assert study.LENGTH_BONUS * np.std(words) == pytest.approx(
-        np.std(list(data.TONE_REWARD.values())), rel=0.05
-    )
+    of_tone = np.std(list(data.TONE_REWARD.values()))
+    assert study.LENGTH_BONUS * np.std(words) == pytest.approx(of_tone, rel=0.05)
 
 
 def test_late_pairs_have_half_of_the_remarks_in_front_and_the_same_sentences():
     pairs = list(itertools.islice(data.known_rewards(3), 2000))
     moved = list(study.late(pairs, seed=5))
     assert moved == list(study.late(pairs, seed=5)) != list(study.late(pairs, seed=6))
-    remarks, in_front = tuple(f" {remark}" for remark in itertools.chain(*data.TONES)), []
+    remarks = tuple(f" {remark}" for remark in itertools.chain(*data.TONES))
+    in_front = []
     for a, b in zip(pairs, moved):
         assert (a.prompt, a.rewards) == (b.prompt, b.rewards)
         for before, after in zip(a.responses, b.responses):
-            assert sorted(before.split()) == sorted(after.split()) and not before.startswith(
-                remarks
-            )
-            in_front += [after.startswith(remarks)] * any(remark in before for remark in remarks)
-            assert in_front and in_front[-1] or after == before
+            assert sorted(before.split()) == sorted(after.split())
+            assert not before.startswith(remarks)
+            if any(remark in before for remark in remarks):
+                in_front.append(after.startswith(remarks))
+            assert after.startswith(remarks) or after == before
     assert abs(sum(in_front) - len(in_front) / 2) < 4 * math.sqrt(len(in_front)) / 2
 
 
@@ -90,9 +87,8 @@ def test_features_of_a_response_give_its_reward():
         for response, reward in zip(pair.responses, pair.rewards):
             polite, rude, rambles, right, wrong = study.features_of(response, reward)
             off_topic = 1 - right - wrong
-            assert reward == pytest.approx(
-                1.4 * polite - 1.4 * rude - rambles + 3.5 * right - wrong - 3.5 * off_topic
-            )
+            expected = 1.4 * polite - 1.4 * rude - rambles + 3.5 * right - wrong - 3.5 * off_topic
+            assert reward == pytest.approx(expected)
 
 
 def test_partial_coefficient():
@@ -109,78 +105,63 @@ def test_partial_coefficient():
 
 def test_statistics_of_a_few_pairs():
     found = study.statistics([[2, 1], [0, 3], [5, 1], [1, 0]], [[4, 2], [3, 1], [1, 2], [2, 2]])
-    assert (
-        found["pairs"] == 4
-        and found["accuracy"] == 0.75
-        and found["accuracy_longer"] == 0.5
-        and found["accuracy_shorter"] == 1
-    )
-    assert found["chosen_is_longer"] == 0.5 and found["chosen_is_shorter"] == 0.25
-    assert found["loss"] == pytest.approx(
-        np.mean([math.log(1 + math.exp(-m)) for m in (1, -3, 4, 1)])
-    )
+    assert (found["pairs"], found["accuracy"]) == (4, 0.75)
+    assert (found["accuracy_longer"], found["accuracy_shorter"]) == (0.5, 1)
+    assert (found["chosen_is_longer"], found["chosen_is_shorter"]) == (0.5, 0.25)
+    losses = [math.log(1 + math.exp(-margin)) for margin in (1, -3, 4, 1)]
+    assert found["loss"] == pytest.approx(np.mean(losses))
     true = [[1.5, 0], [1, 0], [0, 1], [0, 2.5]]
-    found = study.statistics(
-        true, [[4, 2], [3, 1], [1, 2], [2, 2]], true, [[[i, j] for j in range(2)] for i in range(4)]
-    )
+    features = [[[i, j] for j in range(2)] for i in range(4)]
+    found = study.statistics(true, [[4, 2], [3, 1], [1, 2], [2, 2]], true, features)
     assert found["probability_error"] == 0 and found["score_length"] == found["true_length"]
     assert found["length_given_reward"] == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("objective", [{}, {"loss": "end"}])
-def test_stored_features_give_the_loss_of_the_backbone(objective, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", ["divergent", "end"])
+def test_stored_features_give_the_loss_of_the_backbone(loss, tmp_path, monkeypatch):
     torch.manual_seed(0)
-    model = rm.RewardModel(
-        GPT(GPTConfig("llama", vocab_size=20, n_positions=16, n_layer=2, n_head=2, n_embd=8)),
-        pad_id=0,
-    )
+    config = GPTConfig("llama", vocab_size=20, n_positions=16, n_layer=2, n_head=2, n_embd=8)
+    model = rm.RewardModel(GPT(config), pad_id=0)
+    model.loss = loss
     monkeypatch.setattr(study, "backbone_of", lambda path, pad_id: model.backbone)
     hidden = study.stored_features(GROUPS, "there", 0, tmp_path, at_once=2)
     monkeypatch.setattr(study, "backbone_of", None)  # found again, not made again
     assert study.stored_features(GROUPS, "there", 0, tmp_path).keys() == hidden.keys()
     head = rm.RewardModel(study.StoredBackbone(model.backbone.config, hidden), pad_id=0)
     head.v_head = model.v_head
-    model.loss = head.loss = objective.get("loss", "divergent")
-    batch = data.pack(GROUPS[::-1], 0, longest_tail=model.longest_tail)
+    head.loss = loss
+    batch = pack(GROUPS[::-1], 0, longest_tail=model.longest_tail)
     expected = model(batch)
     for name, found in head(batch).items():
         assert torch.allclose(found, expected[name], atol=2e-3)
     assert list(head.parameters()) == [head.v_head.weight]
-    assert score(head, GROUPS, 4) == [
-        pytest.approx(row, abs=2e-3) for row in score(model, GROUPS, 4)
-    ]
+    expected = [pytest.approx(row, abs=2e-3) for row in score(model, GROUPS, 4)]
+    assert score(head, GROUPS, 4) == expected
 
 
-def made_up(cell):
+def made_up(cell: str) -> dict:
     kind, objective, seed = cell.split("/")
     rng = random.Random(cell)
-    known = (
-        "probability_error",
-        "length_given_reward",
-        "length_given_features",
-    )  # where the true rewards are
-    names = [name for name in METRICS if not kind.startswith("hh") or name not in known]
-    row = {
-        "cell": cell,
-        "data": kind,
-        "objective": objective,
-        "seed": int(seed),
-        "steps": 10,
-        "pairs": 100,
-        "seconds": 1.0,
-        "chosen_is_longer": 0.4,
-        "chosen_is_shorter": 0.5,
-    } | {name: rng.random() for name in names}
-    return (
-        row
-        if kind.startswith("hh")
-        else row | {"ideal": {name: rng.random() for name in study.LENGTH}}
-    )
+    row = {"cell": cell, "data": kind, "objective": objective, "seed": int(seed), "steps": 10}
+    row |= {"pairs": 100, "seconds": 1.0, "chosen_is_longer": 0.4, "chosen_is_shorter": 0.5}
+    # These need the true rewards.
+    of_built_in = ("probability_error", "length_given_reward", "length_given_features")
+    for name in METRICS:
+        if not kind.startswith("hh") or name not in of_built_in:
+            row[name] = rng.random()
+    if not kind.startswith("hh"):
+        row["ideal"] = {name: rng.random() for name in study.LENGTH}
+    return row
 
 
 def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch):
     ran = []
-    monkeypatch.setattr(study, "run_cell", lambda cell, options: ran.append(cell) or made_up(cell))
+
+    def run_cell(cell, options):
+        ran.append(cell)
+        return made_up(cell)
+
+    monkeypatch.setattr(study, "run_cell", run_cell)
     study.main(["run", "--out", str(tmp_path), "--only", "clean/end", "hh-head/shorter/2"])
     assert ran == ["clean/end/1", "clean/end/2", "clean/end/3", "hh-head/shorter/2"]
     study.main(["run", "--out", str(tmp_path)])
@@ -190,18 +171,29 @@ def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     for kind, objective in itertools.product(study.DATA, study.OBJECTIVES):
         for name in set(METRICS) & set(rows[-1] if kind.startswith("hh") else rows[0]):
-            values = [
-                row[name] for row in rows if (row["data"], row["objective"]) == (kind, objective)
-            ]
+            cells = [row for row in rows if (row["data"], row["objective"]) == (kind, objective)]
+            values = [row[name] for row in cells]
             assert f"{np.mean(values):.4f} ± {np.std(values, ddof=1) / math.sqrt(3):.4f}" in text
-    assert text.count("(n = 3)") == 5 * 3 * 2 + 10 and all(
-        said in text for said in study.SAID.values()
-    )
+    assert text.count("(n = 3)") == 5 * 3 * 2 + 10
+    template = (study.HERE / "study_page.md").read_text()
+    said = [line for line in template.splitlines() if "{" not in line]
+    assert len(said) > 60
+    assert all(line in text for line in said)
     plots = sorted((tmp_path / "docs").glob("*.svg"))
-    assert len(plots) == 4 and all(
-        plot.name in text and ElementTree.parse(plot).getroot().tag.endswith("svg")
-        for plot in plots
-    )
+    assert len(plots) == 4
+    for plot in plots:
+        assert plot.name in text
+        assert ElementTree.parse(plot).getroot().tag.endswith("svg")
+
+
+def test_the_page_in_docs_is_the_page_of_its_results(tmp_path):
+    docs = study.HERE.parent / "docs"
+    (tmp_path / "results.jsonl").write_text((docs / "study-results.jsonl").read_text())
+    study.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
+    written = sorted((tmp_path / "docs").iterdir())
+    assert len(written) == 5
+    for file in written:
+        assert file.read_bytes() == (docs / file.name).read_bytes()
 
 
 def test_a_page_of_some_cells_and_no_page_of_cells_that_cannot_be_compared(tmp_path):
