@@ -10,8 +10,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 # What each of the four modules imports of the other three.
 FOUR = {"train": {"rm", "data"}, "rm": {"model"}, "model": set(), "data": set()}
-# check_vectors imports the module that its argument names; bench asks whether `trl` is installed.
-MAY_USE_IMPORTLIB = {"tools.check_vectors", "tools.bench"}
+# check_vectors imports the module that its argument names; bench asks whether `trl` is installed,
+# gpu_check which versions are.
+MAY_USE_IMPORTLIB = {"tools.check_vectors", "tools.bench", "tools.gpu_check"}
 
 
 def is_test(path: Path) -> bool:
