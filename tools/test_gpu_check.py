@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def test_every_part_of_a_copy_in_another_directory_runs_on_a_cpu(tmp_path):
     copy = shutil.copy(ROOT / "tools" / "gpu_check.py", tmp_path)
-    environment = {"PROJECT": str(ROOT), "OUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {"PROJECT": str(ROOT), "OUT": str(tmp_path), "TMPDIR": str(tmp_path)}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, copy, "--tiny"],
         cwd=tmp_path,
@@ -83,6 +84,7 @@ def test_parts_are_chosen_and_a_failure_is_written_down(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_check, "PARTS", {gpu_check.facts: 10, kernel: 30, gpu_check.exact: 9})
     monkeypatch.setattr("sys.argv", ["gpu_check.py", "--tiny", "--skip", "exact"])
     monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(gpu_check.varlen, "varlen_attn", None)
     gpu_check.main()
     parts = json.loads((tmp_path / "gpu_check.json").read_text())["parts"]
