@@ -1,4 +1,4 @@
-"""What several test files share: files of comparisons, and runs of the programs, some interrupted.
+"""Helpers of several test files: files of comparisons, and runs of the programs, some interrupted.
 
 `run` starts a program as a user does. `start`, `end`, `forked` and `forked_ok` start train.py in
 processes forked from one that has PyTorch imported, which takes seconds less. They pass arguments

@@ -295,9 +295,9 @@ def finish(
     page = run.path / "report.html"
     with run.writing():
         model.save_pretrained(run.path, tokenizer=tokenizer)
-        report.run_page(
-            page, events, vars(args), scores["chosen"], scores["rejected"], scores["true_margin"]
-        )
+        flags = list(vars(args).items())  # to be shown
+        pairs = scores["chosen"], scores["rejected"], scores["true_margin"]
+        report.run_page(page, events, flags, *pairs)
     if failure:
         raise failure
     if skipped:

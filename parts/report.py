@@ -539,14 +539,14 @@ def number(value: float | None) -> str:
 def run_page(
     path,
     events: list[dict],
-    flags: dict,
+    flags: list[tuple[str, object]],
     chosen: list[float],
     rejected: list[float],
     true_margins: list[float] | None = None,
 ):
     """Write the page of a training run that has ended.
 
-    events: the objects of its metrics.jsonl. flags: names and values. chosen, rejected: (P,), the
+    events: the objects of its metrics.jsonl. flags: names and values, to be shown. chosen, rejected: (P,), the
     end scores of the pairs of the last evaluation. true_margins: (P,), the differences of their
     true rewards, where these are known.
     """
@@ -568,7 +568,7 @@ def run_page(
         if name not in ("event", "step")
     ]
     head = ["", f"step {first.get('step', '')}", f"step {last.get('step', '')}"]
-    values = [[f"<code>--{safe(name)}</code>", safe(value)] for name, value in flags.items()]
+    values = [[f"<code>--{safe(name)}</code>", safe(value)] for name, value in flags]
     seconds = sum(event["seconds"] for event in steps)
     body = (
         "<h1>A training run</h1><p>The model learned from pairs of responses, of which people "

@@ -78,7 +78,7 @@ def run_page(tmp_path_factory):
     report.run_page(
         path,
         events_of_a_run(),
-        {"data_path": [HOSTILE], "learning_rate": 1e-4, "<flag>": None},
+        [("data_path", [HOSTILE]), ("learning_rate", 1e-4), ("<flag>", None)],
         *scores_of_a_run(),
     )
     return path.read_text(encoding="utf-8")
@@ -366,7 +366,7 @@ def test_hostile_text_in_flags_arrives_as_text(run_page):
 
 
 def test_a_long_run_makes_a_small_page(tmp_path):
-    report.run_page(tmp_path / "report.html", events_of_a_run(20_000), {}, *scores_of_a_run())
+    report.run_page(tmp_path / "report.html", events_of_a_run(20_000), [], *scores_of_a_run())
     page = (tmp_path / "report.html").read_text()
     assert len(page) < 200_000
     assert "nan" not in page.lower().replace("nans", "")
@@ -436,7 +436,7 @@ def test_a_run_without_true_rewards_or_with_one_step_or_none(tmp_path):
             {key: value for key, value in event.items() if key != "bayes_accuracy"}
             for event in events
         ]
-        report.run_page(tmp_path / "report.html", events, {}, [1.0], [0.5])
+        report.run_page(tmp_path / "report.html", events, [], [1.0], [0.5])
         page = (tmp_path / "report.html").read_text()
         assert (
             "better" not in page
@@ -477,7 +477,7 @@ def test_the_page_of_a_real_run(tmp_path, monkeypatch):
     events = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     ]
-    report.run_page(tmp_path / "report.html", events, {"seed": 1}, *scores_of_a_run())
+    report.run_page(tmp_path / "report.html", events, [("seed", 1)], *scores_of_a_run())
     last = [event for event in events if event["event"] == "eval"][-1]
     text = Tree((tmp_path / "report.html").read_text()).root.text()
     for name in ("loss", "accuracy", "margin", "ece"):
