@@ -184,28 +184,28 @@ def tokenize_rows(
     Returns (sequences, margin) of every row, no sequences where they are identical, or the
     ValueError that says what is wrong with the row.
     """
-    results, texts = [], []
+    parsed, texts = [], []
     for row in rows:
         try:
             comparison = parse_comparison(row)
         except ValueError as error:
-            results.append(error)
+            parsed.append(error)
         else:
-            results.append(comparison)
+            parsed.append(comparison)
             texts += texts_of(comparison)
     encoded = iter(tokenizer.encode_batch(texts))
-    for i, comparison in enumerate(results):
-        if isinstance(comparison, ValueError):
+    results = []
+    for found in parsed:
+        if isinstance(found, ValueError):
+            results.append(found)
             continue
-        ids = [next(encoded) for _ in comparison.responses]
+        ids = [next(encoded) for _ in found.responses]
         try:
-            sequences = sequences_of(
-                ids, comparison.prompt, tokenizer, max_seq_len, truncation_side
-            )
+            sequences = sequences_of(ids, found.prompt, tokenizer, max_seq_len, truncation_side)
         except ValueError as error:
-            results[i] = error
+            results.append(error)
         else:
-            results[i] = ([] if are_identical(sequences) else sequences, comparison.margin)
+            results.append(([] if are_identical(sequences) else sequences, found.margin))
     return results
 
 

@@ -41,7 +41,7 @@ ACTIVATIONS = {
 
 @dataclass
 class GPTConfig:
-    """The shape of a backbone. A field that is None takes the value of its family, or follows.
+    """The shape of a backbone. A None takes the family's value, or follows from others.
 
     Raises ValueError where the fields do not fit together.
     """

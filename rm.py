@@ -12,7 +12,7 @@
 batches instead of padding them (parts/packed.py), to the same numbers: `forward_packed`.
 
 This file reads no files and knows no tokenizer: parts/huggingface.py reads and writes checkpoints,
-data.py turns text into token ids. Two programs of tools/score.py are called by its name:
+data.py turns text into token ids. `python rm.py` hands over to tools/score.py:
 
     python rm.py CHECKPOINT FILE.jsonl [--out scores.jsonl]       score the responses in a file
     python rm.py convert CHECKPOINT DIRECTORY --layout hf         write a model in another layout
@@ -92,8 +92,8 @@ def pairwise_loss(
     input_ids: (2B, L) int64, rows 0..B-1 chosen, rows B..2B-1 rejected, padded with `pad_id`: on
         the right; with a mask also on the left, both rows of a pair by the same number of columns.
     rewards: (2B, L) float32 or float64.
-    num_padding_at_beginning: the first so many `pad_id` of a row end no text (OPT: 1, since its bos
-        is DeepSpeed-Chat's pad).
+    num_padding_at_beginning: number of leading `pad_id` that belong to a text and do not end it
+        (OPT: 1, since its bos is DeepSpeed-Chat's pad).
     attention_mask: (2B, L), 1 on text. It decides where texts end; without it, the pad id does.
     loss, margins (B,), center_rewards_coefficient: variants of the pair's term, see `pair_loss`.
 
@@ -229,7 +229,7 @@ class RewardModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         margins: Sequence[float] | None = None,
     ) -> dict[str, torch.Tensor]:
-        """Loss and end scores of a batch of pairs; arguments, result and errors: `pairwise_loss`.
+        """Compute loss and end scores of a batch of pairs, with the rules of `pairwise_loss`.
 
         input_ids: a `PackedBatch`, which has margins of its own, goes on to `forward_packed`. It
             comes through `forward` because the hooks of DistributedDataParallel run here alone.
@@ -278,7 +278,7 @@ class RewardModel(nn.Module):
         return pack(token_groups, self.pad_id, margins, longest_tail=self.longest_tail)
 
     def forward_packed(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Loss and end scores of a packed batch: the numbers of `forward`, a shared prompt once.
+        """Compute loss and end scores of a packed batch: the numbers of `forward`.
 
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs
         (i, j), i < j; the loss of the batch is the mean over its comparisons (Ouyang et al. 2022,
@@ -358,7 +358,7 @@ class RewardModel(nn.Module):
         return_value_only: bool = False,
         prompt_length: int = 0,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
-        """Values and end scores for step 3 of RLHF (PPO), by the name that DeepSpeed-Chat calls.
+        """Compute values and end scores for step 3 of RLHF (PPO); DeepSpeed-Chat calls this name.
 
         A critic takes the values, a reward model the end score.
 
@@ -437,7 +437,7 @@ class RewardModel(nn.Module):
 
 def main():
     try:
-        hand_over("score", sys.argv[1:], "scoring")
+        hand_over("score", sys.argv[1:], "python rm.py")
     except ValueError as error:
         sys.exit(f"rm.py: error: {error}")
 

@@ -34,7 +34,7 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
-from parts.distributed import Process, cut, size_of
+from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
 
 
@@ -397,7 +397,7 @@ def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files
             batch = [comparisons[i] for i in indices]
             sizes = [size_of(comparison.sequences, layout, None) for comparison in batch]
             total = 0.0
-            for micro_batch in cut(range(len(batch)), sizes, 1000):
+            for micro_batch in cut_into_micro_batches(range(len(batch)), sizes, 1000):
                 chosen = [batch[i] for i in micro_batch]
                 inputs, _ = train.collate(chosen, model, layout, torch.device("cpu"))
                 loss = model(*inputs)["loss"] * len(micro_batch) / len(batch)

@@ -41,11 +41,12 @@ from parts.distributed import Process, complaint_about, leave, shard, share_of, 
 from parts.flags import RESULT_FLAGS, hand_over, parse_flags
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
-from parts.run_directory import RunDirectory, stop_signals
+from parts.run_directory import ANY, RunDirectory, stop_signals
 from parts.token_cache import cached, file_hash, hash_of
 from parts.tokenizers import sample_texts
 from rm import GPT, LOSSES, GPTConfig, RewardModel
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 EVAL_SEED = 0  # of the built-in eval set: the same for every --seed, so that runs can be compared
 EVAL_PAIRS = 4000  # of the built-in data
 TOKENIZER_PAIRS = 2000  # of the built-in data
@@ -142,7 +143,7 @@ def train(args, process: Process):
             if not scaler.is_enabled() or streak == LONGEST_STREAK:
                 loss_of = partial(loss_alone, model, args.layout, args.dtype, process.device)
                 rows = guards.non_finite_rows(batch, micro_batches, losses, loss_of, process)
-                numbers = guards.non_finite(loss, grad_norm, rows, batch, streak)
+                numbers = guards.non_finite_message(loss, grad_norm, rows, batch, streak)
                 raise ValueError(
                     f"at step {step} {numbers}; training cannot continue from there, and the "
                     f"optimizer did not step; {run.what_is_left()}. A smaller --learning_rate than "
@@ -197,12 +198,12 @@ def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) ->
 
 @lru_cache(maxsize=2)  # all steps of an epoch ask for its permutation
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation of n comparisons, (n,) int64, from seed and epoch alone."""
+    """Return a permutation of n comparisons, (n,) int64, from seed and epoch alone."""
     return np.random.RandomState([seed, epoch]).permutation(n)
 
 
 def batch_indices(n: int, global_batch: int, seed: int, step: int) -> np.ndarray:
-    """The comparisons of optimizer step `step` (from 0), as indices below n.
+    """Return the comparisons of optimizer step `step` (from 0), as indices below n.
 
     A function of its arguments alone. The last batch of an epoch may be smaller.
     """
@@ -255,8 +256,7 @@ def autocast(dtype: str, device: torch.device) -> torch.autocast:
     Autocast's cache of weights in half precision is off: a pass uses each weight once, and the
     cached copy would stay in memory when FSDP frees the weight.
     """
-    kind = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    return torch.autocast(device.type, kind, enabled=dtype != "fp32", cache_enabled=False)
+    return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "fp32", cache_enabled=False)
 
 
 @torch.no_grad()
@@ -633,9 +633,9 @@ def result_follows_from(
     if isinstance(training, data.TokenizedData):
         result["training_data"] = training.fingerprint()
     # Dropout draws its numbers for other tokens in another layout.
-    result["layout"] = args.layout if args.dropout else "any"
+    result["layout"] = args.layout if args.dropout else ANY
     is_constant = args.lr_scheduler_type.startswith("constant")
-    result["total_steps"] = "any" if is_constant else total_steps
+    result["total_steps"] = ANY if is_constant else total_steps
     return result
 
 
@@ -643,10 +643,10 @@ def main():
     args = parse_flags(FAMILIES, LOSSES)
     complaint = None
     try:
-        if args.dry_run:
-            hand_over("dry_run", sys.argv[1:], "--dry_run")
         if args.enable_tensorboard:
             metrics.summary_writer()  # says at once if it is not installed
+        if args.dry_run:
+            hand_over("dry_run", sys.argv[1:], "--dry_run")
         train(args, Process.start(args.zero_stage > 0, args.process_timeout))
     except (Exception, KeyboardInterrupt, CheckpointException) as error:  # the last is no Exception
         complaint = complaint_about(error, args.process_timeout)

@@ -1,4 +1,4 @@
-"""Processes: this process among the others, which rank computes what, sharded weights.
+"""Processes: how they meet and leave, which rank computes on what, sharded weights.
 
 The loop that all ranks run, and DistributedDataParallel, which averages their gradients, are in
 train.py.
@@ -77,7 +77,7 @@ class Process:
             dist.all_gather_object(ranks, values)
         return [functools.reduce(operator.add, column) for column in zip(*ranks)]
 
-    def share(self, value):
+    def broadcast(self, value):
         """Return rank 0's value on every rank."""
         return self.join([value])[0][0]
 
@@ -124,7 +124,8 @@ def share_of(
     ranks wait for each other in each micro-batch. So a micro-batch may be empty.
     """
     sizes = [size_of(comparison.sequences, layout, longest_tail) for comparison in batch]
-    ranks = [cut(share, sizes, budget) for share in split(sizes, process.world_size)]
+    shares = split_over_ranks(sizes, process.world_size)
+    ranks = [cut_into_micro_batches(share, sizes, budget) for share in shares]
     own = ranks[process.rank]
     count = 1
     if is_sharded:
@@ -133,7 +134,7 @@ def share_of(
     return [[batch[i] for i in indices] for indices in own + empty]
 
 
-def split(sizes: list[Size], world_size: int) -> list[list[int]]:
+def split_over_ranks(sizes: list[Size], world_size: int) -> list[list[int]]:
     """List for each rank the indices of its comparisons.
 
     The largest comparison goes first, each to the rank that has the fewest tokens.
@@ -147,7 +148,7 @@ def split(sizes: list[Size], world_size: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def cut(share: list[int], sizes: list[Size], budget: int) -> list[list[int]]:
+def cut_into_micro_batches(share: list[int], sizes: list[Size], budget: int) -> list[list[int]]:
     """Cut comparisons into micro-batches of at most `budget` tokens; a larger one stands alone.
 
     The comparisons of a padded micro-batch have similar lengths and equally many responses. So its

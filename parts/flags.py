@@ -163,7 +163,7 @@ def add_data_flags(flag: Callable):
     flag("--num_padding_at_beginning", count_from_0, None, text)
     text = "skip and count rows that are no comparison (default: the first one is an error)"
     flag("--skip_bad_rows", bool, False, text)
-    text = "stores text as tokens, found again by its hash; each machine's (~/.cache/reward-model)"
+    text = "cache of tokenized text, on a disk of each machine (~/.cache/reward-model)"
     flag("--data_output_path", str, str(cache), text, "DIR")
 
 
@@ -189,7 +189,7 @@ def add_model_flags(flag: Callable, families: tuple[str, ...]):
 def add_training_flags(flag: Callable, losses: tuple[str, ...]):
     """Add the flags about batches, the objective, the optimizer and its steps."""
     flag("--per_device_train_batch_size", count, None, "comparisons (16; built-in data: 32)")
-    text = "comparisons of full length: their number of tokens is computed on at once (16)"
+    text = "comparisons of full length; sets how many tokens are computed at once (16)"
     flag("--per_device_eval_batch_size", count, 16, text)
     flag("--gradient_accumulation_steps", count, 1, "(1)")
     text = "where rewards are compared: from the divergence on, or at the ends alone (divergent)"

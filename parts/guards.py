@@ -1,5 +1,6 @@
-"""Guards: what a batch must be, said row by row; where a number that is not finite came from; how
-text from outside is shown. They compute no loss (rm.py) and stop no run (train.py).
+"""Checks of batches, row by row; the source of numbers that are not finite; safe display of text.
+
+It computes no loss (rm.py) and ends no run (train.py).
 """
 
 import math
@@ -50,7 +51,7 @@ def check_rows(
     if mask.shape != ids.shape:
         raise ValueError(
             f"attention_mask: shape {list(mask.shape)}; "
-            f"expected that of input_ids, {list(ids.shape)}"
+            f"expected the shape of input_ids, {list(ids.shape)}"
         )
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
@@ -79,7 +80,7 @@ def check_rewards(rewards: torch.Tensor, shape: torch.Size):
     """Raise ValueError unless rewards are float32 or float64 of this shape."""
     if rewards.shape != shape or rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"rewards: expected float32 or float64 of shape {list(shape)}, that of input_ids; "
+            f"rewards: expected float32 or float64 of shape {list(shape)}, as input_ids; "
             f"found {rewards.dtype} of shape {list(rewards.shape)}"
         )
 
@@ -175,7 +176,9 @@ def listed(names: list[str], most: int = 8) -> str:
     return text
 
 
-def non_finite(loss: float, grad_norm: float, rows: list[str], batch: list, streak: int) -> str:
+def non_finite_message(
+    loss: float, grad_norm: float, rows: list[str], batch: list, streak: int
+) -> str:
     """Say which number of a step is not finite, and where it comes from.
 
     rows: from `non_finite_rows`. batch: the comparisons of the step. streak: the number of such

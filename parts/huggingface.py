@@ -437,7 +437,7 @@ def shards_of(index: Path) -> list[Path]:
     """List the files that an index names. Raises ValueError where it is no such index."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [index.with_name(name) for name in sorted(set(weight_map.values()))]
+        return [index.parent / name for name in sorted(set(weight_map.values()))]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"{index}: expected an object with a weight_map ({type(error).__name__}: {error})"
@@ -510,7 +510,7 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
     path.mkdir(parents=True, exist_ok=True)
     length = tokenizer.vocab_size if tokenizer else model.backbone.config.vocab_size
     rows = 8 * math.ceil(max(length, model.pad_id + 1) / 8)
-    hf = config_to_hf(vars(model.backbone.config)) | {
+    hf = model.backbone.config.to_hf() | {
         "vocab_size": rows,
         "pad_token_id": model.pad_id,
         "num_padding_at_beginning": model.num_padding_at_beginning,
@@ -523,7 +523,7 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         prefix, head_name = family.prefixes[0], "score.weight"
         hf["architectures"] = [family.classes + "ForSequenceClassification"]
         hf |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-    weights = state_dict_to_hf(hf["model_type"], model.backbone.state_dict())
+    weights = model.backbone.to_hf()
     embed = family.names["embed"] + ".weight"
     weights[embed] = resize_rows(weights[embed], rows)
     weights = {prefix + name: weight.cpu() for name, weight in weights.items()}

@@ -36,6 +36,7 @@ For sharing prompts compare Wang & Hegde (2024, arXiv 2410.20305).
 Shapes: T tokens of a packed batch, H heads, D width of a head.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -287,8 +288,7 @@ class PackedAttention:
             with_trunks = len(q) == self.batch.num_tokens
             self.plans[len(q)] = self.plan_varlen(with_trunks, q.device)
         options = {}
-        # PyTorch 2.11 takes grouped heads as they are; later ones want to be told.
-        if q.shape[1] != k.shape[1] and "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        if q.shape[1] != k.shape[1] and asks_for_gqa(varlen_attn):
             options["enable_gqa"] = True
         plan = self.plans[len(q)]
         answers = []
@@ -340,6 +340,12 @@ def can_use_varlen(q: torch.Tensor, dropout_p: float) -> bool:
     width = q.shape[-1]
     is_ampere_or_newer = torch.cuda.get_device_capability(q.device) >= (8, 0)
     return width % 8 == 0 and width <= 256 and is_ampere_or_newer
+
+
+@functools.cache
+def asks_for_gqa(varlen_attn: Callable) -> bool:
+    """Tell whether grouped heads must be announced: PyTorch 2.11 takes them as they are."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

@@ -348,7 +348,8 @@ def style_of_shades() -> str:
         low, middle, high = SHADES[theme]
         rules = ""
         for level in range(-LEVELS, LEVELS + 1):
-            end, color = high if level > 0 else low, "#"
+            end = high if level > 0 else low
+            color = "#"
             for i in (1, 3, 5):  # two hexadecimal digits each of red, green and blue
                 a, b = int(middle[i : i + 2], 16), int(end[i : i + 2], 16)
                 color += f"{round(a + (b - a) * (abs(level) / LEVELS)):02x}"
@@ -388,7 +389,8 @@ def table(head: list[str], body: list[list[str]], kind: str = "") -> str:
     names = "".join(f"<th>{name}</th>" for name in head)
     rows = ""
     for cells in body:
-        rows += f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        row = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows += f"<tr>{row}</tr>"
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{names}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
@@ -406,7 +408,8 @@ def thinned(x: list, y: list, limit: int = 1000) -> tuple[list, list]:
     """
     points = [(a, b) for a, b in zip(x, y) if finite(b)]
     if len(points) > limit:
-        stretch, kept = math.ceil(2 * len(points) / limit), set()
+        stretch = math.ceil(2 * len(points) / limit)
+        kept = set()
         for i in range(0, len(points), stretch):
             part = points[i : i + stretch]
             kept |= {min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])}
@@ -432,19 +435,20 @@ def moving_mean(values: list[float | None], window: int) -> list[float]:
 
 def histogram(groups: dict[str, list[float]], title: str, x_label: str, vlines=()) -> str:
     """Draw the counts of each group in 40 common bins, without numbers that are not finite."""
-    groups = {
-        name: torch.tensor([v for v in values if finite(v)], dtype=torch.float64)
-        for name, values in groups.items()
-    }
-    values = torch.cat(list(groups.values()))
+    shown = {}
+    for name, values in groups.items():
+        kept = [value for value in values if finite(value)]
+        shown[name] = torch.tensor(kept, dtype=torch.float64)
+    values = torch.cat(list(shown.values()))
     low, high = (values.min().item(), values.max().item()) if len(values) else (0.0, 1.0)
     high = high if high > low else low + 1
-    width, series = (high - low) / 40, []
+    width = (high - low) / 40
+    series = []
     x = [low + (i + 0.5) * width for i in range(40)]
-    for color, (name, group) in enumerate(groups.items()):
+    for color, (name, group) in enumerate(shown.items()):
         counts = torch.histc(group, 40, low, high).tolist()
         notes = [f"{at:.3g}: {int(n)} pairs" for at, n in zip(x, counts)]
-        name = name if len(groups) > 1 else ""
+        name = name if len(shown) > 1 else ""
         series.append(Series(counts, x, name, "bar", color, width=width, notes=notes))
     return chart(series, title, x_label, "pairs", vlines=vlines)
 
@@ -452,7 +456,8 @@ def histogram(groups: dict[str, list[float]], title: str, x_label: str, vlines=(
 def reliability(margins: torch.Tensor) -> str:
     """Draw the observed accuracy by confidence, in the bins of the calibration error."""
     confidence, bins = confidence_bins(margins)
-    right, observed, counts, notes = (margins > 0).double(), [], [], []
+    right = (margins > 0).double()
+    observed, counts, notes = [], [], []
     for i in range(10):
         is_in = bins == i
         counts.append(int(is_in.sum()))
@@ -463,8 +468,9 @@ def reliability(margins: torch.Tensor) -> str:
             f"accuracy {observed[i] or 0:.4f}, "
             f"mean confidence {confidence[is_in].mean():.4f}, {counts[i]} pairs"
         )
-    middles, labels = [0.525 + 0.05 * i for i in range(10)], [str(n) for n in counts]
-    name = "ranked right, of so many pairs"
+    middles = [0.525 + 0.05 * i for i in range(10)]
+    labels = [str(n) for n in counts]
+    name = "ranked right, with the number of pairs"
     bars = Series(observed, middles, name, "bar", width=0.05, notes=notes, labels=labels)
     calibrated = Series([0.5, 1.0], [0.5, 1.0], "calibrated", color=4, style="dashed")
     x_label = "confidence: probability of the response it prefers"
@@ -493,14 +499,16 @@ def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
 
 def run_charts(steps: list[dict], evals: list[dict], chosen, rejected, true_margins) -> list[str]:
     """Draw the charts of a run from the arguments of `run_page`, with events by kind."""
-    at, losses = [event["step"] for event in steps], [event["loss"] for event in steps]
+    at = [event["step"] for event in steps]
+    losses = [event["loss"] for event in steps]
 
     def of_steps(name, title):
         values = [event[name] for event in steps]
         return chart([curve(at, values, color=2)], title, "step", size=(420, 180))
 
     def of_evals(key, name=""):
-        values, x = [event.get(key) for event in evals], [event["step"] for event in evals]
+        values = [event.get(key) for event in evals]
+        x = [event["step"] for event in evals]
         return [Series(values, x, name, color=1), Series(values, x, kind="point", color=1)]
 
     window = max(1, len(steps) // 50)
@@ -546,9 +554,9 @@ def run_page(
 ):
     """Write the page of a training run that has ended.
 
-    events: the objects of its metrics.jsonl. flags: names and values, to be shown. chosen, rejected: (P,), the
-    end scores of the pairs of the last evaluation. true_margins: (P,), the differences of their
-    true rewards, where these are known.
+    events: the objects of its metrics.jsonl. flags: names and values, to be shown. chosen,
+    rejected: (P,), the end scores of the pairs of the last evaluation. true_margins: (P,), the
+    differences of their true rewards, where these are known.
     """
     steps = [event for event in events if event["event"] == "step"]
     evals = [event for event in events if event["event"] == "eval"]

@@ -159,11 +159,11 @@ def parse_messages(name: str, value, role: str) -> list[dict]:
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(f"{name}[{i}]: found {json_type(message)}; {expected}")
-        role, content = message.get("role"), message.get("content")
-        if role not in ("system", "user", "assistant"):
-            raise ValueError(f"{name}[{i}]: found role {json.dumps(role)}; {expected}")
+        message_role, content = message.get("role"), message.get("content")
+        if message_role not in ("system", "user", "assistant"):
+            raise ValueError(f"{name}[{i}]: found role {json.dumps(message_role)}; {expected}")
         check_text(f"{name}[{i}].content", content)
-        messages.append({"role": role, "content": content})
+        messages.append({"role": message_role, "content": content})
     return messages
 
 

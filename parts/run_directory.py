@@ -1,7 +1,7 @@
 """The directory of a run, --output_dir: checkpoints, metrics.jsonl, files of earlier runs; signals.
 
-It knows neither the loop (train.py) nor the files of a model (parts/huggingface.py). A checkpoint,
-checkpoints/step-N, is whole or not there.
+It knows neither the loop (train.py) nor what a model's files hold (parts/huggingface.py). A
+checkpoint, checkpoints/step-N, is whole or not there.
 """
 
 import itertools
@@ -27,9 +27,10 @@ from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
 VERSION = 2  # of the facts in a checkpoint
+ANY = "any"  # the value of a fact that does not count, since another fact says so
 
 # How an error calls what a result follows from; everything else is a flag of its name.
-CALLED = {
+DESCRIPTIONS = {
     "global_batch": "the batch of all processes (--per_device_train_batch_size, "
     "--gradient_accumulation_steps)",
     "total_steps": "the number of steps (--max_steps, --num_train_epochs)",
@@ -48,7 +49,8 @@ class RunDirectory:
     """The files of one run, written by rank 0; checkpoints by all ranks.
 
     result: what the weights of the run follow from, by stable names, in JSON. A run resumes from
-    checkpoints of the same result alone. tensorboard_path: where its numbers go as well.
+    checkpoints of the same result alone. tensorboard_path: directory of
+    TensorBoard's copy of the metrics, or None.
     """
 
     def __init__(
@@ -140,7 +142,7 @@ class RunDirectory:
         self.process.print(f"{self.path} held the files of an earlier run; they are in {aside} now")
 
     def check_room(self, model_size: int, checkpoints: int):
-        """Raise ValueError unless the disk has room for the model and so many checkpoints."""
+        """Raise ValueError unless the disk has room for the model and the number of checkpoints."""
         needed = model_size * (1 + 3 * checkpoints)  # a checkpoint has AdamW's two moments, too
         free = shutil.disk_usage(self.path).free
         # Checkpoints that are there belong to this run: they are counted in what is needed.
@@ -182,7 +184,7 @@ class RunDirectory:
             for event in self.events():
                 if event["event"] == "eval" and event["step"] == step:
                     found = True
-        return self.process.share(found)
+        return self.process.broadcast(found)
 
     def log(self, **event):
         """Append an event to metrics.jsonl, on rank 0. A number that is not finite becomes null."""
@@ -242,7 +244,7 @@ class RunDirectory:
         """Say which checkpoint a run can resume from."""
         steps = checkpoint_steps(self.checkpoints)
         if not steps:
-            return "there is no earlier checkpoint"
+            return "there is no checkpoint"
         return f"the last whole checkpoint is {self.checkpoints}/step-{steps[0]}"
 
     @contextmanager
@@ -258,8 +260,8 @@ class RunDirectory:
             reason = str(error).partition("\n")[0]
             raise ValueError(
                 f"--output_dir {self.path}: cannot be written to ({reason}); "
-                f"{self.what_is_left()}. Make room; the same command with --resume then continues "
-                "from there"
+                f"{self.what_is_left()}. Make room; the same command with --resume then continues, "
+                "or starts anew"
             ) from None
 
 
@@ -268,14 +270,14 @@ def differences(before: dict, now: dict) -> list[str]:
     found = []
     for name in sorted(before.keys() | now.keys()):
         part, _, field = name.partition(".")
-        called = CALLED.get(part, f"--{name}")
+        called = DESCRIPTIONS.get(part, f"--{name}")
         if field:
             called = f"{field} of {called}"
         if name not in now:
             found.append(f"{called} is unknown to this version of train.py")
         elif name not in before:
             found.append(f"{called} was not recorded and is {now[name]!r}")
-        elif before[name] != now[name]:
+        elif before[name] != now[name] and ANY not in (before[name], now[name]):
             found.append(f"{called} was {before[name]!r} and is {now[name]!r}")
     return found
 
@@ -367,7 +369,7 @@ def newest_checkpoint(directory: Path, process) -> tuple[int, dict]:
                 break
             except (OSError, ValueError, TypeError) as error:
                 process.print(f"{path}: skipped, as it is damaged: {error}")
-    return process.share(newest)
+    return process.broadcast(newest)
 
 
 def check_hashes(checkpoint: Path):

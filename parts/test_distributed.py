@@ -37,7 +37,7 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
-from parts.distributed import Process, cut, share_of, size_of, split
+from parts.distributed import Process, cut_into_micro_batches, share_of, size_of, split_over_ranks
 
 # --------------------------------------------------------------------------------------------------
 # Shares and micro-batches
@@ -53,7 +53,7 @@ def test_micro_batches_hold_every_comparison_once_within_the_budget(layout, budg
         responses = range(rng.integers(2, 5))
         groups.append([[7] * rng.integers(0, 6) + [k] * rng.integers(1, 9) for k in responses])
     sizes = [size_of(group, layout, None) for group in groups]
-    batches = cut(range(30), sizes, budget)
+    batches = cut_into_micro_batches(range(30), sizes, budget)
     assert sorted(i for batch in batches for i in batch) == list(range(30))
     config = GPTConfig(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=4)
     model = rm.RewardModel(GPT(config), 0)
@@ -77,11 +77,11 @@ def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
     rng = np.random.default_rng(0)
     groups = [[[1] * 5 + [k] * rng.integers(1, 60) for k in range(2)] for _ in range(64)]
     sizes = [size_of(group, layout, None) for group in groups]
-    shares = split(sizes, 4)
+    shares = split_over_ranks(sizes, 4)
     assert sorted(sum(shares, [])) == list(range(64))
     tokens = [sum(sizes[i].rows * sizes[i].length for i in share) for share in shares]
     assert max(tokens) - min(tokens) <= 130  # one comparison's, of some 2,000
-    assert [len(share) for share in split(sizes[:3], 4)] == [1, 1, 1, 0]
+    assert [len(share) for share in split_over_ranks(sizes[:3], 4)] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

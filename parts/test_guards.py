@@ -31,7 +31,7 @@ from conftest import (
     write_rows,
 )
 from parts.distributed import Process, share_of
-from parts.guards import listed, non_finite
+from parts.guards import listed, non_finite_message
 from parts.run_directory import newest_checkpoint
 
 
@@ -133,7 +133,7 @@ def test_message_of_many_rows_lists_the_first_and_counts_the_others():
     assert listed(["a", "b"]) == "a, b"
     assert listed(["a", "b", "c", "d"], most=2) == "a, b and 2 more"
     batch = [data.Tokenized([[1], [2]], where=f"file:{i}") for i in range(3)]
-    text = non_finite(1.5, math.inf, [], batch, streak=1)
+    text = non_finite_message(1.5, math.inf, [], batch, streak=1)
     assert text == ("the gradient norm is inf, that of a finite loss (rows: file:0 and 2 more)")
 
 

@@ -48,6 +48,12 @@ def test_backbone_saved_by_transformers_loads(model_type, tmp_path):
     expected = theirs.base_model(ids).last_hidden_state
     for directory in ("safetensors", "shards", "bin"):
         close(GPT.from_pretrained(tmp_path / directory)(ids), expected)
+    index = tmp_path / "shards" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace('"model-', '"below/model-'))
+    (tmp_path / "shards" / "below").mkdir()
+    for shard in (tmp_path / "shards").glob("*.safetensors"):
+        shard.rename(shard.parent / "below" / shard.name)
+    close(GPT.from_pretrained(tmp_path / "shards")(ids), expected)
 
 
 def without(name, *prefixes):

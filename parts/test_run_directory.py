@@ -32,7 +32,7 @@ from conftest import (
 )
 from parts import run_directory
 from parts.distributed import Process
-from parts.run_directory import RunDirectory, checkpoint_steps, differences, newest_checkpoint
+from parts.run_directory import ANY, RunDirectory, checkpoint_steps, differences, newest_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -446,6 +446,13 @@ def test_differences_name_both_values():
     ]
     assert found[0].endswith(" was 2 and is 4") and found[1].endswith(" was 12 and is 6")
     assert differences(now, dict(now)) == []
+
+
+def test_differences_say_nothing_of_facts_that_do_not_count():
+    """Where dropout differs, the layout counts on one side alone; dropout names the difference."""
+    before = {"dropout": 0.0, "layout": ANY}
+    found = differences(before, {"dropout": 0.1, "layout": "packed"})
+    assert found == ["--dropout was 0.0 and is 0.1"]
 
 
 # --------------------------------------------------------------------------------------------------

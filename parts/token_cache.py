@@ -1,6 +1,7 @@
 """Files of token ids, mapped from the disk, and found again by a key of all that they follow from.
 
-How rows become tokens is handed in; `tokenize_file` in data.py does so, and has the rules.
+Also hashes of files and values, and directories that are built once. How rows become tokens is
+handed in; `tokenize_file` in data.py does so, and has the rules.
 """
 
 import fcntl
@@ -95,15 +96,15 @@ class TokenizedData:
         return hash_of([file.key for file in self.files], hashlib.sha256(self.selected).digest())
 
 
-def rows_of(files: list[TokenizedFile], share_of: Callable[[int], np.ndarray]) -> np.ndarray:
+def rows_of(files: list[TokenizedFile], pick: Callable[[int], np.ndarray]) -> np.ndarray:
     """List rows of files, (n, 2) int64: the index of a file, and of a row in it.
 
-    share_of: picks row numbers of a file that has so many rows, as --data_split says.
+    pick: maps the number of rows of a file to the row numbers to use, as --data_split says.
     Raises ValueError that names a file of which no row is picked.
     """
     selected = []
     for number, file in enumerate(files):
-        rows = share_of(len(file))
+        rows = pick(len(file))
         if len(rows) == 0:
             raise ValueError(
                 f"--data_split: the second share of the {len(file)} rows of {file.path} is no row; "

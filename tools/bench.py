@@ -528,7 +528,8 @@ def main():
     )
     programs = {"steps": bench_steps, "ranks": bench_ranks, "load": bench_load}
     choices = (*programs, "rank")  # rank: one process of `ranks`
-    parser.add_argument("what", nargs="?", choices=choices, default="steps")
+    what = "{steps,ranks,load}"
+    parser.add_argument("what", nargs="?", choices=choices, default="steps", metavar=what)
     parser.add_argument(
         "--rounds", type=int, default=8, help="how often each is measured, in turns (8)"
     )

@@ -36,7 +36,7 @@ from parts.distributed import Process, complaint_about, leave, share_of
 from parts.flags import parse_flags
 from parts.huggingface import FAMILIES, read_config
 from rm import LOSSES, RewardModel
-from train import autocast, check_positions, collate, distribute, set_up
+from train import DTYPES, autocast, check_positions, collate, distribute, set_up
 
 # --------------------------------------------------------------------------------------------------
 # Counting
@@ -260,12 +260,11 @@ def measured_flops(dtype: str) -> float:
 
     The matrices are square, and large enough to take 0.05 s.
     """
-    kind = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     n, seconds = 128, 0.0
     while seconds < 0.05 and n < 2**13:
         n *= 2
-        a = torch.randn(n, n, device=device).to(kind)
+        a = torch.randn(n, n, device=device).to(DTYPES[dtype])
         times = []
         for _ in range(3):
             start = time.perf_counter()

@@ -239,6 +239,6 @@ def test_without_tools_a_line_says_what_is_missing(tmp_path):
     done = run("model", "rows.jsonl", program=tmp_path / "rm.py")
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == (
-        "rm.py: error: scoring needs tools/score.py, which is missing; "
+        "rm.py: error: python rm.py needs tools/score.py, which is missing; "
         f"restore it in {tmp_path.resolve()}\n"
     )
