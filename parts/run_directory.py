@@ -49,8 +49,8 @@ class RunDirectory:
     """The files of one run, written by rank 0; checkpoints by all ranks.
 
     result: what the weights of the run follow from, by stable names, in JSON. A run resumes from
-    checkpoints of the same result alone. tensorboard_path: directory of
-    TensorBoard's copy of the metrics, or None.
+    checkpoints of the same result alone.
+    tensorboard_path: directory of TensorBoard's copy of the metrics, or None.
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class RunDirectory:
         self.result = result
         self.process = process
         self.metrics_file = None
+        self.evaluated = set()  # on rank 0, the steps whose evaluation metrics.jsonl has
         self.tensorboard_path = tensorboard_path
         self.tensorboard = None
 
@@ -161,6 +162,8 @@ class RunDirectory:
         for event in self.events():
             if event["step"] <= done:
                 kept += json.dumps(event) + "\n"
+                if event["event"] == "eval":
+                    self.evaluated.add(event["step"])
         part = self.path / "metrics.jsonl.part"
         part.write_text(kept)
         part.rename(path)
@@ -179,12 +182,7 @@ class RunDirectory:
 
     def has_evaluation(self, step: int) -> bool:
         """Tell every rank whether metrics.jsonl has the evaluation of this step."""
-        found = False
-        if self.process.rank == 0:
-            for event in self.events():
-                if event["event"] == "eval" and event["step"] == step:
-                    found = True
-        return self.process.broadcast(found)
+        return self.process.broadcast(step in self.evaluated)
 
     def log(self, **event):
         """Append an event to metrics.jsonl, on rank 0. A number that is not finite becomes null."""
@@ -193,6 +191,8 @@ class RunDirectory:
         for name, value in event.items():
             if isinstance(value, float) and not math.isfinite(value):
                 event[name] = None
+        if event["event"] == "eval":
+            self.evaluated.add(event["step"])
         with self.writing():
             self.metrics_file.write(json.dumps(event) + "\n")
             self.metrics_file.flush()
