@@ -38,7 +38,7 @@ from tqdm import tqdm
 import data
 from parts import guards, lora, metrics, report
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
-from parts.flags import RESULT_FLAGS, hand_over, parse_flags
+from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
 from parts.run_directory import ANY, RunDirectory, stop_signals
@@ -436,8 +436,7 @@ def load_model(args, tokenizer: data.Tokenizer) -> RewardModel:
     """Load the model of --model_name_or_path, whose ids must have all of the tokenizer's."""
     directory = args.model_name_or_path
     leading = leading_pads(args.num_padding_at_beginning, tokenizer)
-    objective = dict(loss=args.loss, center_rewards_coefficient=args.center_rewards_coefficient)
-    model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective)
+    model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective_of(args))
     rows = read_config(directory)["vocab_size"]
     if tokenizer.text_size > rows:
         raise ValueError(
@@ -469,8 +468,7 @@ def new_model(args, tokenizer: data.Tokenizer) -> RewardModel:
         token_ids={"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id},
     )
     leading = leading_pads(args.num_padding_at_beginning, tokenizer)
-    objective = dict(loss=args.loss, center_rewards_coefficient=args.center_rewards_coefficient)
-    return RewardModel(GPT(config), tokenizer.pad_id, leading, **objective)
+    return RewardModel(GPT(config), tokenizer.pad_id, leading, **objective_of(args))
 
 
 def leading_pads(given: int | None, tokenizer: data.Tokenizer) -> int:

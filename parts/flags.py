@@ -319,6 +319,11 @@ def fill_in_training(args: argparse.Namespace):
         args.resume = True
 
 
+def objective_of(args: argparse.Namespace) -> dict:
+    """Return the arguments of `rm.RewardModel` that say what is minimized."""
+    return {"loss": args.loss, "center_rewards_coefficient": args.center_rewards_coefficient}
+
+
 # --------------------------------------------------------------------------------------------------
 # Programs in tools/
 

@@ -33,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from data import Tokenized
 from model import GPT, GPTConfig
 from parts.distributed import Process, complaint_about, leave, share_of
-from parts.flags import parse_flags
+from parts.flags import objective_of, parse_flags
 from parts.huggingface import FAMILIES, read_config
 from rm import LOSSES, RewardModel
 from train import DTYPES, autocast, check_positions, collate, distribute, set_up
@@ -148,8 +148,7 @@ def make_model(args) -> RewardModel:
             n_head=args.n_head,
             n_embd=args.n_embd,
         )
-    objective = dict(loss=args.loss, center_rewards_coefficient=args.center_rewards_coefficient)
-    model = RewardModel(GPT(config), pad_id or 0, **objective)
+    model = RewardModel(GPT(config), pad_id or 0, **objective_of(args))
     set_up(model, args)
     return model
 
