@@ -725,10 +725,11 @@ def test_input_ids_of_another_shape_or_kind_are_refused(ids):
 
 def test_readme_works_a_pair_by_hand():
     """The table of the README, computed again: ids are numbers of the words, padding is 0."""
-    text = (Path(__file__).parent / "README.md").read_text()
+    lines = (Path(__file__).parent / "README.md").read_text().splitlines()
+    text = " ".join(line.strip() for line in lines)
     table = {
         cells[0]: cells[1:]
-        for line in text.splitlines()
+        for line in lines
         if (cells := [cell.strip() for cell in line.strip("|").split("|")])[0]
         in (
             "chosen",

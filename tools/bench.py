@@ -5,7 +5,8 @@
     python -m tools.bench load      loading checkpoints of real shapes, beside transformers
 
 It holds models, batches and steps to measure; the real loop is in train.py, the figures are in
-README.md. Needs requirements-dev.txt; TRL takes part where `pip install trl==1.16.0` has put it.
+docs/benchmarks.md. Needs requirements-dev.txt; TRL takes part where `pip install trl==1.16.0` has
+put it.
 """
 
 import argparse

@@ -22,8 +22,8 @@ Data:
     late        the same with half of the remarks in front of the answer, to train and to evaluate
                 on: a text may end before the other one has said anything that counts
     confounded  its training pairs with other labels (below); the eval pairs are those of `clean`
-    hh-scratch  hh-harmless (--hh: train.jsonl.gz, eval.jsonl.gz), a gpt2 from scratch: "Real pairs"
-                of README.md, in one process
+    hh-scratch  hh-harmless (--hh: train.jsonl.gz, eval.jsonl.gz), a gpt2 of 4 layers from
+                scratch
     hh-head     hh-harmless, a linear value head on a frozen SmolLM2-135M-Instruct, whose hidden
                 states are computed once:
 
@@ -237,7 +237,7 @@ def flags_of(cell: str, options) -> list[str]:
     flags += ["--eval_path", f"{options.hh}/eval.jsonl.gz", "--max_seq_len", "256"]
     if options.hh_steps:
         flags += ["--max_steps", str(options.hh_steps)]
-    if kind == "hh-scratch":  # the two processes of 16 pairs each in README.md are one of 32
+    if kind == "hh-scratch":
         flags += "--model_type gpt2 --n_layer 4 --n_head 4 --n_embd 256 --vocab_size 8000".split()
         return [*flags, "--per_device_train_batch_size", "32"]
     # A fresh head on a frozen backbone takes the learning rate of fresh weights.
@@ -519,11 +519,11 @@ def tables(kind: str, rows: list[dict]) -> str:
     accuracy, pairs = first["accuracy"], first["pairs"]
     error = math.sqrt(accuracy * (1 - accuracy) / pairs)
     text = (
-        f"`{kind}`: {first['steps']} steps, {pairs} eval pairs; the chosen response is the longer "
-        f"one in {first['chosen_is_longer']:.3f} of them, the\n"
-        f"shorter one in {first['chosen_is_shorter']:.3f}. Of the eval set alone the standard "
-        f"error of an accuracy near {accuracy:.2f} is {error:.3f}, "
-        f"that of a\ncorrelation between pairs near 0 is {1 / math.sqrt(pairs):.3f}.\n"
+        f"`{kind}`: {first['steps']} steps, {pairs} eval pairs; the chosen response is longer in\n"
+        f"{first['chosen_is_longer']:.3f} of them, shorter in {first['chosen_is_shorter']:.3f}. "
+        "The eval set alone has a standard error of\n"
+        f"{error:.3f} for an accuracy near {accuracy:.2f}, of {1 / math.sqrt(pairs):.3f} for a "
+        "correlation between pairs near 0.\n"
     )
     for prefix, names in (("", QUALITY), ("correlation, coefficient: ", LENGTH)):
         names = {name: title for name, title in names.items() if name in first}
