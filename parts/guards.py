@@ -1,4 +1,4 @@
-"""Checks of batches, row by row; the source of numbers that are not finite; safe display of text.
+"""Checks of batches, row by row; the source of numbers that are not finite; text that is shown.
 
 It computes no loss (rm.py) and ends no run (train.py).
 """
@@ -195,7 +195,17 @@ def non_finite_message(
 
 
 # --------------------------------------------------------------------------------------------------
-# Text from outside
+# Text that is shown: counts in English, and text from outside
+
+
+def counted(n: int, noun: str, plural: str = "") -> str:
+    """Write how many things there are: "1 pair", "4,000 pairs".
+
+    plural: the noun's, where it is not the noun with an s.
+    """
+    if n == 1:
+        return f"1 {noun}"
+    return f"{n:,} {plural or noun + 's'}"
 
 
 def visible(text: str) -> str:
