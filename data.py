@@ -8,14 +8,15 @@ import math
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 
 # Names that nothing below uses, such as PackedBatch and load_tokenizer, are imported for callers.
 from parts.packed import PackedBatch, pack, shared_prefix
-from parts.rows import bad_row, nothing_left, parse_row, read_rows
-from parts.token_cache import Tokenized, TokenizedData, TokenizedFile, rows_of, select, token_file
+from parts.rows import TWICE, Reading, files_of, parse_row, parsed_rows, reading_of
+from parts.token_cache import Tokenized, TokenizedData, cut_sequences, rows_of, select, token_file
 from parts.tokenizers import Tokenizer, chat_text, has_tokenizer, load_tokenizer, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------
@@ -24,47 +25,41 @@ from parts.tokenizers import Tokenizer, chat_text, has_tokenizer, load_tokenizer
 
 @dataclass
 class Comparison:
-    """A prompt and two or more responses, or one that is only to be scored."""
+    """A prompt and two or more responses, or one that is only to be scored.
 
-    prompt: str
-    responses: list[str]  # best first
+    Both are text, or chat messages {"role", "content"}: prompt + response is the whole dialogue.
+    """
+
+    prompt: str | list[dict]
+    responses: list[str] | list[list[dict]]  # best first
     rewards: list[float] | None = None  # their true rewards, where these are known
     margin: float = 0.0  # of a pair: by how much the first is to be better (Llama 2, eq. 2)
+    target: float = 1.0  # of a pair: the probability that the first is preferred
+    subset: str | None = None
+    notes: tuple[str, ...] = ()  # what a reader of the file should know of this row
 
 
 def load_comparisons(
-    path, min_responses: int = 2, bad_rows: list[str] | None = None
+    path, fields=None, ignore_fields=(), text_as="text", min_responses=2, bad_rows=None
 ) -> Iterator[Comparison]:
-    """Yield the comparisons of a file in its order, reading it row by row.
+    """Yield the comparisons of a file, a directory or a glob in order, reading row by row.
 
+    fields: {our name: the name in the file}. ignore_fields: names. text_as: "text" or "messages".
     min_responses: 1 allows rows {"prompt": ..., "response": ...}, comparisons of one response.
-    bad_rows: rows that are no comparison are skipped, and "line: what is wrong" is appended here.
-    Raises ValueError that names the file and the line; also with `bad_rows` where the file cannot
-    be read to its end, or no row is a comparison.
+    bad_rows: a list; a row that is no comparison is skipped, and "line: what is wrong" appended.
+    Raises ValueError that names the file and the line; also with `bad_rows` where a file cannot
+    be read to its end, or no row of it is a comparison.
     """
-    comparison = None
-    for line, text in read_rows(path):
-        try:
-            comparison = parse_comparison(text, min_responses)
-        except ValueError as error:
-            bad_row(path, line, error, bad_rows)
-        else:
+    reading = reading_of(fields, ignore_fields, text_as)
+    parse = partial(parse_comparison, reading=reading, min_responses=min_responses)
+    for file in files_of([path]):
+        for _, comparison in parsed_rows(file, parse, bad_rows):
             yield comparison
-    if comparison is None:
-        raise nothing_left(path, bad_rows)
 
 
-def parse_comparison(text: bytes, min_responses: int = 2) -> Comparison:
-    """Make a Comparison of the JSON of a row; chat messages become text by the plain template.
-
-    Raises ValueError that says which field is wrong, and how.
-    """
-    row = parse_row(text, min_responses)
-    prompt, *responses = (
-        chat_text(value) if isinstance(value, list) else value
-        for value in [row["prompt"], *row["responses"]]
-    )
-    return Comparison(prompt, responses, margin=row["margin"])
+def parse_comparison(text: bytes, reading=Reading(), min_responses: int = 2) -> Comparison:
+    """Make a Comparison of the JSON of a row. Raises ValueError as `parse_row` does."""
+    return Comparison(**parse_row(text, reading, min_responses))
 
 
 def split_indices(n: int, data_split: list[float], stage: int, seed: int) -> np.ndarray:
@@ -104,9 +99,10 @@ def tokenize(
     return sequences_of(texts, comparison.prompt, tokenizer, max_seq_len, truncation_side)
 
 
-def texts_of(comparison: Comparison) -> list[str]:
-    """Return the text of every sequence of a comparison."""
-    return [comparison.prompt + response for response in comparison.responses]
+def texts_of(comparison: Comparison, tokenizer=None) -> list[str]:
+    """Return the text of every sequence of a comparison. (A stub: CHAT's renders by a template.)"""
+    whole = [comparison.prompt + response for response in comparison.responses]
+    return [text if isinstance(text, str) else chat_text(text) for text in whole]
 
 
 def sequences_of(
@@ -127,7 +123,7 @@ def sequences_of(
     excess = max(map(len, texts)) - room
     if excess > 0:
         # A single response shares its prompt with the responses that it may be compared with.
-        sharing = texts if len(texts) > 1 else [*texts, tokenizer.encode(prompt)]
+        sharing = texts if len(texts) > 1 else [*texts, tokenizer.encode(stub_text(prompt))]
         cut = min(excess, shared_prefix(sharing))
         if is_bare:
             cut = min(cut, min(map(len, texts)) - 1)  # a sequence has a token
@@ -135,77 +131,91 @@ def sequences_of(
     return [bos + text + eos for text in texts]
 
 
-def are_identical(sequences: list[list[int]]) -> bool:
-    """Return whether all sequences of a comparison are equal, so that it teaches nothing."""
-    return all(sequence == sequences[0] for sequence in sequences)
+def stub_text(prompt) -> str:  # a stub: CHAT's sequences_of takes its place
+    return prompt if isinstance(prompt, str) else chat_text(prompt)
 
 
-def tokenize_each(comparisons: Iterable[Comparison], *how) -> Iterator[Tokenized]:
-    """Tokenize a stream of comparisons, such as `known_rewards`, and drop identical sequences.
+def tokenized(comparison: Comparison, texts, tokenizer, max_seq_len: int, side: str) -> Tokenized:
+    """Make the sequences of a comparison's encoded texts, as `tokenize` does; drop repeats."""
 
-    how: the arguments of `tokenize` after the comparison.
-    """
+    def cut(length: int) -> list[list[int]]:
+        return sequences_of(texts, comparison.prompt, tokenizer, length, side)
+
+    pair = comparison.margin, comparison.rewards, comparison.target, comparison.subset
+    return cut_sequences(Tokenized([], "", *pair), cut, max_seq_len)
+
+
+def tokenize_each(
+    comparisons: Iterable[Comparison], tokenizer: Tokenizer, max_seq_len: int, side: str = "left"
+) -> Iterator[Tokenized]:
+    """Tokenize a stream of comparisons, such as `known_rewards`, and drop identical sequences."""
     for number, comparison in enumerate(comparisons, start=1):
-        sequences = tokenize(comparison, *how)
-        if not are_identical(sequences):
-            where = f"built-in comparison {number}"
-            yield Tokenized(sequences, where, comparison.margin, comparison.rewards)
+        texts = [tokenizer.encode(text) for text in texts_of(comparison, tokenizer)]
+        found = tokenized(comparison, texts, tokenizer, max_seq_len, side)
+        if found.sequences:
+            yield found._replace(where=f"built-in comparison {number}")
 
 
 def tokenize_all(comparisons: Iterable[Comparison], *how) -> TokenizedData:
-    """Tokenize comparisons in memory; drop and count comparisons with identical sequences."""
+    """Tokenize comparisons in memory; drop and count comparisons with identical sequences.
+
+    how: the arguments of `tokenize` after the comparison.
+    """
     comparisons = list(comparisons)
     kept = list(tokenize_each(comparisons, *how))
     selected = np.array([(0, row) for row in range(len(kept))])
-    return TokenizedData([kept], selected, len(comparisons) - len(kept))
+    truncated = sum(comparison.truncated for comparison in kept)
+    return TokenizedData([kept], selected, len(comparisons) - len(kept), truncated)
 
 
 def tokenize_file(
-    path, tokenizer, max_seq_len: int, truncation_side: str, cache_dir, skip_bad_rows: bool = False
-) -> TokenizedFile:
+    path, tokenizer, max_seq_len, truncation_side, cache_dir, skip_bad_rows=False, reading=Reading()
+):
     """Tokenize the comparisons of a file, which may be larger than memory, into `cache_dir`.
 
     A row whose sequences are identical keeps its number, and has no sequences. Done once:
     `parts.token_cache.token_file` says how files are found again, and what it raises.
     """
-    how = (max_seq_len, truncation_side)
 
     def tokenize_chunk(rows: list[bytes]) -> list:
-        return tokenize_rows(rows, tokenizer, *how)
+        return tokenize_rows(rows, tokenizer, max_seq_len, truncation_side, reading)
 
-    return token_file(path, cache_dir, tokenize_chunk, tokenizer.fingerprint(), *how, skip_bad_rows)
+    keys = tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows, reading
+    return token_file(path, cache_dir, tokenize_chunk, *keys)
 
 
 def tokenize_rows(
-    rows: list[bytes], tokenizer: Tokenizer, max_seq_len: int, truncation_side: str
+    rows: list[bytes], tokenizer: Tokenizer, max_seq_len: int, side: str, reading: Reading
 ) -> list[tuple | ValueError]:
     """Tokenize the JSON of rows, all texts in one call of `encode_batch`.
 
-    Returns (sequences, margin) of every row, no sequences where they are identical, or the
-    ValueError that says what is wrong with the row.
+    Returns a Tokenized, without sequences where they are identical, and the notes of every row, or
+    the ValueError that says what is wrong with the row.
     """
     parsed, texts = [], []
     for row in rows:
         try:
-            comparison = parse_comparison(row)
+            comparison = parse_comparison(row, reading)
+            texts += texts_of(comparison, tokenizer)
         except ValueError as error:
-            parsed.append(error)
-        else:
-            parsed.append(comparison)
-            texts += texts_of(comparison)
+            comparison = error
+        parsed.append(comparison)
     encoded = iter(tokenizer.encode_batch(texts))
     results = []
-    for found in parsed:
-        if isinstance(found, ValueError):
-            results.append(found)
+    for comparison in parsed:
+        if isinstance(comparison, ValueError):
+            results.append(comparison)
             continue
-        ids = [next(encoded) for _ in found.responses]
+        ids = [next(encoded) for _ in comparison.responses]
         try:
-            sequences = sequences_of(ids, found.prompt, tokenizer, max_seq_len, truncation_side)
+            found = tokenized(comparison, ids, tokenizer, max_seq_len, side)
         except ValueError as error:
             results.append(error)
-        else:
-            results.append(([] if are_identical(sequences) else sequences, found.margin))
+            continue
+        notes = comparison.notes
+        if 0 < len(found.sequences) < len(ids):
+            notes += (TWICE,)
+        results.append((found, notes))
     return results
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import json
 import math
 import random
 import re
@@ -12,27 +13,44 @@ import torch
 
 import data
 from data import Comparison
+from parts.rows import TWICE, Reading
 from parts.test_tokenizers import tokenizer  # noqa: F401, a fixture
 
 # --------------------------------------------------------------------------------------------------
 # Rows
 
 
-@pytest.mark.parametrize(
-    "row, margin",
-    [('"margin": 1.5', 1.5), ('"margin": -2', -2.0), ('"margin": null', 0.0), ('"other": 1', 0.0)],
-)
-def test_margin_of_a_pair_goes_with_it_to_the_tokens(tmp_path, tokenizer, row, margin):
+FIELDS = [  # a part of a row, and its margin, target and subset
+    ('"margin": 1.5', (1.5, 1.0, None)),
+    ('"margin": -2', (-2.0, 1.0, None)),
+    ('"margin": null', (0.0, 1.0, None)),
+    ('"other": 1', (0.0, 1.0, None)),
+    ('"target": 0.25', (0.0, 0.25, None)),
+    ('"target": 0', (0.0, 0.0, None)),
+    ('"margin": 2, "target": 1', (2.0, 1.0, None)),
+    ('"subset": "math"', (0.0, 1.0, "math")),
+    ('"subset": 3, "target": 0.5', (0.0, 0.5, "3")),
+]
+
+
+@pytest.mark.parametrize("row, expected", FIELDS)
+def test_margin_target_and_subset_of_a_row_go_with_it_to_the_tokens(
+    tmp_path, tokenizer, row, expected
+):
+    def fields(found):
+        return [(one.margin, one.target, one.subset) for one in found]
+
     file = tmp_path / "rows.jsonl"
     file.write_text(
         '{"prompt": "a", "chosen": "b", "rejected": "c", %s}\n'
-        '{"prompt": "a", "chosen": "c", "rejected": "b"}\n' % row
+        '{"prompt": "a", "chosen": "c", "rejected": "b", "subset": "other"}\n' % row
     )
-    assert [comparison.margin for comparison in data.load_comparisons(file)] == [margin, 0.0]
+    other = (0.0, 1.0, "other")
+    assert fields(data.load_comparisons(file)) == [expected, other]
     tokens = data.tokenize_file(file, tokenizer, 64, "left", tmp_path / "cache")
     both = data.select([tokens], np.array([[0, 1], [0, 0]]))
-    assert [both[i].margin for i in range(2)] == [0.0, margin]
-    assert data.tokenize_all(data.load_comparisons(file), tokenizer, 64)[0].margin == margin
+    assert fields(both[i] for i in range(2)) == [other, expected]
+    assert fields([data.tokenize_all(data.load_comparisons(file), tokenizer, 64)[0]]) == [expected]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -206,23 +224,76 @@ def test_prompt_and_response_are_encoded_as_one_string():
     assert data.tokenize(Comparison("a", ["b", "bc"]), tokenizer, 9) == [[1, ab, 2], [1, ab, c, 2]]
 
 
-def test_tokenize_all_drops_and_counts_identical_sequences():
+def test_tokenize_all_drops_repeats_and_counts_identical_and_truncated_comparisons():
     comparisons = [
         Comparison("p", ["same", "same"], [1.0, 0.0]),
-        Comparison("p", ["a", "b"], [2.0, 1.0]),
+        Comparison("p", ["a", "b"], [2.0, 1.0], target=0.75, subset="s"),
         Comparison(
             "longer", ["a", "b"], [3.0, 2.0]
         ),  # <longe and <longe, once the right side is cut
-        Comparison("p", ["a", "a", "b"]),  # two of a ranking are the same, and not all
+        Comparison("p", ["a", "a", "b"], [3.0, 2.0, 1.0]),
+        Comparison("p", ["a", "a", "a"]),
+        Comparison("p", ["b", "long", "a", "lone", "b"]),  # two are the same once they are cut
     ]
     kept = data.tokenize_all(comparisons, Letters(), 6, "right")
-    assert letters(groups_of(kept)) == [["<pa>", "<pb>"], ["<pa>", "<pa>", "<pb>"]]
-    assert (len(kept), kept.dropped) == (2, 2)
-    assert [(kept[i].rewards, kept[i].where) for i in range(2)] == [
-        ([2.0, 1.0], "built-in comparison 2"),
-        (None, "built-in comparison 4"),
+    assert letters(groups_of(kept)) == [
+        ["<pa>", "<pb>"],
+        ["<pa>", "<pb>"],
+        ["<pb>", "<plong", "<pa>", "<plone"],
     ]
-    assert data.tokenize_all(comparisons, Letters(), 6, "left").dropped == 1
+    assert (len(kept), kept.dropped, kept.truncated) == (3, 3, 1)
+    assert [kept[i]._replace(sequences=[]) for i in range(3)] == [
+        data.Tokenized([], "built-in comparison 2", 0.0, [2.0, 1.0], 0.75, "s", False),
+        data.Tokenized([], "built-in comparison 4", 0.0, [3.0, 1.0]),
+        data.Tokenized([], "built-in comparison 6", truncated=True),
+    ]
+    assert letters(groups_of(data.tokenize_all(comparisons, Letters(), 5, "right")))[2] == [
+        "<pb>",
+        "<plon",
+        "<pa>",
+    ]
+    kept = data.tokenize_all(comparisons, Letters(), 6, "left")
+    assert (kept.dropped, kept.truncated) == (2, 2)
+
+
+def whole(comparison, **special) -> list[list[int]]:
+    return data.tokenize(comparison, Letters(**special), 10**6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_comparison_counts_as_truncated_where_a_token_is_missing(side):
+    """Against the lengths of the sequences without a limit, around each length."""
+    rng = random.Random(0)
+    for _ in range(2000):
+        bos_id, eos_id = rng.choice(["<", None]), rng.choice([">", None, "_"])
+        letters = ["cd", *["ab"] * rng.randint(1, 4)]  # no response repeats the prompt
+        prompt, *responses = ("".join(rng.choices(of, k=rng.randint(1, 7))) for of in letters)
+        comparison = Comparison(prompt, responses)
+        special = dict(bos_id=bos_id, eos_id=eos_id)
+        longest = max(map(len, whole(comparison, **special)))
+        max_seq_len = max(2, longest + rng.randint(-3, 3))
+        (found, *_), *_ = data.tokenize_rows(
+            [json.dumps({"prompt": prompt, "responses": responses * 2}).encode()],
+            Letters(**special),
+            max_seq_len,
+            side,
+            Reading(),
+        )
+        assert found.truncated == (longest > max_seq_len)
+
+
+def test_rankings_that_repeat_a_response_are_noted_and_pairs_are_not():
+    rows = [["a", "b", "a"], ["a", "b"], ["a", "a"], ["b", "b", "b"]]
+    rows = [json.dumps({"prompt": "p", "responses": row, "x": 1}).encode() for row in rows]
+    found = data.tokenize_rows(rows, Letters(), 9, "left", Reading())
+    assert [letters([row.sequences])[0] for row, _ in found] == [
+        ["<pa>", "<pb>"],
+        ["<pa>", "<pb>"],
+        [],
+        [],
+    ]
+    unread = 'field "x" is not read'
+    assert [notes for _, notes in found] == [(unread, TWICE), (unread,), (unread,), (unread,)]
 
 
 # --------------------------------------------------------------------------------------------------

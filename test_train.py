@@ -12,6 +12,7 @@ import shutil
 import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 
@@ -23,11 +24,13 @@ from conftest import (
     TINY,
     complaint,
     events_of,
+    forked,
     forked_ok,
     metrics_of,
     parsed,
     read_rows,
     run,
+    same_bits,
     same_run,
     train_ok,
     words,
@@ -473,13 +476,109 @@ def test_training_lowers_the_loss_on_what_it_is_trained_on(files, tmp_path):
     assert after["loss"] < before["loss"] - 0.1
 
 
+@pytest.fixture(scope="module")
+def ours_and_theirs(tmp_path_factory):
+    """Write the same pairs as JSON lines with our fields, and as parquet with other ones."""
+    folder = tmp_path_factory.mktemp("theirs")
+    for name, seed in (("a", 0), ("b", 1)):
+        rows = read_rows(write_rows(folder / f"{name}.jsonl", 20, seed))
+        columns = {"question": [row["prompt"] for row in rows], "label": [1, None] * 10}
+        columns |= {"good": [row["chosen"] for row in rows], "source": ["x"] * 20}
+        columns["bad"] = [row["rejected"] for row in rows]
+        (folder / "parquet").mkdir(exist_ok=True)
+        table = pyarrow.table(columns)
+        pyarrow.parquet.write_table(table, folder / "parquet" / f"{name}.parquet")
+    return folder
+
+
+FIELDS = "--fields prompt=question chosen=good rejected=bad"
+SHORT = [*TINY, "--vocab_size 400 --max_steps 3 --max_seq_len 24 --save_interval 2"]
+
+
+def test_parquet_with_other_fields_trains_as_json_lines_with_ours(ours_and_theirs, tmp_path):
+    """A directory and a glob; unread fields are named for each file, from the cache, too."""
+    folder = ours_and_theirs
+    ours = [
+        "--data_path",
+        folder / "a.jsonl",
+        folder / "b.jsonl",
+        "--eval_path",
+        folder / "b.jsonl",
+    ]
+    said = forked_ok(tmp_path / "ours", *SHORT, *ours)
+    assert "is not read" not in said and "dropped, because" not in said
+    counts = []
+    for name in ("train", "eval"):
+        counts.append(re.search(rf"{name}: (\d+) comparisons; (\d+) truncated", said))
+    assert [found[1] for found in counts] == ["40", "20"]
+    assert all(0 < int(found[2]) <= int(found[1]) for found in counts)
+    for path in (folder / "parquet", f"{folder}/parquet/*.parquet"):
+        theirs = ["--data_path", path, "--eval_path", folder / "parquet" / "b.parquet", FIELDS]
+        theirs += ["--ignore_fields source more"]
+        said = forked_ok(tmp_path / "theirs", *SHORT, *theirs)
+        same_bits(tmp_path / "theirs", tmp_path / "ours")
+        for name in ("a", "b"):
+            line = f'{folder}/parquet/{name}.parquet: field "label" is not read (10 rows)\n'
+            assert said.count(line) == 1
+        assert said.count("is not read") == 2
+        assert said.count('--ignore_fields more: no row has a field "more"\n') == 1
+    for change in ("--ignore_fields label", "--eval_by label", "--text_as messages"):
+        flags = [*SHORT, *theirs, change, "--resume"]
+        (code,), (said,) = forked(tmp_path / "theirs", *flags)
+        assert code != 0 and "the training data, or how it is read" in said, said
+        assert "--fields, --ignore_fields, --text_as, --eval_by" in said
+
+
+def test_a_field_that_looks_like_the_prompt_ends_the_run(
+    ours_and_theirs, tmp_path, monkeypatch, capsys
+):
+    """With the flag that the line names it goes on."""
+    path = tmp_path / "a.jsonl"
+    row = {"system": "", "question": "Letter A? ", "chosen": "yes", "rejected": "no"}
+    path.write_text((json.dumps(row) + "\n") * 30)
+    line = complaint(monkeypatch, capsys, "--data_path", path, "--output_dir", tmp_path / "out")
+    assert f"{path}:1: " in line and "--ignore_fields question" in line
+    (flag,) = re.findall("--fields prompt=question", line)
+    said = forked_ok(tmp_path / "out", *TINY, "--max_steps 1", flag, "--data_path", path)
+    assert "train: 28 comparisons\n" in said and "eval: 2 comparisons\n" in said
+
+
+def test_the_cached_tokenizer_follows_from_how_rows_are_read(ours_and_theirs, monkeypatch):
+    """The fields read, the order of files, and the rest of what it is trained on."""
+    keys, cached = {}, train.cached
+
+    def watched(directory, build):
+        keys[flags] = directory.name
+        return cached(directory, build)
+
+    monkeypatch.setattr(train, "cached", watched)
+    a, b = ours_and_theirs / "parquet" / "a.parquet", ours_and_theirs / "parquet" / "b.parquet"
+    swap = "--fields prompt=question chosen=bad rejected=good"
+    for flags in (
+        f"--data_path {a} {b} {FIELDS}",
+        f"--data_path {b} {a} {FIELDS}",
+        f"--data_path {a} {FIELDS}",
+        f"--data_path {a} {b} {swap}",
+        f"--data_path {a} {b} {FIELDS} --text_as messages",
+        f"--data_path {a} {b} {FIELDS} --ignore_fields label",
+        f"--data_path {a} {b} {FIELDS} --skip_bad_rows",
+        f"--data_path {a} {b} {FIELDS} --vocab_size 390",
+    ):
+        train.new_tokenizer(parsed(monkeypatch, "--vocab_size 400", flags))
+    assert len(set(keys.values())) == len(keys) == 8
+    flags = f"--data_path {a} {b} {FIELDS}"
+    before = keys[flags]
+    train.new_tokenizer(parsed(monkeypatch, "--vocab_size 400", flags))
+    assert keys[flags] == before
+
+
 def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", 24)
     rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*rows[:9], b"{\n", *rows[9:], b'{"prompt": "p"}\n', b"\xff\n"]))
     data_flags = ["--data_path", path, "--eval_path", path]
     done, events = train_ok(tmp_path / "out", *data_flags, "--skip_bad_rows")
-    said = f"{path}: 3 rows skipped, as they are no comparison; the first: {path}:10: not JSON"
+    said = f"{path}: skipped 3 rows without a comparison; the first: {path}:10: not JSON"
     assert said in done.stdout
     assert sum(step["pairs"] for step in events["step"]) == events["eval"][-1]["pairs"] == 24
 
@@ -675,4 +774,4 @@ def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
     done = run("train.py", "--data_path", tmp_path / "no.jsonl")
     assert done.returncode == 1 and done.stdout == ""
     expected = f"train.py: error: {tmp_path}/no.jsonl: no such file; "
-    assert done.stderr.strip() == expected + "expected .jsonl, .jsonl.gz or .json"
+    assert done.stderr.strip() == expected + "expected .jsonl, .jsonl.gz, .json or .parquet"

@@ -38,11 +38,12 @@ from tqdm import tqdm
 import data
 from parts import guards, lora, metrics, report
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
-from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags
+from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags, row_reading
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
+from parts.rows import files_of
 from parts.run_directory import ANY, RunDirectory, stop_signals
-from parts.token_cache import cached, file_hash, hash_of
+from parts.token_cache import cached, file_hash, hash_of, notes_on
 from parts.tokenizers import sample_texts
 from rm import GPT, LOSSES, GPTConfig, RewardModel
 
@@ -401,7 +402,7 @@ def prepare(args, process: Process):
             raise ValueError(f"{error}; --tokenizer_path names another place") from None
     if directory:
         model = load_model(args, tokenizer)
-    for path in [*(args.data_path or ()), *(args.eval_path or ())]:
+    for path in files_of([*(args.data_path or ()), *(args.eval_path or ())]):
         file_hash(path)  # a missing file shows now
     try:
         if tokenizer is None:
@@ -415,10 +416,7 @@ def prepare(args, process: Process):
     for name, dataset in (("train", training), ("eval", evaluation)):
         if not isinstance(dataset, data.TokenizedData):
             continue
-        process.print(
-            f"{name}: {len(dataset)} comparisons; {dataset.dropped} dropped, because their "
-            "sequences are identical"
-        )
+        process.print(f"{name}: {dataset.summary(args.max_seq_len)}")
         if not len(dataset):
             raise ValueError(
                 f"{name} data: no comparison is left at --max_seq_len {args.max_seq_len}; it needs "
@@ -503,15 +501,16 @@ def new_tokenizer(args) -> data.Tokenizer:
 
     def build(directory: Path):
         tqdm.write("training a tokenizer")
-        bad_rows = [] if args.skip_bad_rows else None
-        sources = [data.load_comparisons(path, bad_rows=bad_rows) for path in args.data_path]
+        how = {**asdict(reading), "bad_rows": [] if args.skip_bad_rows else None}
+        sources = [data.load_comparisons(path, **how) for path in files]
         (directory / "tokenizer.model").write_bytes(train_on(sources))
 
     if not args.data_path:
         pairs = itertools.islice(built_in_data(args.seed), TOKENIZER_PAIRS)
         return data.Tokenizer(train_on([pairs]), args.pad_id)
-    hashes = [file_hash(path) for path in args.data_path]
-    key = hash_of("tokenizer 1", hashes, args.vocab_size, args.skip_bad_rows)
+    files, reading = files_of(args.data_path), row_reading(args)
+    hashes = [file_hash(path) for path in files]
+    key = hash_of("tokenizer 2", hashes, args.vocab_size, args.skip_bad_rows, reading)
     directory = cached(Path(args.data_output_path) / key, build)
     return data.Tokenizer((directory / "tokenizer.model").read_bytes(), args.pad_id)
 
@@ -532,20 +531,14 @@ def load_data(args, tokenizer: data.Tokenizer, process: Process):
         training = data.tokenize_each(built_in_data(args.seed), *how)
         return training, data.tokenize_all(pairs, *how)
 
-    def load(paths: list[str]) -> list[data.TokenizedFile]:
-        files = []
-        for path in paths:
-            file = data.tokenize_file(path, *how, args.data_output_path, args.skip_bad_rows)
-            for line in file.notes():
-                process.print(line)
-            files.append(file)
-        return files
-
-    files = load(args.data_path)
+    how = *how, args.data_output_path, args.skip_bad_rows, row_reading(args)
+    files = [data.tokenize_file(path, *how) for path in files_of(args.data_path)]
+    eval_files = [data.tokenize_file(path, *how) for path in files_of(args.eval_path or ())]
+    for line in notes_on([*files, *eval_files], row_reading(args)):
+        process.print(line)
     split = partial(data.split_indices, data_split=args.data_split, stage=1, seed=args.seed)
     selected = data.rows_of(files, split)
     if args.eval_path:
-        eval_files = load(args.eval_path)
         every_row = data.rows_of(eval_files, np.arange)
         return data.select(files, selected), data.select(eval_files, every_row)
     selected = np.random.RandomState(args.seed).permutation(selected)

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from parts.rows import Reading, reading_of
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 SCHEDULES = (
@@ -84,6 +86,16 @@ def shares(text: str) -> list[float]:
     return values
 
 
+def field(text: str) -> tuple[str, str]:
+    """Parse OURS=THEIRS of --fields, an argparse type."""
+    ours, is_pair, theirs = text.partition("=")
+    if not (ours and is_pair and theirs):
+        raise argparse.ArgumentTypeError(
+            f"found {text!r}; expected OURS=THEIRS, like prompt=question"
+        )
+    return ours, theirs
+
+
 def stage(text: str) -> int:
     """Parse --zero_stage, an argparse type."""
     if text not in ("0", "2", "3"):
@@ -122,7 +134,8 @@ def flags_of(parser: argparse.ArgumentParser, title: str) -> Callable:
     """Make a function that adds a flag to a group of the help: name, kind, default, help.
 
     kind: bool for a switch, names to choose from, or an argparse type; [kind] for one or more
-    values. metavar: how the help calls a value.
+    values, [kind, "extend"] where a flag that is given again adds to them. metavar: how the help
+    calls a value.
     """
     group = parser.add_argument_group(title)
 
@@ -134,6 +147,7 @@ def flags_of(parser: argparse.ArgumentParser, title: str) -> Callable:
             options["choices"] = kind
         elif isinstance(kind, list):
             options |= {"type": kind[0], "nargs": "+", "metavar": metavar}
+            options["action"] = kind[1] if len(kind) > 1 else "store"
         else:
             options |= {"type": kind, "metavar": metavar}
         group.add_argument(name, **options)
@@ -144,7 +158,10 @@ def flags_of(parser: argparse.ArgumentParser, title: str) -> Callable:
 def add_data_flags(flag: Callable):
     """Add the flags about data, tokens and where they are stored."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "reward-model"
-    text = "comparisons: .jsonl, .jsonl.gz or .json (default: built-in data)"
+    text = (
+        "comparisons: .jsonl, .jsonl.gz, .json or .parquet files, directories of them, or quoted "
+        "globs (default: built-in data)"
+    )
     flag("--data_path", [str], None, text, "FILE")
     text = "shares of the three RLHF stages; B's rows are used, as in DeepSpeed-Chat (0,1,0: all)"
     flag("--data_split", shares, [0.0, 1.0, 0.0], text, "A,B,C")
@@ -152,6 +169,7 @@ def add_data_flags(flag: Callable):
     flag("--eval_path", [str], None, text, "FILE")
     text = "the part: the last of the shuffled data (0.05)"
     flag("--eval_fraction", number(float, 0, 0.9, above=True), 0.05, text)
+    add_row_flags(flag)
     text = "tokens; longer sequences are truncated (512)"
     flag("--max_seq_len", number(int, 2, 2**20), 512, text)
     flag("--truncation_side", ("left", "right"), "left", "right is DeepSpeed-Chat's (left)")
@@ -165,6 +183,29 @@ def add_data_flags(flag: Callable):
     flag("--skip_bad_rows", bool, False, text)
     text = "cache of tokenized text, on a disk of each machine (~/.cache/reward-model)"
     flag("--data_output_path", str, str(cache), text, "DIR")
+
+
+def add_row_flags(flag: Callable):
+    """Add the flags about the fields of rows, those of train.py and of tools/score.py."""
+    text = "read the field THEIRS in place of our field OURS, such as prompt=question"
+    flag("--fields", [field, "extend"], None, text, "OURS=THEIRS")
+    text = "fields to read rows without; other fields that nothing reads are named"
+    flag("--ignore_fields", [str, "extend"], None, text, "FIELD")
+    text = (
+        "rows of text are a text each (text), or chat messages of the user and the assistant, "
+        "which go through the chat template (messages) (text)"
+    )
+    flag("--text_as", ("text", "messages"), "text", text)
+    text = "the field with a row's subset, by which accuracy is reported (subset)"
+    flag("--eval_by", str, None, text, "FIELD")
+
+
+def row_reading(args: argparse.Namespace) -> Reading:
+    """Return how rows are read. Raises ValueError that begins with the flag which is wrong."""
+    fields = list(args.fields or ())
+    if args.eval_by:
+        fields.append(("subset", args.eval_by))
+    return reading_of(fields, args.ignore_fields or (), args.text_as)
 
 
 def add_model_flags(flag: Callable, families: tuple[str, ...]):
@@ -276,6 +317,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
         parser.error(f"argument --n_head: found {heads}; expected a divisor")
     if args.model_type == "llama" and args.n_embd // args.n_head % 2:
         parser.error(f"argument --n_head: found {heads}; rotary positions need heads of even width")
+    check_row_flags(args, parser)
     output_dir = Path(args.output_dir).resolve()
     model_dir = args.model_name_or_path and Path(args.model_name_or_path).resolve()
     if not args.output_dir or output_dir == model_dir:
@@ -296,6 +338,19 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
         parser.error(
             "argument --eval_path: found without --data_path; the built-in data has its own eval "
             "set"
+        )
+
+
+def check_row_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
+    """End the program where the flags about the fields of rows do not fit together."""
+    try:
+        reading = row_reading(args)
+    except ValueError as error:
+        parser.error(f"argument {error}")
+    if reading != Reading() and not args.data_path:
+        parser.error(
+            "argument --fields, --ignore_fields, --text_as, --eval_by: found without --data_path; "
+            "the built-in data has fields of its own"
         )
 
 

@@ -1,41 +1,98 @@
-"""Rows of data files, and errors that name file and line.
+"""Data files and the fields of their rows, with errors that name file and line.
 
 It makes no comparison of a row (data.py) and no tokens (parts/tokenizers.py, parts/token_cache.py).
+Parquet: parts/parquet.py. Repeated prompts and system messages: parts/repeats.py.
 
-A file is .jsonl or .jsonl.gz with one JSON object a line, or .json with the same or with one array
-of objects. A row is any of
+A file is .jsonl or .jsonl.gz with one JSON object a line, .json with the same or with one array of
+objects, or .parquet. A row is any of
 
     {"prompt": "...", "chosen": "...", "rejected": "..."}    text: prompt + response is a sequence
     {"chosen": "...", "rejected": "..."}                     whole dialogues
     {"prompt": ..., "responses": [best, ..., worst]}         a ranking
 
-with text, or chat messages [{"role": "...", "content": "..."}, ...] in place of it.
-
-A pair may have a "margin", a number: by how much the chosen response is to be better.
+with text, or chat messages [{"role": "...", "content": "..."}, ...] in place of it. docs/data.md
+has the other fields that are read, and what becomes of fields that are not.
 """
 
+import glob
 import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from parts.guards import counted, listed, visible
+from parts.parquet import parquet_rows
+from parts.repeats import read_answers_once, read_dialogue_once, read_text_once
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+EXPECTED_FILE = "expected .jsonl, .jsonl.gz, .json or .parquet"
+MOST_NOTES = 40  # that are printed for a file; its keys may be numbers
+
+# --------------------------------------------------------------------------------------------------
+# Files
+
+
+def files_of(paths: Iterable[str]) -> list[str]:
+    """List the data files that paths stand for: files, directories, and globs like "data/*.json".
+
+    A directory stands for the files in it whose names end as data files do, in the order of their
+    names; a glob for what it matches, in the same order. Raises ValueError that names a path where
+    nothing is found.
+    """
+    files = []
+    for path in map(str, paths):
+        if Path(path).exists():
+            files += files_at(path)
+            continue
+        matches = sorted(glob.glob(path, recursive=True))
+        if not matches:
+            found = "no file matches" if glob.has_magic(path) else "no such file"
+            raise ValueError(f"{path}: {found}; {EXPECTED_FILE}")
+        for match in matches:
+            files += files_at(match)
+    return files
+
+
+def files_at(path: str) -> list[str]:
+    """List the data files in a directory; any other path stands for itself."""
+    if not Path(path).is_dir():
+        return [path]
+    names = sorted(file.name for file in Path(path).iterdir() if file.name.endswith(SUFFIXES))
+    if not names:
+        raise ValueError(f"{path}: a directory without a data file; {EXPECTED_FILE} in it")
+    return [str(Path(path) / name) for name in names]
 
 
 def read_rows(path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, JSON) for every row of a file, and skip blank lines.
 
-    Raises ValueError that names the file where it is missing or has no row, and also the line
-    where it cannot be decompressed or its array is not JSON. JSON lines are not parsed here.
+    The rows of a parquet file are numbered from 1. Raises ValueError that names the file where it
+    is missing, damaged or has no row, and also the line where it cannot be decompressed or its
+    array is not JSON. JSON lines are not parsed here.
     """
     path = Path(path)
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "no such file"
-        raise ValueError(f"{path}: {found}; expected .jsonl, .jsonl.gz or .json")
+        raise ValueError(f"{path}: {found}; {EXPECTED_FILE}")
+    rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
+    is_empty = True
+    for line, text in rows:
+        is_empty = False
+        yield line, text
+    if is_empty:
+        raise ValueError(f"{path}: no row in it; expected one JSON object a line")
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, JSON) for every row of a .jsonl, .jsonl.gz or .json file."""
     open_file = gzip.open if path.suffix == ".gz" else open
-    line, is_empty = 0, True
+    line = 0
     try:
         with open_file(path, "rb") as file:
             rows = enumerate(file, start=1)
@@ -47,13 +104,10 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
                 if line == 1:
                     text = text.removeprefix(BYTE_ORDER_MARK)
                 if text.strip():
-                    is_empty = False
                     yield line, text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         found = f"cannot be decompressed ({error}); the file is cut, damaged, or not gzip"
         raise ValueError(f"{path}:{line + 1}: {found}") from None
-    if is_empty:
-        raise ValueError(f"{path}: no row in it; expected one JSON object a line")
 
 
 def array_items(path, content: bytes) -> Iterator[tuple[int, bytes]]:
@@ -70,14 +124,35 @@ def array_items(path, content: bytes) -> Iterator[tuple[int, bytes]]:
         raise ValueError(f"{path}:{line}: {not_json(error)}") from None
     decoder = json.JSONDecoder()
     gap = re.compile(r"[ \t\r\n,]*")
-    line, counted = 1, 0  # lines are counted up to this character
+    line, counted_to = 1, 0  # lines are counted up to this character
     start = gap.match(text, text.index("[") + 1).end()
     while text[start] != "]":
-        line += text.count("\n", counted, start)
-        counted = start
+        line += text.count("\n", counted_to, start)
+        counted_to = start
         _, end = decoder.raw_decode(text, start)
         yield line, text[start:end].encode()
         start = gap.match(text, end).end()
+
+
+def parsed_rows(
+    path, parse: Callable[[bytes], Any], bad_rows: list[str] | None
+) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, what `parse` makes of the JSON) for every row of a file.
+
+    bad_rows: rows for which `parse` raises ValueError are skipped, and listed here. Raises
+    ValueError that names file and line; also with `bad_rows` where no row is left.
+    """
+    is_empty = True
+    for line, text in read_rows(path):
+        try:
+            parsed = parse(text)
+        except ValueError as error:
+            bad_row(path, line, error, bad_rows)
+        else:
+            is_empty = False
+            yield line, parsed
+    if is_empty:
+        raise nothing_left(path, bad_rows)
 
 
 def bad_row(path, line: int, error: ValueError, bad_rows: list[str] | None):
@@ -92,61 +167,270 @@ def nothing_left(path, bad_rows: list[str]) -> ValueError:
 
 
 # --------------------------------------------------------------------------------------------------
+# Fields
+
+RESPONSES = ("chosen", "rejected", "responses", "response")
+OURS = ("prompt", *RESPONSES, "margin", "target", "system", "subset")
+# A row without a prompt must not have one of these, in letters of any case.
+LOOKS_LIKE_PROMPT = ("prompt", "question", "instruction", "input", "query", "context", "history")
+REPEATED = "the prompt, which the responses repeat, is read once"
+TWICE = "a response that a ranking has twice is left out the second time"
+NO_PROMPT = "no prompt, so chosen and rejected are read as whole dialogues"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows are read: --fields as (ours, theirs), --ignore_fields, and --text_as.
+
+    Its repr is a part of the token cache's key. `reading_of` makes and checks one.
+    """
+
+    fields: tuple[tuple[str, str], ...] = ()
+    ignore_fields: tuple[str, ...] = ()
+    text_as: str = "text"
+
+
+def reading_of(fields=None, ignore_fields: Iterable[str] = (), text_as: str = "text") -> Reading:
+    """Make a Reading. fields: {ours: theirs}, or pairs of them.
+
+    Raises ValueError that begins with the flag which is wrong.
+    """
+    pairs = list(fields.items()) if isinstance(fields, dict) else list(fields or ())
+    ignored = set(ignore_fields)
+    seen = set()
+    for ours, theirs in pairs:
+        if ours not in OURS:
+            expected = f"expected one of {', '.join(OURS)} in front of ="
+            raise ValueError(f"--fields: found {ours}={theirs}; {expected}")
+        for name in (("ours", ours), ("theirs", theirs)):
+            if name in seen:
+                raise ValueError(f"--fields: found {name[1]} twice; each field is read once")
+            seen.add(name)
+        if theirs in ignored:
+            raise ValueError(
+                f"--ignore_fields: found {theirs}, which --fields reads as {ours}; give one of them"
+            )
+    if text_as not in ("text", "messages"):
+        raise ValueError(f"--text_as: found {text_as}; expected text or messages")
+    return Reading(tuple(sorted(pairs)), tuple(sorted(ignored)), text_as)
+
+
+def flag_labels(reading: Reading) -> dict[str, str]:
+    """Map the fields that flags name to the flags: {"question": "--fields prompt=question"}."""
+    labels = {name: f"--ignore_fields {name}" for name in reading.ignore_fields}
+    for ours, theirs in reading.fields:
+        labels[theirs] = f"--fields {ours}={theirs}"
+    return labels
+
+
+def note_lines(path, notes: Counter, rows: int) -> list[str]:
+    """Say for a user what a reader of the rows of a file should know, with the number of rows.
+
+    notes: counts how many rows have each note of `parse_row`; `rows`: how many there are.
+    """
+    lines = []
+    for label, count in notes.items():
+        is_of_flag = label.startswith("--")  # it is said where a flag has none, by unused_lines
+        is_usual = label == NO_PROMPT and count == rows
+        if not is_of_flag and not is_usual:
+            lines.append(f"{path}: {label} ({counted(count, 'row')})")
+    if len(lines) > MOST_NOTES:
+        more = f"{path}: and {len(lines) - MOST_NOTES} more such lines, which are left out"
+        lines = [*lines[:MOST_NOTES], more]
+    return lines
+
+
+def unused_lines(reading: Reading, notes: Iterable[Counter]) -> list[str]:
+    """Say which fields that flags name no row has. notes: a Counter for each file."""
+    found = set().union(*notes)
+    lines = []
+    for name, label in flag_labels(reading).items():
+        if label not in found:
+            lines.append(f"{label}: no row has a field {shown(name)}")
+    return lines
+
+
+def shown(name: str) -> str:
+    """Return the name of a field in quotes, visible, on one line and cut to 60 characters."""
+    text = visible(name[:60]).replace("\n", "")
+    return f'"{text}…"' if len(name) > 60 else f'"{text}"'
+
+
+# --------------------------------------------------------------------------------------------------
 # One row
 
 
-def parse_row(text: bytes, min_responses: int = 2) -> dict:
-    """Parse the JSON of a row into plain fields: "prompt", "responses" (best first), "margin".
+def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2) -> dict:
+    """Parse the JSON of a row into plain fields: those of `data.Comparison` but the rewards.
 
-    Prompt and responses are all text, or all lists of chat messages {"role", "content"}; such a
-    prompt is empty where every response repeats it. min_responses: 1 allows rows {"prompt": ...,
-    "response": ...} as well. Raises ValueError that says which field is wrong, and how.
+    "prompt" and "responses" (best first) are all text, or all lists of chat messages {"role",
+    "content"}; a prompt that the responses repeat is in the prompt alone. "margin", "target",
+    "subset"; "notes": short labels, the same for all rows that they apply to. min_responses: 1
+    allows rows {"prompt": ..., "response": ...} as well.
+    Raises ValueError that says which field is wrong, and how.
     """
+    found = parse_object(text)
+    row, unread, notes = divide_fields(found, reading)
+    responses = take_responses(row, min_responses)
+    if not responses:
+        raise ValueError(no_responses(found, min_responses))
+    theirs = dict(reading.fields)
+    for name in RESPONSES:
+        if name in row:
+            unread[theirs.get(name, name)] = row[name]
+    if row.get("prompt") is None:
+        check_no_other_prompt(unread, theirs.get("prompt", "prompt"))
+    if "prompt" not in row:
+        if "chosen" not in responses:
+            raise ValueError(
+                "prompt is missing; only rows of chosen and rejected can do without one"
+            )
+        notes.append(NO_PROMPT)
+    for name, value in unread.items():
+        if value is not None:
+            notes.append(f"field {shown(name)} is not read")
+    prompt, responses = read_dialogue(row, responses, reading, notes)
+    margin = parse_margin(row.get("margin"), len(responses))
+    return {
+        "prompt": prompt,
+        "responses": responses,
+        "margin": margin,
+        "target": parse_target(row.get("target"), len(responses), margin),
+        "subset": parse_subset(row.get("subset")),
+        "notes": tuple(notes),
+    }
+
+
+def parse_object(text: bytes) -> dict:
+    """Parse the JSON of a row. Raises ValueError where it is no object."""
     try:
         row = json.loads(text.decode().rstrip())
     except (ValueError, RecursionError) as error:
         raise ValueError(not_json(error)) from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {json_type(row)}")
-    fields = response_fields(row, min_responses)
-    if "prompt" not in row and "chosen" not in fields:
-        raise ValueError("prompt is missing; only rows of chosen and rejected can do without one")
-    prompt, responses = row.get("prompt", ""), list(fields.values())
-    if any(isinstance(value, list) for value in [prompt, *responses]):
-        prompt = parse_messages("prompt", prompt, "user")
-        responses = [parse_messages(name, value, "assistant") for name, value in fields.items()]
-        if all(repeats(prompt, response) for response in responses):
-            prompt = []
-    else:
-        for name, value in {"prompt": prompt, **fields}.items():
-            check_text(name, value)
-    margin = parse_margin(row.get("margin"), len(responses))
-    return {"prompt": prompt, "responses": responses, "margin": margin}
+    return row
 
 
-def response_fields(row: dict, min_responses: int) -> dict:
-    """Return {field: response} of a row, best first."""
+def divide_fields(found: dict, reading: Reading) -> tuple[dict, dict, list[str]]:
+    """Divide a row into the fields that we have, by our names, and all others by theirs.
+
+    Also returns the labels of flags whose fields the row has.
+    """
+    notes = []
+    for name, label in flag_labels(reading).items():
+        if found.get(name) is not None:
+            notes.append(label)
+    others = {name: value for name, value in found.items() if name not in reading.ignore_fields}
+    row = {}
+    for ours, theirs in reading.fields:
+        if theirs in others:
+            row[ours] = others.pop(theirs)
+    replaced = [ours for ours, _ in reading.fields]
+    for name in OURS:
+        if name in others and name not in replaced:
+            row[name] = others.pop(name)
+    return row, others, notes
+
+
+def check_no_other_prompt(unread: dict, missing: str):
+    """Raise ValueError for a field that looks like the prompt, in a row without the field for it.
+
+    unread: the fields of the row that nothing reads. missing: the name of the field for the prompt.
+    """
+    for name, value in unread.items():
+        if name.casefold() in LOOKS_LIKE_PROMPT and value not in (None, "", []):
+            raise ValueError(
+                f"no field {shown(missing)}, but a field {shown(name)}, which may be it; --fields "
+                f"prompt={name} reads it as the prompt, --ignore_fields {name} reads the row "
+                "without it"
+            )
+
+
+def take_responses(row: dict, min_responses: int) -> dict:
+    """Take the responses out of a row: {field: response}, best first; {} where it has none."""
     if "chosen" in row or "rejected" in row:
-        return {"chosen": row.get("chosen"), "rejected": row.get("rejected")}
+        return {"chosen": row.pop("chosen", None), "rejected": row.pop("rejected", None)}
     if "responses" in row:
-        ranking = row["responses"]
+        ranking = row.pop("responses")
         if not isinstance(ranking, list) or len(ranking) < 2:
             found = len(ranking) if isinstance(ranking, list) else json_type(ranking)
             expected = "a ranking is a list of two or more, best first"
             raise ValueError(f"responses: found {found}; {expected}")
         return {f"responses[{i}]": response for i, response in enumerate(ranking)}
-    expected = "chosen and rejected, or prompt and responses"
+    if "response" in row and min_responses == 1:
+        return {"response": row.pop("response")}
+    return {}
+
+
+def no_responses(found: dict, min_responses: int) -> str:
+    """Say for an error which fields a row without responses has."""
+    names = listed([visible(name[:60]) for name in found]) or "none"
+    expected = "expected chosen and rejected, or prompt and responses"
     if min_responses == 1:
-        if "response" in row:
-            return {"response": row["response"]}
         expected += ", or prompt and response"
-    raise ValueError(f"fields found: {', '.join(row) or 'none'}; expected {expected}")
+    return f"fields found: {names}; {expected}; --fields reads fields with other names"
 
 
-def parse_messages(name: str, value, role: str) -> list[dict]:
-    """Return the chat messages of a field as {"role", "content"}, without their other keys.
+def read_dialogue(
+    row: dict, responses: dict, reading: Reading, notes: list[str]
+) -> tuple[str | list[dict], list]:
+    """Return the prompt and the responses of a row, all text or all lists of chat messages.
 
-    Text counts as the content of one message of `role`; empty text as no message.
+    responses: by the names of their fields. notes: gets what a reader should know.
+    """
+    prompt, system = row.get("prompt", ""), row.get("system") or ""
+    check_text("system", system)
+    if any(isinstance(value, list) for value in [prompt, *responses.values()]):
+        unread = set()
+        prompt = parse_messages("prompt", prompt, "user", unread)
+        dialogues = {}
+        for name, value in responses.items():
+            dialogues[name] = parse_messages(name, value, "assistant", unread)
+        for key in sorted(unread - {"role", "content", *reading.ignore_fields}):
+            notes.append(f"field {shown(key)} of messages is not read")
+        for key in sorted(unread & set(reading.ignore_fields)):
+            notes.append(f"--ignore_fields {key}")
+        prompt, responses, is_repeated = read_dialogue_once(system, prompt, dialogues)
+    else:
+        for name, value in {"prompt": prompt, **responses}.items():
+            check_text(name, value)
+        if reading.text_as == "messages":
+            prompt, responses, is_repeated = text_as_messages(row, responses, system)
+        elif system:
+            raise ValueError(
+                "system: found beside text alone, which has no place for it; --text_as messages "
+                "makes chat messages of the text, --ignore_fields system reads the row without it"
+            )
+        else:
+            prompt, responses, is_repeated = read_text_once(prompt, responses)
+    if is_repeated:
+        notes.append(REPEATED)
+    return prompt, responses
+
+
+def text_as_messages(
+    row: dict, responses: dict[str, str], system: str
+) -> tuple[list[dict], list[list[dict]], bool]:
+    """Return prompt and responses as chat messages, and whether the prompt was repeated."""
+    if "prompt" not in row:
+        raise ValueError(
+            "prompt is missing; --text_as messages makes it the user's message, and whole "
+            "dialogues of text need --text_as text"
+        )
+    answers, is_repeated = read_answers_once(row["prompt"], list(responses.values()))
+    prompt = parse_messages("prompt", row["prompt"], "user", set())
+    if system:
+        prompt = [{"role": "system", "content": system}, *prompt]
+    dialogues = [parse_messages("response", answer, "assistant", set()) for answer in answers]
+    return prompt, dialogues, is_repeated
+
+
+def parse_messages(name: str, value, role: str, unread: set[str]) -> list[dict]:
+    """Return the chat messages of a field as {"role", "content"}.
+
+    Text counts as the content of one message of `role`; empty text as no message. unread: gets the
+    names of other keys that are not null.
     """
     if isinstance(value, str):
         check_text(name, value)
@@ -164,27 +448,50 @@ def parse_messages(name: str, value, role: str) -> list[dict]:
             raise ValueError(f"{name}[{i}]: found role {json.dumps(message_role)}; {expected}")
         check_text(f"{name}[{i}].content", content)
         messages.append({"role": message_role, "content": content})
+        if len(message) > 2:
+            unread.update(key for key, value in message.items() if value is not None)
     return messages
-
-
-def repeats(prompt: list[dict], dialogue: list[dict]) -> bool:
-    """Return whether a dialogue begins with the prompt (UltraFeedback), a system message aside."""
-    if dialogue[: len(prompt)] == prompt:
-        return True
-    has_system = bool(dialogue) and dialogue[0]["role"] == "system"
-    return has_system and dialogue[1 : 1 + len(prompt)] == prompt
 
 
 def parse_margin(margin, responses: int) -> float:
     if margin is None:
         return 0.0
     if responses != 2:
-        raise ValueError(f"margin: found with {responses} responses; a margin is between two")
+        raise ValueError(
+            f"margin: found with {counted(responses, 'response')}; a margin is between two"
+        )
     is_number = type(margin) in (int, float)
     if is_number and abs(margin) < 1e30:
         return float(margin)
     found = margin if is_number else json_type(margin)
     raise ValueError(f"margin: found {found}; expected a number between -1e30 and 1e30")
+
+
+def parse_target(target, responses: int, margin: float) -> float:
+    """Return the probability that the first of two responses is preferred; null is 1."""
+    if target is None:
+        return 1.0
+    if responses != 2:
+        raise ValueError(f"target: found with {counted(responses, 'response')}; a target is of two")
+    is_number = type(target) in (int, float)
+    if not is_number or not 0 <= target <= 1:
+        found = target if is_number else json_type(target)
+        raise ValueError(f"target: found {found}; expected a number from 0 to 1")
+    if margin and target != 1:
+        raise ValueError(
+            f"target: found {target:g} beside margin {margin:g}; a row with a margin has target 1"
+        )
+    return float(target)
+
+
+def parse_subset(subset) -> str | None:
+    """Return the subset of a row as text; null and empty text are none."""
+    if isinstance(subset, (bool, int, float)):
+        return json.dumps(subset)
+    if subset is None:
+        return None
+    check_text("subset", subset)
+    return subset or None
 
 
 def check_text(name: str, value):

@@ -38,7 +38,9 @@ DESCRIPTIONS = {
     "--n_embd)",
     "padding": "the pad id (--pad_id, --num_padding_at_beginning)",
     "tokenizer": "the tokenizer (--tokenizer_path, --vocab_size)",
-    "training_data": "the training data (--data_path, --data_split, --eval_path, --eval_fraction)",
+    "training_data": "the training data, or how it is read (--data_path, --data_split, "
+    "--eval_path, --eval_fraction, --fields, --ignore_fields, --text_as, --eval_by, "
+    "--skip_bad_rows)",
 }
 
 # PyTorch says so at every checkpoint of a single process.

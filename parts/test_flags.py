@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from conftest import HERE, LIMIT, TINY, complaint, words
-from parts.flags import parse_flags
+from parts.flags import parse_flags, row_reading
+from parts.rows import Reading, reading_of
 
 # Every flag of commit c0e6c6a, the last one before the redesign.
 FLAGS = """
@@ -33,12 +34,15 @@ def parsed(monkeypatch, *arguments):
     return parse_flags(*NAMES)
 
 
+LATER = "--fields --ignore_fields --text_as --eval_by".split()
+
+
 def test_help_lists_every_flag(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit:
         parsed(monkeypatch, "--help")
     assert exit.value.code == 0
     listed = re.findall(r"^  (--\w+)", capsys.readouterr().out, re.MULTILINE)
-    assert set(FLAGS) - set(listed) == set()
+    assert {*FLAGS, *LATER} - set(listed) == set()
     assert len(listed) == len(set(listed))
 
 
@@ -70,6 +74,20 @@ def test_torchrun_that_starts_again_means_resume(monkeypatch):
         assert parsed(monkeypatch).resume == expected
 
 
+def test_flags_of_rows(monkeypatch):
+    """A flag that is given twice adds to the first; --eval_by is --fields subset=FIELD."""
+    reading = row_reading(parsed(monkeypatch, "--data_path x"))
+    assert reading == Reading()
+    flags = "--data_path x --fields prompt=q chosen=a=b --ignore_fields label x"
+    flags += " --fields rejected=worse --ignore_fields y --text_as messages --eval_by kind"
+    args = parsed(monkeypatch, flags)
+    fields = {"prompt": "q", "chosen": "a=b", "rejected": "worse", "subset": "kind"}
+    assert row_reading(args) == reading_of(fields, ["label", "x", "y"], "messages")
+    for flags in ("--eval_by kind", "--fields subset=kind"):
+        args = parsed(monkeypatch, "--data_path x", flags)
+        assert row_reading(args) == Reading(fields=(("subset", "kind"),))
+
+
 @pytest.mark.parametrize(
     "flags, expected",
     [
@@ -95,6 +113,20 @@ def test_torchrun_that_starts_again_means_resume(monkeypatch):
         ("--vocab_size 100", ["--vocab_size", "'100'", "from 300"]),
         ("--n_layer 2 --model_name_or_path x", ["--n_layer", "--model_name_or_path"]),
         ("--eval_path x.jsonl", ["--eval_path", "--data_path"]),
+        ("--data_path x --fields question", ["--fields", "'question'", "OURS=THEIRS"]),
+        ("--data_path x --fields =question", ["--fields", "'=question'", "prompt=question"]),
+        ("--data_path x --fields prompt=", ["--fields", "'prompt='", "OURS=THEIRS"]),
+        ("--data_path x --fields promt=q", ["--fields", "promt=q", "prompt, chosen, rejected"]),
+        ("--data_path x --fields prompt=a prompt=b", ["--fields", "prompt twice"]),
+        ("--data_path x --fields prompt=a --fields prompt=b", ["--fields", "prompt twice"]),
+        ("--data_path x --fields prompt=a system=a", ["--fields", "a twice"]),
+        ("--data_path x --fields subset=a --eval_by b", ["--fields", "subset twice"]),
+        ("--data_path x --fields prompt=a --ignore_fields a", ["--ignore_fields", "found a"]),
+        ("--data_path x --text_as chat", ["--text_as", "'chat'", "messages"]),
+        ("--fields prompt=q", ["--fields", "--data_path"]),
+        ("--ignore_fields q", ["--ignore_fields", "--data_path"]),
+        ("--text_as messages", ["--text_as", "--data_path"]),
+        ("--eval_by q", ["--eval_by", "--data_path"]),
         ("--offload", ["--offload", "--zero_stage 0", "2 or 3"]),
         ("--lora_module_name q_proj", ["--lora_module_name", "--lora_dim"]),
         ("--only_optimize_lora", ["--only_optimize_lora", "--lora_dim"]),

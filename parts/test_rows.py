@@ -4,12 +4,25 @@ import gzip
 import json
 import random
 import re
+from collections import Counter
 
 import pytest
 
 import data
 from data import Comparison
-from parts.rows import parse_row
+from parts.rows import (
+    LOOKS_LIKE_PROMPT,
+    MOST_NOTES,
+    NO_PROMPT,
+    OURS,
+    REPEATED,
+    Reading,
+    files_of,
+    note_lines,
+    parse_row,
+    reading_of,
+    unused_lines,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Rows
@@ -19,6 +32,7 @@ U, A, S = (
     for role, content in [("user", "hi"), ("assistant", "A"), ("system", "Be brief.")]
 )
 B, C, MORE = A | {"content": "B"}, A | {"content": "C"}, U | {"content": "More?"}
+WHY = MORE | {"content": "Why?"}
 HI, SAYS_A, SAYS_B = (
     "\n\nHuman: hi",
     "\n\nAssistant: A",
@@ -35,56 +49,44 @@ ROWS = {  # name: (a row of a file, the prompt that it means, the responses that
         "",
         [HI + SAYS_A, HI + SAYS_B],
     ),
-    "whole dialogues of messages": (
-        {"chosen": [U, A], "rejected": [U, B]},
-        "",
-        [HI + SAYS_A, HI + SAYS_B],
-    ),
+    "whole dialogues of messages": ({"chosen": [U, A], "rejected": [U, B]}, [], [[U, A], [U, B]]),
     "prompt and responses of messages (TRL)": (
         {"prompt": [U], "chosen": [A], "rejected": [B]},
-        HI,
-        [SAYS_A, SAYS_B],
+        [U],
+        [[A], [B]],
     ),
     "several turns": (
-        {"prompt": [U, A, MORE], "chosen": [B, MORE | {"content": "Why?"}, C], "rejected": [A]},
-        HI + SAYS_A + "\n\nHuman: More?",
-        [SAYS_B + "\n\nHuman: Why?\n\nAssistant: C", SAYS_A],
+        {"prompt": [U, A, MORE], "chosen": [B, WHY, C], "rejected": [A]},
+        [U, A, MORE],
+        [[B, WHY, C], [A]],
     ),
     "text prompt repeated in messages (UltraFeedback)": (
         {"prompt": "hi", "chosen": [U, A], "rejected": [U, B], "score_chosen": 8.0},
-        "",
-        [HI + SAYS_A, HI + SAYS_B],
+        [U],
+        [[A], [B]],
     ),
     "the same after a system message": (
         {"prompt": "hi", "chosen": [S, U, A], "rejected": [S, U, B]},
-        "",
-        ["Be brief." + HI + SAYS_A, "Be brief." + HI + SAYS_B],
+        [S, U],
+        [[A], [B]],
     ),
-    "system message": (
-        {"prompt": [S, U], "chosen": [A], "rejected": [B]},
-        "Be brief." + HI,
-        [SAYS_A, SAYS_B],
-    ),
+    "system message": ({"prompt": [S, U], "chosen": [A], "rejected": [B]}, [S, U], [[A], [B]]),
     "text prompt, responses of messages": (
         {"prompt": "hi", "chosen": [A], "rejected": [B]},
-        HI,
-        [SAYS_A, SAYS_B],
+        [U],
+        [[A], [B]],
     ),
     "prompt of messages, text responses": (
         {"prompt": [U], "chosen": "A", "rejected": "B"},
-        HI,
-        [SAYS_A, SAYS_B],
+        [U],
+        [[A], [B]],
     ),
     "ranking": (
         {"prompt": "p", "responses": ["best", "middle", "worst"]},
         "p",
         ["best", "middle", "worst"],
     ),
-    "ranking of messages": (
-        {"prompt": [U], "responses": [[B], [C], [A]]},
-        HI,
-        [SAYS_B, "\n\nAssistant: C", SAYS_A],
-    ),
+    "ranking of messages": ({"prompt": [U], "responses": [[B], [C], [A]]}, [U], [[B], [C], [A]]),
     # U+2028 and U+0085 end a line for str.splitlines, but not in JSON lines.
     "text as it is": (
         {"prompt": " \t😀\u2028", "chosen": "é\u0085 \0", "rejected": ""},
@@ -123,12 +125,16 @@ def load(path, content: str | bytes, **options) -> list[Comparison]:
     return list(data.load_comparisons(path, **options))
 
 
+def contents(comparisons) -> list[tuple]:
+    """Return prompt and responses of comparisons."""
+    return [(comparison.prompt, comparison.responses) for comparison in comparisons]
+
+
 @pytest.mark.parametrize("file, content", KINDS.values(), ids=KINDS.keys())
 def test_every_kind_of_file_gives_the_same_comparisons(tmp_path, file, content):
     rows = [row for row, _, _ in ROWS.values()]
-    assert load(tmp_path / file, content(rows)) == [
-        Comparison(prompt, responses) for _, prompt, responses in ROWS.values()
-    ]
+    expected = [(prompt, responses) for _, prompt, responses in ROWS.values()]
+    assert contents(load(tmp_path / file, content(rows))) == expected
 
 
 def test_a_single_response_is_a_row_only_where_asked_for(tmp_path):
@@ -139,26 +145,25 @@ def test_a_single_response_is_a_row_only_where_asked_for(tmp_path):
         load(tmp_path / "a.jsonl", '{"prompt": "p", "response": "r"}')
 
 
+def parsed(row: dict, min_responses=2, **reading) -> dict:
+    return parse_row(json.dumps(row).encode(), reading_of(**reading), min_responses)
+
+
+def notes(row: dict, **reading) -> list[str]:
+    return [note for note in parsed(row, **reading)["notes"] if not note.startswith("--")]
+
+
 def test_plain_fields():
-    """Texts stay texts, but beside a list of messages they become messages; other keys go."""
-    row = {"prompt": "p", "responses": ["a", "b"], "margin": 2, "more": 1}
-    assert parse_row(json.dumps(row).encode()) == {
-        "prompt": "p",
-        "responses": ["a", "b"],
-        "margin": 2.0,
-    }
-    row = {"prompt": "hi", "chosen": [A | {"name": "x"}], "rejected": "B"}
-    assert parse_row(json.dumps(row).encode()) == {
-        "prompt": [U],
-        "responses": [[A], [B]],
-        "margin": 0.0,
-    }
+    """Texts stay texts, but beside a list of messages they become messages."""
+    usual = {"margin": 0.0, "target": 1.0, "subset": None, "notes": ()}
+    row = {"prompt": "p", "responses": ["a", "b"], "margin": 2, "subset": "s"}
+    expected = {"prompt": "p", "responses": ["a", "b"], "margin": 2.0, "subset": "s"}
+    assert parsed(row) == usual | expected
+    row = {"prompt": "hi", "chosen": [A], "rejected": "B", "target": 0.25}
+    assert parsed(row) == usual | {"prompt": [U], "responses": [[A], [B]], "target": 0.25}
     row = {"prompt": [S, U], "chosen": [S, U, A], "rejected": [S, U, B]}
-    assert parse_row(json.dumps(row).encode()) == {
-        "prompt": [],
-        "responses": [[S, U, A], [S, U, B]],
-        "margin": 0.0,
-    }
+    expected = {"prompt": [S, U], "responses": [[A], [B]], "notes": (REPEATED,)}
+    assert parsed(row) == usual | expected
 
 
 @pytest.mark.parametrize(
@@ -188,11 +193,442 @@ def test_bad_margin(tmp_path, row, words):
         list(data.load_comparisons(tmp_path / "rows.jsonl"))
 
 
-def test_a_later_turn_with_the_words_of_the_prompt_does_not_repeat_it(tmp_path):
-    (comparison,) = load(
-        tmp_path / "a.jsonl", lines([{"prompt": [U], "chosen": [A, U, B], "rejected": [A, U]}])
+# --------------------------------------------------------------------------------------------------
+# Fields: what is read, what is an error, what is named
+
+PAIR = {"chosen": "a", "rejected": "b"}
+SPELLINGS = [str.lower, str.upper, str.title, lambda name: name[0] + name[1:].upper()]
+LOOK_ALIKES = sorted({spell(name) for name in LOOKS_LIKE_PROMPT for spell in SPELLINGS})
+LOOK_ALIKES.remove("prompt")
+
+
+def test_the_names_that_look_like_a_prompt_are_those_of_the_contract():
+    names = "prompt question instruction input query context history"
+    assert list(LOOKS_LIKE_PROMPT) == names.split()
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_a_field_that_looks_like_the_prompt_is_an_error_with_two_ways_out(name):
+    """Both ways, tried as the message spells them, read the row."""
+    with pytest.raises(ValueError) as error:
+        parsed({**PAIR, name: "Letter A? "})
+    assert f'"{name}"' in str(error.value)
+    assert f"--fields prompt={name} " in str(error.value)
+    assert f"--ignore_fields {name} " in str(error.value)
+    row = parsed({**PAIR, name: "Letter A? "}, fields={"prompt": name})
+    assert (row["prompt"], row["responses"]) == ("Letter A? ", ["a", "b"])
+    row = parsed({**PAIR, name: "Letter A? "}, ignore_fields=[name])
+    assert (row["prompt"], row["responses"]) == ("", ["a", "b"])
+    for flags in ({"fields": {"prompt": name}}, {"ignore_fields": [name]}):
+        assert set(notes({**PAIR, name: "Letter A? "}, **flags)) <= {NO_PROMPT}
+
+
+@pytest.mark.parametrize("value", ["q", " ", [U], {"text": "q"}, 7, 0, True])
+@pytest.mark.parametrize(
+    "row", [PAIR, {"responses": ["a", "b"]}, {"response": "a"}, {"chosen": [U, A], "rejected": [U]}]
+)
+def test_such_a_field_is_an_error_in_rows_of_every_kind(row, value):
+    with pytest.raises(ValueError, match='no field "prompt", but a field "input"'):
+        parsed({**row, "input": value}, min_responses=1)
+
+
+@pytest.mark.parametrize("value", [None, "", []])
+@pytest.mark.parametrize("name", LOOKS_LIKE_PROMPT[1:])
+def test_such_a_field_that_is_empty_is_none(name, value):
+    expected = [NO_PROMPT] if value is None else [NO_PROMPT, f'field "{name}" is not read']
+    assert notes({**PAIR, name: value}) == expected
+
+
+def test_beside_a_prompt_such_a_field_is_one_that_is_not_read():
+    for name in LOOK_ALIKES:
+        assert notes({"prompt": "p", **PAIR, name: "x"}) == [f'field "{name}" is not read']
+
+
+def test_a_prompt_that_fields_replaces_does_not_stand_in_for_it():
+    """A row of another file of the run, say, which has the prompt under our name."""
+    with pytest.raises(
+        ValueError, match='no field "question", but a field "prompt", .*prompt=prompt '
+    ):
+        parsed({"prompt": "p", **PAIR}, fields={"prompt": "question"})
+
+
+UNREAD = {"label": "tie", "weight": 2.0, "margins": 1, "tools": [], "Margin": 1, "é\n\x1b": {}}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", **PAIR},
+        PAIR,
+        {"prompt": "p", "responses": ["a", "b", "c"]},
+        {"prompt": [U], "chosen": [A], "rejected": [B]},
+        {"prompt": "p", "response": "a"},
+    ],
+)
+def test_every_other_field_is_named(row):
+    expected = ['field "label" is not read', 'field "weight" is not read']
+    expected += ['field "margins" is not read', 'field "tools" is not read']
+    expected += ['field "Margin" is not read', 'field "é↵␛" is not read']
+    found = parsed({**UNREAD, **row, "null": None}, min_responses=1)["notes"]
+    assert [note for note in found if note != NO_PROMPT] == expected
+    found = parsed({**UNREAD, **row}, min_responses=1, ignore_fields=UNREAD)["notes"]
+    assert {note.split()[0] for note in found if note != NO_PROMPT} == {"--ignore_fields"}
+
+
+@pytest.mark.parametrize(
+    "row, names",
+    [
+        ({"prompt": "p", **PAIR, "responses": ["c", "d"], "response": "e"}, "responses response"),
+        ({"prompt": "p", "responses": ["c", "d"], "response": "e"}, "response"),
+        ({"prompt": "p", "responses": ["c", "d"], "response": None}, ""),
+    ],
+)
+def test_responses_of_another_kind_are_named_too(row, names):
+    assert notes(row) == [f'field "{name}" is not read' for name in names.split()]
+
+
+@pytest.mark.parametrize("place", ["prompt", "chosen", "rejected"])
+@pytest.mark.parametrize("at", [0, -1])
+def test_keys_of_messages_that_are_not_read_are_named(place, at):
+    row = {"prompt": [S, U], "chosen": [A, MORE, B], "rejected": [B, WHY, C]}
+    messages = list(row[place])
+    messages[at] = messages[at] | {"reasoning_content": "Hm.", "name": None, "tool_calls": []}
+    row[place] = messages
+    expected = [
+        f'field "{key}" of messages is not read' for key in ("reasoning_content", "tool_calls")
+    ]
+    assert notes(row) == expected
+    assert notes(row, ignore_fields=["tool_calls"]) == expected[:1]
+    assert parsed(row)["prompt"] == [S, U]
+    assert parsed(row)["responses"] == [[A, MORE, B], [B, WHY, C]]
+
+
+def test_keys_of_messages_in_rankings_and_whole_dialogues():
+    more = A | {"reasoning_content": "Hm."}
+    for row in (
+        {"prompt": "hi", "responses": [[B], "C", [more]]},
+        {"chosen": [U, A], "rejected": [U, more]},
+    ):
+        assert 'field "reasoning_content" of messages is not read' in notes(row)
+
+
+@pytest.mark.parametrize("ours", OURS)
+def test_each_of_our_fields_can_have_another_name(ours):
+    """With --fields the row means what the row with our names means, notes aside."""
+    row = {"prompt": [U], "chosen": [A], "rejected": [B], "margin": 1.5}
+    row |= {"system": "Be brief.", "subset": "s"}
+    if ours == "responses":
+        row = {"prompt": "p", "responses": ["a", "b", "c"]}
+    if ours == "response":
+        row = {"prompt": "p", "response": "a"}
+    if ours == "target":
+        row |= {"margin": 0, "target": 0.25}
+    renamed = {("theirs" if name == ours else name): value for name, value in row.items()}
+    expected = parsed(row, min_responses=1)
+    found = parsed(renamed, min_responses=1, fields={ours: "theirs"})
+    assert found | {"notes": ()} == expected and expected["notes"] == ()
+    assert found["notes"] == (f"--fields {ours}=theirs",)
+
+
+def test_fields_can_swap_and_take_names_of_ours():
+    row = {"prompt": "p", "chosen": "worse", "rejected": "better"}
+    swap = {"chosen": "rejected", "rejected": "chosen"}
+    assert parsed(row, fields=swap)["responses"] == ["better", "worse"]
+    assert notes(row, fields=swap) == []
+    row = {"prompt": "p", "question": "q", "system": "s", **PAIR}
+    found = parsed(row, fields={"prompt": "system"})
+    assert found["prompt"] == "s"  # which is then no system message
+    assert found["notes"][1:] == ('field "prompt" is not read', 'field "question" is not read')
+
+
+def test_fields_of_ours_can_be_ignored():
+    row = {"prompt": "p", **PAIR, "margin": "a lot", "system": "s", "subset": {}, "target": 7}
+    ignored = ["margin", "system", "subset", "target", "prompt"]
+    found = parsed(row, ignore_fields=ignored)
+    assert (found["prompt"], found["margin"], found["target"]) == ("", 0.0, 1.0)
+    assert found["subset"] is None
+
+
+@pytest.mark.parametrize(
+    "reading, words",
+    [
+        (dict(fields={"promt": "q"}), "--fields: found promt=q; expected one of prompt, chosen,"),
+        (dict(fields={"rewards": "q"}), "--fields: found rewards=q; expected one of"),
+        (dict(fields=[("prompt", "a"), ("prompt", "b")]), "--fields: found prompt twice"),
+        (dict(fields=[("prompt", "a"), ("system", "a")]), "--fields: found a twice"),
+        (
+            dict(fields={"prompt": "a"}, ignore_fields=["a"]),
+            "--ignore_fields: found a, which --fields reads as prompt",
+        ),
+        (dict(text_as="chat"), "--text_as: found chat; expected text or messages"),
+    ],
+)
+def test_flags_that_cannot_be_meant(tmp_path, reading, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        reading_of(**reading)
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        list(data.load_comparisons(tmp_path / "a.jsonl", **reading))
+
+
+def test_the_order_of_flags_does_not_matter():
+    one = reading_of([("prompt", "q"), ("chosen", "c")], ["x", "y", "x"])
+    assert one == reading_of({"chosen": "c", "prompt": "q"}, ["y", "x"])
+    assert one == Reading((("chosen", "c"), ("prompt", "q")), ("x", "y"), "text")
+
+
+def test_notes_are_printed_with_the_number_of_rows():
+    rows = [{"prompt": "p", **PAIR, "label": 1}] * 3 + [{"prompt": "p", **PAIR, "x": 1, "label": 0}]
+    rows += [PAIR]
+    counts = Counter(note for row in rows for note in parsed(row)["notes"])
+    assert note_lines("a.jsonl", counts, len(rows)) == [
+        'a.jsonl: field "label" is not read (4 rows)',
+        'a.jsonl: field "x" is not read (1 row)',
+        f"a.jsonl: {NO_PROMPT} (1 row)",
+    ]
+    assert note_lines("a.jsonl", Counter(parsed(PAIR)["notes"]), 1) == []  # all rows are like that
+
+
+def test_a_file_whose_keys_are_numbers_does_not_flood_the_terminal():
+    counts = Counter(
+        note for i in range(1000) for note in notes({"prompt": "p", **PAIR, f"{i}": 1})
     )
-    assert comparison.prompt + comparison.responses[0] == HI + SAYS_A + HI + SAYS_B
+    found = note_lines("a.jsonl", counts, 1000)
+    assert (
+        len(found) == MOST_NOTES + 1
+        and found[-1] == "a.jsonl: and 960 more such lines, which are left out"
+    )
+    (note,) = notes({"prompt": "p", **PAIR, "k" * 10**6: 1})
+    assert note == f'field "{"k" * 60}…" is not read'
+
+
+def test_flags_that_name_no_field_of_any_file_are_said():
+    reading = reading_of({"prompt": "question", "subset": "kind"}, ["label", "lable"])
+    files = [[{"question": "q", **PAIR, "label": 1, "kind": None}], [{"question": "q", **PAIR}]]
+    counts = []
+    for rows in files:
+        counts.append(Counter())
+        for row in rows:
+            counts[-1].update(parse_row(json.dumps(row).encode(), reading)["notes"])
+    assert unused_lines(reading, counts) == [
+        '--ignore_fields lable: no row has a field "lable"',
+        '--fields subset=kind: no row has a field "kind"',
+    ]
+    message = A | {"reasoning_content": "Hm."}
+    reading = reading_of(ignore_fields=["reasoning_content"])
+    row = {"prompt": "hi", "chosen": [message], "rejected": [B]}
+    found = parse_row(json.dumps(row).encode(), reading)["notes"]
+    assert unused_lines(reading, [Counter(found)]) == []
+
+
+# --------------------------------------------------------------------------------------------------
+# system, --text_as, target, subset
+
+TEXT = {"prompt": "hi", "chosen": "A", "rejected": "B"}
+
+
+def test_system_stands_in_front():
+    expected = ([S, U], [[A], [B]])
+    for prompt in ("hi", [U]):
+        row = {"system": "Be brief.", "prompt": prompt, "chosen": [A], "rejected": "B"}
+        found = parsed(row)
+        assert (found["prompt"], found["responses"]) == expected
+    found = parsed({"system": "Be brief.", **TEXT}, text_as="messages")
+    assert (found["prompt"], found["responses"]) == expected
+    found = parsed({"system": "Be brief.", "chosen": [U, A], "rejected": [U, B]})
+    assert found["prompt"] == [] and found["responses"] == [[S, U, A], [S, U, B]]
+
+
+@pytest.mark.parametrize("system", [None, ""])
+def test_an_empty_system_is_none(system):
+    assert parsed({"system": system, **TEXT}) == parsed(TEXT)
+    messages = {"prompt": [U], "chosen": [A], "rejected": [B]}
+    assert parsed({"system": system, **messages}) == parsed(messages)
+
+
+@pytest.mark.parametrize(
+    "row", [TEXT, {"chosen": "A", "rejected": "B"}, {"prompt": "p", "response": "r"}]
+)
+def test_system_beside_text_alone_is_an_error_that_names_the_flag(row):
+    with pytest.raises(
+        ValueError, match="^system: .* --text_as messages .* --ignore_fields system"
+    ):
+        parsed({"system": "Be brief.", **row}, min_responses=1)
+
+
+@pytest.mark.parametrize("system", [["Be brief."], {"role": "system"}, 3])
+def test_system_that_is_no_text(system):
+    with pytest.raises(ValueError, match="^system: expected text, found"):
+        parsed({"system": system, "prompt": [U], "chosen": [A], "rejected": [B]})
+
+
+def test_text_as_messages():
+    """The prompt is the user's message, the response the assistant's; rows of messages stay."""
+    found = parsed(TEXT, text_as="messages")
+    assert (found["prompt"], found["responses"]) == ([U], [[A], [B]])
+    found = parsed({"prompt": "hi", "responses": ["B", "", "A"]}, text_as="messages")
+    assert (found["prompt"], found["responses"]) == ([U], [[B], [], [A]])
+    found = parsed({"prompt": "", "response": "A"}, min_responses=1, text_as="messages")
+    assert (found["prompt"], found["responses"]) == ([], [[A]])
+    for row, _, _ in ROWS.values():
+        if isinstance(row.get("chosen"), list):
+            assert parsed(row, text_as="messages") == parsed(row)
+
+
+def test_whole_dialogues_of_text_are_no_messages():
+    with pytest.raises(ValueError, match="^prompt is missing; --text_as messages .*--text_as text"):
+        parsed({"chosen": HI + SAYS_A, "rejected": HI + SAYS_B}, text_as="messages")
+
+
+@pytest.mark.parametrize("target", [0, 0.0, 0.25, 0.5, 1, 1.0, None])
+def test_target(target):
+    expected = 1.0 if target is None else target
+    found = parsed({**TEXT, "target": target})["target"]
+    assert found == expected and isinstance(found, float)
+    assert parsed({"prompt": "p", "responses": ["a", "b"], "target": target})["target"] == expected
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({**TEXT, "target": "0.5"}, "target: found text; expected a number from 0 to 1"),
+        ({**TEXT, "target": True}, "target: found true or false; expected a number from 0 to 1"),
+        ({**TEXT, "target": -0.1}, "target: found -0.1; expected a number from 0 to 1"),
+        ({**TEXT, "target": 1.5}, "target: found 1.5; expected a number from 0 to 1"),
+        ({**TEXT, "target": float("nan")}, "target: found nan; expected a number from 0 to 1"),
+        ({**TEXT, "target": 10**400}, "target: found 1000"),
+        (
+            {"prompt": "p", "responses": ["a", "b", "c"], "target": 0.5},
+            "target: found with 3 responses; a target is of two",
+        ),
+        (
+            {"prompt": "p", "response": "a", "target": 1},
+            "target: found with 1 response; a target is of two",
+        ),
+        (
+            {**TEXT, "target": 0.5, "margin": 1.5},
+            "target: found 0.5 beside margin 1.5; a row with a margin has target 1",
+        ),
+    ],
+)
+def test_bad_target(row, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}"):
+        parsed(row, min_responses=1)
+
+
+def test_target_1_goes_with_a_margin_and_any_target_with_none():
+    assert parsed({**TEXT, "target": 1, "margin": 1.5})["margin"] == 1.5
+    assert parsed({**TEXT, "target": 0.5, "margin": 0})["target"] == 0.5
+    assert parsed({**TEXT, "target": None, "margin": 2})["target"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "subset, expected",
+    [
+        ("math", "math"),
+        (3, "3"),
+        (0.5, "0.5"),
+        (True, "true"),
+        (None, None),
+        ("", None),
+        ("é", "é"),
+    ],
+)
+def test_subset(subset, expected):
+    assert parsed({**TEXT, "subset": subset})["subset"] == expected
+    assert parsed({**TEXT, "kind": subset}, fields={"subset": "kind"})["subset"] == expected
+
+
+@pytest.mark.parametrize("subset", [["a"], {"a": 1}, "\ud800"])
+def test_bad_subset(subset):
+    with pytest.raises(ValueError, match="^subset: "):
+        parsed({**TEXT, "subset": subset})
+
+
+# --------------------------------------------------------------------------------------------------
+# Directories and globs
+
+
+def make_files(folder, names):
+    for name in names.split():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"prompt": name, **PAIR}))
+
+
+def found_in(folder, *paths) -> str:
+    """Return the files that paths in a folder stand for, relative to it."""
+    return " ".join(
+        file.removeprefix(f"{folder}/") for file in files_of(f"{folder}/{path}" for path in paths)
+    )
+
+
+ALL = "b.jsonl a.json c2.jsonl c10.jsonl B.jsonl more/z.jsonl more/y.json README.md d.jsonl.bak"
+
+
+@pytest.mark.parametrize(
+    "paths, expected",
+    [
+        (["."], "B.jsonl a.json b.jsonl c10.jsonl c2.jsonl"),
+        (["more"], "more/y.json more/z.jsonl"),
+        (["more/"], "more/y.json more/z.jsonl"),
+        (["b.jsonl", "a.json"], "b.jsonl a.json"),  # as given
+        (["*.jsonl"], "B.jsonl b.jsonl c10.jsonl c2.jsonl"),
+        (["c?.jsonl"], "c2.jsonl"),
+        (["[ab].js*"], "a.json b.jsonl"),
+        (["*/*"], "more/y.json more/z.jsonl"),
+        (["m*"], "more/y.json more/z.jsonl"),  # a directory that a glob matches
+        (["**/*.json"], "a.json more/y.json"),
+        (["c*", "more", "a.json"], "c10.jsonl c2.jsonl more/y.json more/z.jsonl a.json"),
+        (["README.md"], "README.md"),  # named by itself: an error of its rows
+    ],
+)
+def test_directories_and_globs(tmp_path, paths, expected):
+    make_files(tmp_path, ALL)
+    assert found_in(tmp_path, *paths).replace("./", "") == expected
+
+
+def test_a_directory_and_a_glob_are_read_in_order(tmp_path):
+    make_files(tmp_path, "b.jsonl a.json c.jsonl")
+    for path in (tmp_path, f"{tmp_path}/*"):
+        prompts = [comparison.prompt for comparison in data.load_comparisons(path)]
+        assert prompts == ["a.json", "b.jsonl", "c.jsonl"]
+
+
+def test_a_file_whose_name_looks_like_a_glob_is_a_file(tmp_path):
+    make_files(tmp_path, "a[1].jsonl a1.jsonl")
+    assert found_in(tmp_path, "a[1].jsonl") == "a[1].jsonl"
+
+
+@pytest.mark.parametrize(
+    "path, words",
+    [
+        ("no.jsonl", "no such file; expected .jsonl, .jsonl.gz, .json or .parquet"),
+        ("*.parquet", "no file matches; expected .jsonl, .jsonl.gz, .json or .parquet"),
+        (
+            "empty",
+            "a directory without a data file; expected .jsonl, .jsonl.gz, .json or .parquet in it",
+        ),
+        (
+            "e*",
+            "a directory without a data file; expected .jsonl, .jsonl.gz, .json or .parquet in it",
+        ),
+        ("no/such/*.jsonl", "no file matches; expected"),
+    ],
+)
+def test_paths_without_a_data_file(tmp_path, path, words):
+    make_files(tmp_path, "a.jsonl empty/README.md")
+    with pytest.raises(ValueError) as error:
+        files_of([f"{tmp_path}/a.jsonl", f"{tmp_path}/{path}"])
+    name = f"{tmp_path}/empty" if path == "e*" else f"{tmp_path}/{path}"
+    assert str(error.value).startswith(f"{name}: {words}")
+
+
+def test_errors_in_a_directory_name_the_file(tmp_path):
+    make_files(tmp_path, "a.jsonl b.jsonl")
+    (tmp_path / "b.jsonl").write_text(json.dumps(PAIR) + "\n[]")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/b.jsonl:2: expected an object"):
+        list(data.load_comparisons(tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -292,7 +728,10 @@ def test_bad_file(tmp_path, file, content, line, found):
 
 
 def test_bad_path(tmp_path):
-    for path, found in [(tmp_path / "none.jsonl", "no such file"), (tmp_path, "is a directory")]:
+    for path, found in [
+        (tmp_path / "none.jsonl", "no such file"),
+        (tmp_path, "a directory without a data file"),
+    ]:
         with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: {found}"):
             list(data.load_comparisons(path))
 

@@ -1,6 +1,8 @@
 """Token files: what is in them, when they are found again, and what a killed builder leaves."""
 
+import dataclasses
 import gzip
+import inspect
 import itertools
 import json
 import os
@@ -12,11 +14,13 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 import data
 from data import Comparison
 from parts import token_cache
+from parts.rows import NO_PROMPT, REPEATED, TWICE, Reading, reading_of
 from parts.test_rows import GOOD, lines
 from parts.test_tokenizers import tokenizer  # noqa: F401, a fixture
 from test_data import Letters, groups_of, letters
@@ -51,8 +55,8 @@ def test_token_file_is_mapped_and_has_what_tokenize_gives(tmp_path, tokenizer, n
     path = write(tmp_path / name, comparisons)
     file = data.tokenize_file(path, tokenizer, 90, "left", tmp_path / "cache")
     assert groups_of(file) == [
-        data.tokenize(c, tokenizer, 90) if i != 5 else [] for i, c in enumerate(comparisons)
-    ]
+        [] if i == 5 else data.tokenize(c, tokenizer, 90)[:2] for i, c in enumerate(comparisons)
+    ]  # of row 6, the third response repeats the first
     text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     assert file.rows["line"].tolist() == [
         i for i, line in enumerate(text.split(b"\n"), start=1) if line.lstrip().startswith(b"{")
@@ -100,28 +104,21 @@ def test_data_of_two_files_drops_and_counts_among_the_selected_rows(tmp_path):
     assert data.select([like_a, files[1]], kept.selected).fingerprint() != kept.fingerprint()
 
 
-def test_tokens_are_found_again_by_all_that_they_follow_from(tmp_path, monkeypatch, tokenizer):
+def test_tokens_are_found_again_under_another_name(tmp_path, monkeypatch, tokenizer):
     def count(*arguments):
         built.append(arguments)
-        return sequences_of(*arguments)
+        return tokenized(*arguments)
 
-    sequences_of, built = data.sequences_of, []
-    monkeypatch.setattr(data, "sequences_of", count)
-    comparisons = [*built_in(2), None]
-    how = dict(
-        tokenizer=tokenizer,
-        max_seq_len=50,
-        truncation_side="left",
-        cache_dir=tmp_path / "cache",
-        skip_bad_rows=True,
-    )
-    first = data.tokenize_file(write(tmp_path / "a.jsonl", comparisons), **how)
+    tokenized, built = data.tokenized, []
+    monkeypatch.setattr(data, "tokenized", count)
+    how = (tokenizer, 50, "left", tmp_path / "cache", True)
+    first = data.tokenize_file(write(tmp_path / "a.jsonl", [*built_in(2), None]), *how)
     assert len(built) == 2
     for lock in (tmp_path / "cache").glob("*.lock"):
         lock.unlink()
     (tmp_path / "a.jsonl").rename(tmp_path / "b.jsonl")
     os.utime(tmp_path / "b.jsonl", (1, 1))
-    again = data.tokenize_file(tmp_path / "b.jsonl", **how)
+    again = data.tokenize_file(tmp_path / "b.jsonl", *how)
     assert len(built) == 2 and groups_of(again) == groups_of(first) and again.key == first.key
     # Nor is anything written there, which may be read-only.
     assert not list((tmp_path / "cache").glob("*.lock"))
@@ -130,21 +127,156 @@ def test_tokens_are_found_again_by_all_that_they_follow_from(tmp_path, monkeypat
         f"{tmp_path}/b.jsonl:5",
     ]
 
-    write(tmp_path / "c.jsonl", [*built_in(2, seed=4), None])
-    (tmp_path / "b.json").write_bytes((tmp_path / "b.jsonl").read_bytes())
-    write(tmp_path / "good.jsonl", comparisons[:2])
-    data.tokenize_file(tmp_path / "good.jsonl", **how)
-    for name, change in [
-        ("c.jsonl", {}),
-        ("b.json", {}),
-        ("b.jsonl", dict(tokenizer=data.Tokenizer(tokenizer.model_proto, 5))),
-        ("b.jsonl", dict(max_seq_len=51)),
-        ("b.jsonl", dict(truncation_side="right")),
-        ("good.jsonl", dict(skip_bad_rows=False)),
-    ]:
-        built.clear()
-        data.tokenize_file(tmp_path / name, **how | change)
-        assert len(built) == 2, (name, change)
+
+CHANGES = {  # of the arguments of tokenize_file: each makes other tokens, or might
+    "content": dict(path="other.jsonl"),
+    "kind of file, JSON": dict(path="same.json"),
+    "kind of file, gzip": dict(path="same.jsonl.gz"),
+    "kind of file, parquet": dict(path="same.parquet"),
+    "pad id": dict(tokenizer=lambda tokenizer: data.Tokenizer(tokenizer.model_proto, 5)),
+    "tokenizer": dict(tokenizer=lambda tokenizer: data.train_tokenizer(["ab", "abc"] * 9, 300)),
+    "max_seq_len": dict(max_seq_len=51),
+    "truncation_side": dict(truncation_side="right"),
+    "skip_bad_rows": dict(skip_bad_rows=True),
+    "fields": dict(reading=reading_of({"chosen": "rejected", "rejected": "chosen"})),
+    "subset": dict(reading=reading_of({"subset": "kind"})),
+    "ignore_fields": dict(reading=reading_of(ignore_fields=["margin"])),
+    "another one": dict(reading=reading_of(ignore_fields=["system"])),
+    "text_as": dict(reading=reading_of(text_as="messages")),
+}
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory, tokenizer):
+    """Return the keys of one file of rows, by what is changed of the arguments."""
+    folder = tmp_path_factory.mktemp("keys")
+    rows = [{"prompt": c.prompt, "chosen": "a", "rejected": "b"} for c in built_in(2)]
+    content = lines(rows).encode()
+    for name in ("same.jsonl", "same.json"):
+        (folder / name).write_bytes(content)
+    (folder / "same.jsonl.gz").write_bytes(gzip.compress(content))
+    (folder / "other.jsonl").write_bytes(content + b"\n")
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), folder / "same.parquet")
+    usual = dict(
+        path="same.jsonl",
+        tokenizer=lambda tokenizer: tokenizer,
+        max_seq_len=50,
+        truncation_side="left",
+        cache_dir=folder / "cache",
+        skip_bad_rows=False,
+        reading=Reading(),
+    )
+    found = {}
+    for name, change in {"none": {}, "again": {}, **CHANGES}.items():
+        how = usual | change
+        how |= {"path": folder / how["path"], "tokenizer": how["tokenizer"](tokenizer)}
+        found[name] = data.tokenize_file(**how).key
+    return found
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_the_key_follows_from_every_argument(keys, change):
+    assert keys["again"] == keys["none"]
+    others = [key for name, key in keys.items() if name not in (change, "again")]
+    assert keys[change] not in others
+
+
+def test_the_key_follows_from_the_version_and_from_all_of_tokenize_file(
+    keys, tmp_path, monkeypatch
+):
+    """A new argument of tokenize_file needs a case above; a new version makes all tokens anew."""
+    arguments = inspect.signature(data.tokenize_file).parameters.keys() - {"cache_dir"}
+    assert {name for change in CHANGES.values() for name in change} == arguments
+    assert {field.name for field in dataclasses.fields(Reading)} <= CHANGES.keys()
+    path = write(tmp_path / "a.jsonl", built_in(2))
+    how = (path, Letters(), 50, "left", tmp_path / "cache")
+    first, hash_of = data.tokenize_file(*how).key, token_cache.hash_of
+
+    def other_version(version, *parts):
+        return hash_of(version + "0", *parts)
+
+    assert data.tokenize_file(*how).key == first
+    monkeypatch.setattr(token_cache, "hash_of", other_version)
+    assert data.tokenize_file(*how).key != first
+
+
+def test_notes_subsets_and_counts_are_stored_with_the_tokens(tmp_path, monkeypatch):
+    """They come from the cache as they were when the file was read."""
+    rows = [
+        {"prompt": "p", "chosen": "a", "rejected": "b", "label": 1, "subset": "x", "target": 0.5},
+        {"prompt": "p", "chosen": "a", "rejected": "b", "label": 2, "subset": "y"},
+        {"prompt": "p", "responses": ["a", "b", "a"], "subset": "x"},
+        {"prompt": "p q", "chosen": "p qa", "rejected": "p qb", "margin": 1},
+        {"prompt": "p", "chosen": "a" * 30, "rejected": "b", "label": None},
+        {"prompt": "p", "chosen": "a", "rejected": "a", "label": 3, "subset": "z"},
+        {"prompt": "p"},
+        {"chosen": "a", "rejected": "b"},
+    ]
+    path = tmp_path / "a.jsonl"
+    path.write_text(lines(rows))
+    how = (path, Letters(), 20, "left", tmp_path / "cache", True)
+    for _ in range(2):
+        file = data.tokenize_file(*how)
+        assert file.notes() == [
+            f'{path}: field "label" is not read (3 rows)',
+            f"{path}: {TWICE} (1 row)",
+            f"{path}: {REPEATED} (1 row)",
+            f"{path}: {NO_PROMPT} (1 row)",
+            f"{path}: 1 row with a margin, which the loss takes off the difference of the rewards",
+            f"{path}: 1 row with a target other than 1, the probability that the first response is "
+            "preferred",
+            f"{path}: skipped 1 row without a comparison; the first: {path}:7: fields found: "
+            "prompt; expected chosen and rejected, or prompt and responses; --fields reads fields "
+            "with other names",
+        ]
+        found = [file[i] for i in range(7)]
+        assert [one.subset for one in found] == ["x", "y", "x", None, None, "z", None]
+        assert [one.target for one in found] == [0.5, 1, 1, 1, 1, 1, 1]
+        assert [one.margin for one in found] == [0, 0, 0, 1, 0, 0, 0]
+        assert [one.truncated for one in found] == [False] * 4 + [True] + [False] * 2
+        assert [len(one.sequences) for one in found] == [2, 2, 2, 2, 2, 0, 2]
+        every = data.select([file], np.array([(0, row) for row in range(7)]))
+        assert (len(every), every.dropped, every.truncated) == (6, 1, 1)
+        few = data.select([file], np.array([(0, 0), (0, 1)]))
+        assert (len(few), few.dropped, few.truncated) == (2, 0, 0)
+        monkeypatch.setattr(data, "tokenize_rows", None)  # the second time nothing is tokenized
+
+
+@pytest.mark.parametrize(
+    "counts, text",
+    [
+        ((2, 0, 0), "2 comparisons"),
+        ((1, 0, 0), "1 comparison"),
+        ((2, 1, 0), "2 comparisons; 1 dropped, because their sequences are identical"),
+        ((1500, 0, 7), "1,500 comparisons; 7 truncated to --max_seq_len 20"),
+        (
+            (3, 4, 1),
+            "3 comparisons; 4 dropped, because their sequences are identical; 1 truncated to "
+            "--max_seq_len 20",
+        ),
+    ],
+)
+def test_summary_says_nothing_about_none(counts, text):
+    size, dropped, truncated = counts
+    selected = np.zeros((size, 2), np.int64)
+    assert token_cache.TokenizedData([], selected, dropped, truncated).summary(20) == text
+
+
+def test_notes_on_files_say_which_flags_name_no_field(tmp_path):
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "b", "label": 1}]
+    files = []
+    reading = reading_of({"subset": "kind"}, ["label", "lable"])
+    for name, more in (("a.jsonl", {}), ("b.jsonl", {"kind": "k", "x": 1})):
+        (tmp_path / name).write_text(lines([rows[0] | more]))
+        how = (tmp_path / name, Letters(), 20, "left", tmp_path / "cache", False, reading)
+        files.append(data.tokenize_file(*how))
+    unused = '--ignore_fields lable: no row has a field "lable"'
+    unread = f'{tmp_path}/b.jsonl: field "x" is not read (1 row)'
+    assert token_cache.notes_on(files, reading) == [unread, unused]
+    assert token_cache.notes_on([*files, files[1]], reading) == [unread, unused]  # twice the same
+    kind = '--fields subset=kind: no row has a field "kind"'
+    assert token_cache.notes_on(files[:1], reading) == [unused, kind]
 
 
 def test_a_file_is_hashed_once_and_again_if_it_changes(tmp_path, monkeypatch):
@@ -195,7 +327,7 @@ def test_bad_rows_of_a_token_file(tmp_path):
             read()
     write(path, [Comparison("p", ["abc", "abd"])] * 2)
     with pytest.raises(
-        ValueError, match=f"^{path}: in all 2 rows the responses are identical .*--max_seq_len 4"
+        ValueError, match=f"^{path}: 2 rows with responses, all identical .*--max_seq_len 4"
     ):
         data.tokenize_file(path, Letters(), 4, "right", cache)
     path.write_bytes(gzip.compress(GOOD))
@@ -220,6 +352,8 @@ def test_bad_rows_of_a_token_file(tmp_path):
         ("rows.npy", lambda content: content[:-1]),
         ("sequences.npy", lambda content: b""),
         ("bad_rows.json", lambda content: b"["),
+        ("about.json", lambda content: b"["),
+        ("about.json", None),
     ],
 )
 def test_damaged_token_file_is_said_and_can_be_deleted(tmp_path, name, change):

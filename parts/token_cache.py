@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,21 +20,62 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from parts.rows import bad_row, nothing_left, read_rows
+from parts.guards import counted
+from parts.rows import Reading, bad_row, note_lines, nothing_left, read_rows, unused_lines
 
 CHUNK_BYTES = 1 << 20  # rows of a file are tokenized together up to this size of their JSON
 
-# One row of a file: line number, margin, and its sequences `first` to `first + count - 1`.
-ROW = np.dtype([("line", "i8"), ("margin", "f8"), ("first", "i8"), ("count", "i8")])
+# One row of a file: line number, what `Tokenized` has of it, the index of its subset's name (-1:
+# none), and its sequences `first` to `first + count - 1`.
+ROW = np.dtype(
+    [
+        ("line", "i8"),
+        ("margin", "f8"),
+        ("target", "f8"),
+        ("subset", "i4"),
+        ("truncated", "?"),
+        ("first", "i8"),
+        ("count", "i8"),
+    ]
+)
 
 
 class Tokenized(NamedTuple):
     """A comparison as token ids."""
 
-    sequences: list[list[int]]  # best first
+    sequences: list[list[int]]  # best first, no two of them equal; none where all responses are
     where: str = ""  # where it is from: the file and the line
     margin: float = 0.0
     rewards: list[float] | None = None  # true rewards of the responses, where they are known
+    target: float = 1.0  # of two responses: the probability that the first is preferred
+    subset: str | None = None
+    truncated: bool = False  # whether --max_seq_len took a token
+
+
+def cut_sequences(
+    comparison: Tokenized, cut: Callable[[int], list[list[int]]], max_seq_len: int
+) -> Tokenized:
+    """Give a comparison its sequences, cut to max_seq_len, and whether this took a token.
+
+    cut: returns all sequences, best first, with a number of tokens at most. A sequence that equals
+    an earlier one is dropped, with its true reward; all are where one would be left.
+    """
+    sequences = cut(max_seq_len)
+    is_full = max(map(len, sequences)) == max_seq_len
+    is_truncated = is_full and cut(max_seq_len + 1) != sequences
+    kept = first_of_each(sequences)
+    if len(kept) == 1:
+        kept = []
+    rewards = comparison.rewards
+    if rewards is not None:
+        rewards = [rewards[i] for i in kept]
+    sequences = [sequences[i] for i in kept]
+    return comparison._replace(sequences=sequences, rewards=rewards, truncated=is_truncated)
+
+
+def first_of_each(sequences: list[list[int]]) -> list[int]:
+    """Return the indices of the sequences that equal no earlier one."""
+    return [i for i, sequence in enumerate(sequences) if sequence not in sequences[:i]]
 
 
 @dataclass
@@ -43,6 +85,8 @@ class TokenizedFile:
     path: str
     key: str  # a hash of all that the tokens follow from
     bad_rows: list[str]  # where a row was skipped, and what is wrong with it
+    counts: Counter  # how many rows have each note of `parse_row`
+    subsets: list[str]  # the names of subsets
     tokens: np.ndarray  # (number of tokens,) int32, all sequences one after the other
     sequences: np.ndarray  # (S + 1,) int64. Sequence s is tokens[sequences[s] : sequences[s + 1]]
     rows: np.ndarray  # (R,) ROW. A row whose responses are identical has no sequences
@@ -51,26 +95,42 @@ class TokenizedFile:
         return len(self.rows)
 
     def __getitem__(self, row: int) -> Tokenized:
-        line, margin, first, count = self.rows[row].tolist()
+        line, margin, target, subset, truncated, first, count = self.rows[row].tolist()
         bounds = self.sequences[first : first + count + 1].tolist()
         sequences = [self.tokens[start:stop].tolist() for start, stop in zip(bounds, bounds[1:])]
-        return Tokenized(sequences, f"{self.path}:{line}", margin)
+        name = self.subsets[subset] if subset >= 0 else None
+        where = f"{self.path}:{line}"
+        return Tokenized(sequences, where, margin, None, target, name, truncated)
 
     def notes(self) -> list[str]:
-        """Say how many rows have a margin, and how many were skipped, if any: lines for a user."""
-        lines = []
+        """List the lines that a user should read about this file, with numbers of rows."""
+        lines = note_lines(self.path, self.counts, len(self.rows))
         with_margin = np.count_nonzero(self.rows["margin"])
         if with_margin:
             lines.append(
-                f"{self.path}: {with_margin} rows have a margin, which the loss takes off their "
-                "differences"
+                f"{self.path}: {counted(with_margin, 'row')} with a margin, which the loss takes "
+                "off the difference of the rewards"
+            )
+        with_target = np.count_nonzero(self.rows["target"] != 1)
+        if with_target:
+            lines.append(
+                f"{self.path}: {counted(with_target, 'row')} with a target other than 1, the "
+                "probability that the first response is preferred"
             )
         if self.bad_rows:
             lines.append(
-                f"{self.path}: {len(self.bad_rows)} rows skipped, as they are no comparison; "
+                f"{self.path}: skipped {counted(len(self.bad_rows), 'row')} without a comparison; "
                 f"the first: {self.bad_rows[0]}"
             )
         return lines
+
+
+def notes_on(files: list[TokenizedFile], reading: Reading) -> list[str]:
+    """List the lines that a user should read about files, and about flags that name no field."""
+    lines = []
+    for file in {file.path: file for file in files}.values():
+        lines += file.notes()
+    return lines + unused_lines(reading, [file.counts for file in files])
 
 
 @dataclass
@@ -83,6 +143,7 @@ class TokenizedData:
     files: list[TokenizedFile] | list[list[Tokenized]]
     selected: np.ndarray  # (n, 2) int64
     dropped: int  # number of comparisons that were selected, and dropped as identical
+    truncated: int = 0  # number of these comparisons of which --max_seq_len took a token
 
     def __len__(self) -> int:
         return len(self.selected)
@@ -90,6 +151,15 @@ class TokenizedData:
     def __getitem__(self, i: int) -> Tokenized:
         file, row = self.selected[i]
         return self.files[file][row]
+
+    def summary(self, max_seq_len: int) -> str:
+        """Say how many comparisons there are, how many were dropped, how many truncated."""
+        text = counted(len(self), "comparison")
+        if self.dropped:
+            text += f"; {self.dropped:,} dropped, because their sequences are identical"
+        if self.truncated:
+            text += f"; {self.truncated:,} truncated to --max_seq_len {max_seq_len}"
+        return text
 
     def fingerprint(self) -> str:
         """Return a hash of all that tokens, margins and their order follow from; of files only."""
@@ -107,8 +177,8 @@ def rows_of(files: list[TokenizedFile], pick: Callable[[int], np.ndarray]) -> np
         rows = pick(len(file))
         if len(rows) == 0:
             raise ValueError(
-                f"--data_split: the second share of the {len(file)} rows of {file.path} is no row; "
-                "give a larger one"
+                f"--data_split: the second share of {file.path}, which has "
+                f"{counted(len(file), 'row')}, is empty; give a larger one"
             )
         selected.append(np.stack((np.full(len(rows), number), rows), axis=1))
     return np.concatenate(selected)
@@ -116,11 +186,14 @@ def rows_of(files: list[TokenizedFile], pick: Callable[[int], np.ndarray]) -> np
 
 def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
     """Select rows by `selected`, (n, 2) int64: the index of a file, and of a row in it."""
-    kept = np.zeros(len(selected), dtype=bool)
+    kept, truncated = np.zeros((2, len(selected)), dtype=bool)
     for number, file in enumerate(files):
         is_from_file = selected[:, 0] == number
-        kept[is_from_file] = file.rows["count"][selected[is_from_file, 1]] > 0
-    return TokenizedData(files, selected[kept], int((~kept).sum()))
+        rows = file.rows[selected[is_from_file, 1]]
+        kept[is_from_file] = rows["count"] > 0
+        truncated[is_from_file] = rows["truncated"]
+    dropped = int((~kept).sum())
+    return TokenizedData(files, selected[kept], dropped, int((kept & truncated).sum()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -128,57 +201,71 @@ def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
 
 
 def token_file(
-    path, cache_dir, tokenize_rows, fingerprint: str, max_seq_len: int, side: str, skip_bad_rows
+    path,
+    cache_dir,
+    tokenize_rows,
+    fingerprint: str,
+    max_seq_len: int,
+    side: str,
+    skip_bad_rows,
+    reading: Reading,
 ) -> TokenizedFile:
     """Return the comparisons of a file as token ids, which may be larger than memory.
 
-    tokenize_rows: takes the JSON of rows, and returns for each (sequences, margin), no sequences
-        where they are identical, or the ValueError that says what is wrong with the row.
-    fingerprint: of the tokenizer; with max_seq_len and side all that tokenize_rows follows from.
+    tokenize_rows: takes the JSON of rows, and returns for each a `Tokenized` and the notes of
+        `parse_row`, or the ValueError that says what is wrong with the row.
+    fingerprint: of the tokenizer; with max_seq_len, side and reading all that tokenize_rows follows
+        from.
     cache_dir: one process of a machine writes the tokens there once, while others that need them
         wait. They are found again by a hash of the file's content and the other arguments.
     Raises ValueError that names the file and the line, or the file where all rows are identical.
     """
     content = file_hash(path)
-    how = (fingerprint, max_seq_len, side, skip_bad_rows)
-    key = hash_of("tokens 3", content, Path(path).suffix, *how)
+    how = (fingerprint, max_seq_len, side, skip_bad_rows, reading)
+    key = hash_of("tokens 4", content, Path(path).suffix, *how)
 
     def build(directory: Path):
         bad_rows = [] if skip_bad_rows else None
-        sequences, rows = write_tokens(directory / "tokens.bin", path, tokenize_rows, bad_rows)
+        about = {"notes": Counter(), "subsets": {}}
+        sequences, rows = write_tokens(directory, path, tokenize_rows, bad_rows, about)
         if len(rows) == 0:
             raise nothing_left(path, bad_rows)
         if len(sequences) == 1:
-            found = f"in all {len(rows)} rows the responses are identical"
+            found = f"{counted(len(rows), 'row')} with responses, all identical"
             raise ValueError(f"{path}: {found} (--max_seq_len {max_seq_len}); some must differ")
         if file_hash(path) != content:
             raise ValueError(f"{path}: was changed while it was read; start again when complete")
         np.save(directory / "sequences.npy", sequences)
         np.save(directory / "rows.npy", rows)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows or []))
+        (directory / "about.json").write_text(json.dumps(about))
 
     return open_tokens(cached(Path(cache_dir) / key, build), path, key)
 
 
-def write_tokens(file: Path, path, tokenize_rows, bad_rows: list[str] | None) -> tuple:
-    """Write the tokens of a data file into `file`; return `TokenizedFile`'s sequences and rows.
+def write_tokens(
+    directory: Path, path, tokenize_rows, bad_rows: list[str] | None, about: dict
+) -> tuple[np.ndarray, np.ndarray]:
+    """Write the tokens of a data file to tokens.bin; return `TokenizedFile`'s sequences and rows.
 
+    about: "notes" counts the notes of rows; "subsets" gets an index for each name.
     Raises ValueError for the first bad row, or with `bad_rows` collects the errors there.
     """
     lengths, rows = [[0]], []  # an array for each chunk
     is_small = os.path.getsize(path) <= CHUNK_BYTES
     bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows", disable=is_small)
-    with open(file, "wb") as out, bar:
+    with open(directory / "tokens.bin", "wb") as out, bar:
         for chunk in divide_rows(read_rows(path)):
             sequences, found = [], []
-            tokenized = tokenize_rows([text for _, text in chunk])
-            for (line, _), result in zip(chunk, tokenized, strict=True):
+            results = tokenize_rows([text for _, text in chunk])
+            for (line, _), result in zip(chunk, results, strict=True):
                 if isinstance(result, ValueError):
                     bad_row(path, line, result, bad_rows)
                     continue
-                group, margin = result
-                found.append((line, margin, 0, len(group)))
-                sequences += group
+                row, notes = result
+                about["notes"].update(notes)
+                found.append(row_of(row, line, about["subsets"]))
+                sequences += row.sequences
             out.write(np.fromiter(itertools.chain(*sequences), np.int32))
             lengths.append(np.fromiter(map(len, sequences), np.int64))
             rows.append(np.array(found, ROW))
@@ -186,6 +273,14 @@ def write_tokens(file: Path, path, tokenize_rows, bad_rows: list[str] | None) ->
     rows = np.concatenate(rows)
     rows["first"] = rows["count"].cumsum() - rows["count"]
     return np.concatenate(lengths).cumsum(), rows
+
+
+def row_of(row: Tokenized, line: int, subsets: dict[str, int]) -> tuple:
+    """Return the fields of ROW, `first` not yet known. subsets: gets an index for a new name."""
+    subset = -1
+    if row.subset is not None:
+        subset = subsets.setdefault(row.subset, len(subsets))
+    return line, row.margin, row.target, subset, row.truncated, 0, len(row.sequences)
 
 
 def divide_rows(rows: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, bytes]]]:
@@ -213,6 +308,7 @@ def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
         sequences = np.load(directory / "sequences.npy", mmap_mode="r")
         rows = np.load(directory / "rows.npy", mmap_mode="r")
         bad_rows = json.loads((directory / "bad_rows.json").read_text())
+        about = json.loads((directory / "about.json").read_text())
         tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
         if len(tokens) != sequences[-1]:
             raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
@@ -220,7 +316,8 @@ def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
         message = f"{directory}: damaged ({error}); delete it, and it will be made again"
         raise ValueError(message) from None
     where = [f"{path}:{row}" for row in bad_rows]
-    return TokenizedFile(path, key, where, tokens, sequences, rows)
+    counts, subsets = Counter(about["notes"]), list(about["subsets"])
+    return TokenizedFile(path, key, where, counts, subsets, tokens, sequences, rows)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -366,7 +366,7 @@ def token_case(case: dict, tokenizer: data.Tokenizer) -> dict:
         "max_seq_len": max_seq_len,
         "truncation_side": side,
         "row": case["row"],
-        "texts": [comparison.prompt + response for response in comparison.responses],
+        "texts": data.texts_of(comparison, tokenizer),
         "tokens": tokens,
         "margin": comparison.margin,
         "dropped": all(sequence == tokens[0] for sequence in tokens),

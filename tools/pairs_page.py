@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import load_comparisons, pad_rows, shared_prefix, tokenize
-from parts.guards import visible
+from data import pad_rows, shared_prefix, stub_text, tokenize
+from parts.guards import counted, visible
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
-from parts.rows import read_rows
+from parts.rows import files_of, read_rows
 from rm import divergent_region, pair_loss
 
 # LEVELS of the page's shades, as 256 terminal colours, under black text
@@ -94,15 +94,13 @@ class Row:
 
 
 @torch.no_grad()
-def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Row]:
-    """Score the first `count` rows of a file, in the padded layout, the reference.
+def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> list[Row]:
+    """Score the first `count` comparisons, in the padded layout, the reference.
 
-    Formats are those of `data.load_comparisons`; a row may have one response. Raises ValueError
-    that names file and line.
+    A comparison may have one response.
     """
     rows, device = [], model.v_head.weight.device
-    comparisons = itertools.islice(load_comparisons(path, min_responses=1), count)
-    for comparison in tqdm(comparisons, unit=" rows", leave=False):
+    for comparison in tqdm(itertools.islice(comparisons, count), unit=" rows", leave=False):
         sequences = tokenize(comparison, tokenizer, max_seq_len)
         input_ids, mask = pad_rows(sequences, model.pad_id)
         rewards = model.token_rewards(input_ids.to(device), mask.to(device)).cpu()
@@ -117,7 +115,7 @@ def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Ro
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         begin_alike = list(whole)
         if comparison.prompt or len(whole) == 1:
-            begin_alike.append(bos + tokenizer.encode(comparison.prompt))
+            begin_alike.append(bos + tokenizer.encode(stub_text(comparison.prompt)))
         prompt = shared_prefix(begin_alike)
         lost = [len(a) - len(b) for a, b in zip(whole, sequences)]
         cut = min(*lost, prompt - len(bos))
@@ -169,10 +167,6 @@ class Scale:
         if not math.isfinite(reward):
             return 0.0
         return min(max((reward - self.middle) / self.reach, -1.0), 1.0)
-
-
-def counted(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
 
 
 def probability(margin: float) -> float:
@@ -409,7 +403,9 @@ LEGEND = (
 
 def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
     """Write the page of the first rows of a file, at least one, as `scored_rows` gives them."""
-    scale, total = Scale(rows), sum(1 for _ in read_rows(file))
+    scale, total = Scale(rows), 0
+    for each in files_of([file]):
+        total += sum(1 for _ in read_rows(each))
     margins = [pair.margin for row in rows for pair in row.pairs]
     numbers = {"responses": len(rows)}
     if margins:

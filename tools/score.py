@@ -12,15 +12,29 @@ import itertools
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import has_tokenizer, load_comparisons, load_tokenizer, pack, pad_rows, tokenize
+from data import (
+    Comparison,
+    has_tokenizer,
+    load_comparisons,
+    load_tokenizer,
+    pack,
+    pad_rows,
+    tokenize,
+)
+from parts.flags import add_row_flags, flags_of, row_reading
+from parts.guards import counted
 from parts.huggingface import LAYOUTS
+from parts.rows import Reading, files_of, note_lines, unused_lines
+from parts.token_cache import first_of_each
 from rm import RewardModel
 from tools import pairs_page
 
@@ -97,7 +111,8 @@ def score_flags() -> argparse.ArgumentParser:
     )
     flag = parser.add_argument
     flag("checkpoint", help="a directory with a trained reward model and its tokenizer")
-    flag("file", help="comparisons, or rows of prompt and response (.jsonl, .jsonl.gz, .json)")
+    file = "comparisons, or rows of prompt and response: .jsonl, .jsonl.gz, .json or .parquet, "
+    flag("file", help=file + "a directory of such files, or a quoted glob")
     flag("--out", help="where to write the scores (default: standard output)")
     html = "write a page that shows comparisons token by token; without --out no scores are written"
     flag("--html", help=html)
@@ -109,11 +124,17 @@ def score_flags() -> argparse.ArgumentParser:
     flag("--layout", choices=layouts, default="packed", help="padded is the reference (packed)")
     length = "longer sequences are truncated, on the left (default: the model's positions)"
     flag("--max_seq_len", type=int, help=length)
+    add_row_flags(flags_of(parser, "fields of rows"))
     return parser
 
 
 def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Exit with a message where a flag has a wrong value."""
+    try:
+        row_reading(args)
+    except ValueError as error:
+        parser.error(f"argument {error}")
+    scored = [Path(file).resolve() for file in files_if_any(args.file)]
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
     for flag, target in (("--out", args.out), ("--html", args.html)):
@@ -123,7 +144,7 @@ def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
             parser.error(
                 f"argument {flag}: found {target}; expected a file in a directory that exists"
             )
-        if Path(target).resolve() == Path(args.file).resolve():
+        if Path(target).resolve() in scored:
             parser.error(
                 f"argument {flag}: found {target}, which is the file to score; give another"
             )
@@ -133,6 +154,17 @@ def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         parser.error(
             f"argument --rows: found {args.rows}; expected 1 or more, and --html or --show"
         )
+
+
+def files_if_any(path: str) -> list[str]:
+    """List the data files that a path stands for, the path alone where there is none.
+
+    That is an error of the data, and shows after those of the model.
+    """
+    try:
+        return files_of([path])
+    except ValueError:
+        return [path]
 
 
 def score_program(argv: list[str]):
@@ -154,45 +186,118 @@ def score_program(argv: list[str]):
             f"argument --max_seq_len: found {max_seq_len}; "
             f"expected 2 to {config.n_positions}, the positions that the model has"
         )
+    rows = Rows(files_of([args.file]), row_reading(args))
     if args.html or args.show:
-        rows = pairs_page.scored_rows(model, tokenizer, args.file, args.rows or 100, max_seq_len)
+        shown = pairs_page.scored_rows(model, tokenizer, rows, args.rows or 100, max_seq_len)
         if args.html:
-            pairs_page.write(args.html, rows, args.file, args.checkpoint, max_seq_len)
+            pairs_page.write(args.html, shown, args.file, args.checkpoint, max_seq_len)
         if args.show:
             wants_colors = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-            pairs_page.show(rows, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
-        if not args.out:
-            return
-    comparisons = load_comparisons(args.file, min_responses=1)
-    settings = args.batch_size, args.layout, max_seq_len
-    # An earlier --out stays until there is a whole new one.
-    part = f"{args.out}.part"
-    with open(part, "w") if args.out else nullcontext(sys.stdout) as out:
-        margins = write_scores(out, comparisons, model, tokenizer, *settings)
-    if args.out:
-        os.replace(part, args.out)
-    if margins:
-        accuracy = sum(margin > 0 for margin in margins) / len(margins)
-        print(
-            f"{len(margins)} pairs: accuracy {accuracy:.4f}, "
-            f"mean margin {sum(margins) / len(margins):.4f}",
-            file=sys.stderr,
-        )
+            pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
+    counts = Counts()
+    if args.out or not (args.html or args.show):
+        settings = args.batch_size, args.layout, max_seq_len
+        # An earlier --out stays until there is a whole new one.
+        part = f"{args.out}.part"
+        with open(part, "w") if args.out else nullcontext(sys.stdout) as out:
+            counts = write_scores(out, rows, model, tokenizer, *settings)
+        if args.out:
+            os.replace(part, args.out)
+    for line in [*rows.notes(), *counts.summary(max_seq_len)]:
+        print(line, file=sys.stderr)
 
 
-def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> list:
-    """Write a line of JSON for every comparison. Returns the margins of all pairs."""
-    margins = []
+class Rows:
+    """The comparisons of files, and what a user should know of the rows that were read."""
+
+    def __init__(self, files: list[str], reading: Reading):
+        self.files, self.reading = files, reading
+        self.labels = {}  # a Counter of notes for each file that was read from
+        self.sizes = Counter()  # how many rows were read of each
+        self.is_whole = False  # whether all rows were read
+
+    def __iter__(self) -> Iterator[Comparison]:
+        self.labels, self.sizes, self.is_whole = {}, Counter(), False
+        for file in self.files:
+            self.labels[file] = Counter()
+            for comparison in load_comparisons(file, **asdict(self.reading), min_responses=1):
+                self.labels[file].update(comparison.notes)
+                self.sizes[file] += 1
+                yield comparison
+        self.is_whole = True
+
+    def notes(self) -> list[str]:
+        """List the lines that a user should read about the rows."""
+        lines = []
+        for file, labels in self.labels.items():
+            lines += note_lines(file, labels, self.sizes[file])
+        if self.is_whole:
+            lines += unused_lines(self.reading, self.labels.values())
+        return lines
+
+
+@dataclass
+class Counts:
+    """Pairs and rows of a scored file; responses whose tokens equal earlier ones make no pair."""
+
+    pairs: list[tuple] = field(default_factory=list)  # margin of scores, target, subset
+    identical: int = 0  # pairs of two equal responses
+    repeating: int = 0  # rankings in which a response stands twice
+    truncated: int = 0  # rows
+
+    def add(self, comparison: Comparison, sequences: list[list[int]], scores: list[float]):
+        """Count the pairs of a comparison."""
+        kept = first_of_each(sequences)
+        for i, j in itertools.combinations(kept, 2):
+            self.pairs.append((scores[i] - scores[j], comparison.target, comparison.subset))
+        if len(kept) < len(sequences) == 2:
+            self.identical += 1
+        elif len(kept) < len(sequences):
+            self.repeating += 1
+
+    def summary(self, max_seq_len: int) -> list[str]:
+        """List the lines that a user should read, none where there is nothing to say."""
+        parts = []
+        if self.pairs:
+            parts.append(score_summary(self.pairs))
+        if self.identical:
+            parts.append(f"{counted(self.identical, 'identical pair')} left out")
+        if self.repeating:
+            rankings = counted(self.repeating, "ranking")
+            parts.append(f"{rankings} with a response twice, which counts once")
+        if self.truncated:
+            parts.append(f"{counted(self.truncated, 'row')} truncated to {max_seq_len} tokens")
+        return ["; ".join(parts)] if parts else []
+
+
+def score_summary(pairs: list[tuple]) -> str:
+    """Say accuracy and mean margin of pairs. (A stub: TARGETS' metrics.score_summary.)"""
+    correct = []
+    for margin, target, _ in pairs:
+        if target != 0.5:
+            correct.append(margin > 0 if target > 0.5 else margin < 0)
+    mean = sum(margin for margin, _, _ in pairs) / len(pairs)
+    accuracy = f"accuracy {sum(correct) / len(correct):.4f}, " if correct else ""
+    return f"{counted(len(pairs), 'pair')}: {accuracy}mean margin {mean:.4f}"
+
+
+def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:
+    """Write a line of JSON for every comparison, with a score for every response as written."""
+    counts, rows = Counts(), iter(comparisons)
     with tqdm(unit=" rows", file=sys.stderr) as bar:
         # Batches are of similar lengths within a window of the file.
-        while window := list(itertools.islice(comparisons, 64 * batch_size)):
+        while window := list(itertools.islice(rows, 64 * batch_size)):
             groups = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
-            for scores in score(model, groups, batch_size, layout):
-                margins += [a - b for a, b in itertools.combinations(scores, 2)]
+            results = score(model, groups, batch_size, layout)
+            for comparison, sequences, scores in zip(window, groups, results):
+                counts.add(comparison, sequences, scores)
+                if max(map(len, sequences)) == max_seq_len:
+                    longer = tokenize(comparison, tokenizer, max_seq_len + 1)
+                    counts.truncated += longer != sequences
                 row = {"scores": scores} if len(scores) > 1 else {"score": scores[0]}
                 out.write(json.dumps(row) + "\n")
             bar.update(len(window))
-    return margins
+    return counts
 
 
 # --------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ ROWS = [
         "chosen": " The capital of France is Paris.",
         "rejected": " The capital of France is Rome. So much for that. Anyway.",
     },
-    {"prompt": HOSTILE, "chosen": HOSTILE + " a", "rejected": HOSTILE + HOSTILE},
+    {"prompt": HOSTILE, "chosen": "a " + HOSTILE, "rejected": "b " + HOSTILE + HOSTILE},
     {"prompt": "Same?", "chosen": " Same.", "rejected": " Same."},
     {"chosen": "🙂", "rejected": "🙃"},  # they diverge within a character
     {"chosen": "One is the start", "rejected": "One is the start of the other"},

@@ -109,6 +109,116 @@ def test_scores_of_comparisons_and_of_single_rows(trained, tmp_path, run_here):
     assert got == pytest.approx([s[0] for s in scores if len(s) == 2], abs=1e-5)
 
 
+def rows_file(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def scored(trained, tmp_path, monkeypatch, capsys):
+    """Score rows in this process: (the lines of scores, the lines on standard error)."""
+
+    def run(file, *flags):
+        out = tmp_path / "scored.jsonl"
+        arguments = [trained, file, "--out", out, *flags]
+        monkeypatch.setattr(sys, "argv", ["rm.py", *map(str, arguments)])
+        capsys.readouterr()
+        score.main()
+        said = capsys.readouterr().err.splitlines()
+        lines = [line for line in said if line and " rows [" not in line]  # the bar's have it
+        return [json.loads(line) for line in out.read_text().splitlines()], lines
+
+    return run
+
+
+def test_repeated_responses_have_scores_and_no_pairs(tmp_path, scored):
+    """A ranking counts as if it had the response once; identical pairs are counted apart."""
+    best, middle, worst = " Paris.", " Rome.", " No."
+    rows = [
+        {"prompt": "Where?", "responses": [best, best, worst]},
+        {"prompt": "Where?", "responses": [best, middle, best, worst, middle]},
+        {"prompt": "Where?", "responses": [worst, worst, worst]},
+        {"prompt": "Where?", "chosen": best, "rejected": best},
+        {"prompt": "Where?", "chosen": worst, "rejected": worst},
+        {"prompt": "Where?", "chosen": middle, "rejected": worst},
+    ]
+    found, said = scored(rows_file(tmp_path / "a.jsonl", *rows))
+    assert [len(row["scores"]) for row in found] == [3, 5, 3, 2, 2, 2]
+    assert found[0]["scores"][0] == pytest.approx(found[0]["scores"][1], abs=1e-6)
+    pairs = [(0, 0, 2), (1, 0, 1), (1, 0, 3), (1, 1, 3), (5, 0, 1)]  # row, better, worse
+    margins = [found[row]["scores"][i] - found[row]["scores"][j] for row, i, j in pairs]
+    assert said[-1].startswith(f"5 pairs: accuracy {np.mean([m > 0 for m in margins]):.4f}")
+    assert f"mean margin {np.mean(margins):.4f}; 2 identical pairs left out; 3 rankings" in said[-1]
+    only = rows_file(tmp_path / "b.jsonl", rows[3])
+    assert scored(only)[1] == ["1 identical pair left out"]
+
+
+@pytest.mark.parametrize("targets", [[1], [0.25], [0.5, 1], [0.5, 0.2, 0.9]])
+def test_accuracy_of_soft_labels(tmp_path, scored, targets):
+    """A target of 0.5 has no right side, a lower one is reversed; the pairs are counted."""
+    row = {"prompt": "Where?", "chosen": " Paris.", "rejected": " No."}
+    rows = [row | {"target": target} for target in targets]
+    found, said = scored(rows_file(tmp_path / "a.jsonl", *rows))
+    margin = found[0]["scores"][0] - found[0]["scores"][1]
+    right = [(margin > 0) == (target > 0.5) for target in targets if target != 0.5]
+    noun = "pair" if len(targets) == 1 else "pairs"
+    assert said[-1].startswith(f"{len(targets)} {noun}: accuracy {np.mean(right):.4f}")
+
+
+def test_rows_that_are_truncated_are_counted(tmp_path, scored):
+    rows = [
+        {"prompt": "Where?", "chosen": " Paris." * 20, "rejected": " No."},
+        {"prompt": "Where?", "chosen": " Paris.", "rejected": " No."},
+        {"prompt": "Where?" * 30, "chosen": " Paris.", "rejected": " No."},
+    ]
+    file = rows_file(tmp_path / "a.jsonl", *rows)
+    assert scored(file, "--max_seq_len", 20)[1][-1].endswith("; 2 rows truncated to 20 tokens")
+    assert "truncated" not in scored(rows_file(tmp_path / "b.jsonl", rows[1]))[1][-1]
+    singles = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    file = rows_file(tmp_path / "c.jsonl", *singles)
+    assert scored(file, "--max_seq_len", 20)[1] == ["2 rows truncated to 20 tokens"]
+
+
+def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here):
+    """Files of a directory, in order; what is not read is named for each, also for a page."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    ours = {"prompt": "Where?", "chosen": " Paris.", "rejected": " No."}
+    theirs = {"question": "Where?", "good": " Paris.", "bad": " No.", "label": "x", "kind": 1}
+    expected, _ = scored(rows_file(tmp_path / "ours.jsonl", ours))
+    rows_file(folder / "b.jsonl", theirs | {"more": 1})
+    rows_file(folder / "a.jsonl", theirs, theirs)
+    flags = ["--fields", "prompt=question", "chosen=good", "rejected=bad"]
+    flags += ["--ignore_fields", "kind", "other"]
+    for path in (folder, f"{folder}/*.jsonl"):
+        found, said = scored(path, *flags)
+        assert [row["scores"] for row in found] == [
+            pytest.approx(expected[0]["scores"], abs=1e-6)
+        ] * 3
+        assert said[:4] == [
+            f'{folder}/a.jsonl: field "label" is not read (2 rows)',
+            f'{folder}/b.jsonl: field "label" is not read (1 row)',
+            f'{folder}/b.jsonl: field "more" is not read (1 row)',
+            '--ignore_fields other: no row has a field "other"',
+        ]
+        assert said[4].startswith("3 pairs: ")
+    message, _ = run_here(trained, folder)
+    assert f"{folder}/a.jsonl:1: fields found: question, good, bad" in message
+    message, _ = run_here(trained, folder, "--fields", "chosen=good", "rejected=bad")
+    assert f"{folder}/a.jsonl:1: " in message and "--fields prompt=question " in message
+    message, _ = run_here(trained, folder, "--fields", "promt=question")
+    assert "argument --fields: found promt=question" in message
+    message, _ = run_here(trained, folder, *flags, "--out", folder / "a.jsonl")
+    assert "a.jsonl, which is the file to score" in message
+    page = tmp_path / "page.html"
+    done = run(trained, folder, *flags, "--html", page)
+    assert done.returncode == 0 and "All 3 rows" in page.read_text()
+    assert f'{folder}/b.jsonl: field "more" is not read (1 row)' in done.stderr
+    assert '--ignore_fields other: no row has a field "other"' in done.stderr
+    done = run(trained, folder, *flags, "--html", page, "--rows", 1)
+    assert "(1 row)" in done.stderr and "--ignore_fields" not in done.stderr  # it has not read all
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
 def test_batches_hold_every_comparison_once_and_are_full(batch_size):
     """No batch is too large but for a comparison that is, and the next one would not fit in."""

@@ -756,9 +756,8 @@ def test_tokens(case, tokenizer, tmp_path):
     """Read rows from a file, as training does. Sequences decode to their text, or a part of it."""
     (tmp_path / "row.jsonl").write_text(json.dumps(case["row"]) + "\n")
     (comparison,) = data.load_comparisons(tmp_path / "row.jsonl")
-    assert [comparison.prompt + response for response in comparison.responses] == case[
-        "texts"
-    ] and comparison.margin == case["margin"]
+    assert data.texts_of(comparison, tokenizer) == case["texts"]
+    assert comparison.margin == case["margin"]
     assert (
         data.tokenize(comparison, tokenizer, case["max_seq_len"], case["truncation_side"])
         == case["tokens"]
