@@ -43,7 +43,7 @@ from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
 from parts.rows import files_of
 from parts.run_directory import ANY, RunDirectory, stop_signals
-from parts.token_cache import cached, file_hash, hash_of, notes_on
+from parts.token_cache import cached, file_hash, file_notes, hash_of
 from parts.tokenizers import sample_texts
 from rm import GPT, LOSSES, GPTConfig, RewardModel
 
@@ -534,7 +534,7 @@ def load_data(args, tokenizer: data.Tokenizer, process: Process):
     how = *how, args.data_output_path, args.skip_bad_rows, row_reading(args)
     files = [data.tokenize_file(path, *how) for path in files_of(args.data_path)]
     eval_files = [data.tokenize_file(path, *how) for path in files_of(args.eval_path or ())]
-    for line in notes_on([*files, *eval_files], row_reading(args)):
+    for line in file_notes([*files, *eval_files], row_reading(args)):
         process.print(line)
     split = partial(data.split_indices, data_split=args.data_split, stage=1, seed=args.seed)
     selected = data.rows_of(files, split)

@@ -248,12 +248,11 @@ def test_notes_subsets_and_counts_are_stored_with_the_tokens(tmp_path, monkeypat
     [
         ((2, 0, 0), "2 comparisons"),
         ((1, 0, 0), "1 comparison"),
-        ((2, 1, 0), "2 comparisons; 1 dropped, because their sequences are identical"),
+        ((2, 1, 0), "2 comparisons; 1 dropped for identical sequences"),
         ((1500, 0, 7), "1,500 comparisons; 7 truncated to --max_seq_len 20"),
         (
             (3, 4, 1),
-            "3 comparisons; 4 dropped, because their sequences are identical; 1 truncated to "
-            "--max_seq_len 20",
+            "3 comparisons; 4 dropped for identical sequences; 1 truncated to --max_seq_len 20",
         ),
     ],
 )
@@ -273,10 +272,10 @@ def test_notes_on_files_say_which_flags_name_no_field(tmp_path):
         files.append(data.tokenize_file(*how))
     unused = '--ignore_fields lable: no row has a field "lable"'
     unread = f'{tmp_path}/b.jsonl: field "x" is not read (1 row)'
-    assert token_cache.notes_on(files, reading) == [unread, unused]
-    assert token_cache.notes_on([*files, files[1]], reading) == [unread, unused]  # twice the same
+    assert token_cache.file_notes(files, reading) == [unread, unused]
+    assert token_cache.file_notes([*files, files[1]], reading) == [unread, unused]  # twice the same
     kind = '--fields subset=kind: no row has a field "kind"'
-    assert token_cache.notes_on(files[:1], reading) == [unused, kind]
+    assert token_cache.file_notes(files[:1], reading) == [unused, kind]
 
 
 def test_a_file_is_hashed_once_and_again_if_it_changes(tmp_path, monkeypatch):

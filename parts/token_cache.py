@@ -125,7 +125,7 @@ class TokenizedFile:
         return lines
 
 
-def notes_on(files: list[TokenizedFile], reading: Reading) -> list[str]:
+def file_notes(files: list[TokenizedFile], reading: Reading) -> list[str]:
     """List the lines that a user should read about files, and about flags that name no field."""
     lines = []
     for file in {file.path: file for file in files}.values():
@@ -156,7 +156,7 @@ class TokenizedData:
         """Say how many comparisons there are, how many were dropped, how many truncated."""
         text = counted(len(self), "comparison")
         if self.dropped:
-            text += f"; {self.dropped:,} dropped, because their sequences are identical"
+            text += f"; {self.dropped:,} dropped for identical sequences"
         if self.truncated:
             text += f"; {self.truncated:,} truncated to --max_seq_len {max_seq_len}"
         return text
@@ -186,7 +186,8 @@ def rows_of(files: list[TokenizedFile], pick: Callable[[int], np.ndarray]) -> np
 
 def select(files: list[TokenizedFile], selected: np.ndarray) -> TokenizedData:
     """Select rows by `selected`, (n, 2) int64: the index of a file, and of a row in it."""
-    kept, truncated = np.zeros((2, len(selected)), dtype=bool)
+    kept = np.zeros(len(selected), dtype=bool)
+    truncated = np.zeros(len(selected), dtype=bool)
     for number, file in enumerate(files):
         is_from_file = selected[:, 0] == number
         rows = file.rows[selected[is_from_file, 1]]
