@@ -45,6 +45,7 @@ def pair_loss(
     margin: float | torch.Tensor = 0.0,
     loss: str = "divergent",
     center_rewards_coefficient: float = 0.0,
+    target: float = 1.0,
 ) -> torch.Tensor:
     """The loss of one pair: mean over t of -log sigmoid(r_chosen[t] - r_rejected[t]).
 
@@ -60,6 +61,8 @@ def pair_loss(
     loss: "end" compares the two `ends` alone, in place of the region (Ouyang et al. 2022, TRL).
     center_rewards_coefficient: a weight; the squared sum of the two `ends`, times it, is added
         (Eisenstein et al. 2023, TRL). It keeps rewards near 0: differences leave their level open.
+    target: the probability p, 0 to 1, that the chosen text is preferred; with d for the difference
+        a term is -(p log sigmoid(d) + (1 - p) log sigmoid(-d)) (Christiano et al. 2017, 2.2.3).
     Raises ValueError for an unknown `loss`, and where `ends` are needed and not given.
     """
     if loss not in LOSSES:
@@ -71,7 +74,11 @@ def pair_loss(
         )
     if loss == "end":
         chosen_rewards, rejected_rewards = ends
-    term = -F.logsigmoid(chosen_rewards - rejected_rewards - margin).mean()
+    difference = chosen_rewards - rejected_rewards - margin
+    log_likelihood = F.logsigmoid(difference)
+    if target != 1:
+        log_likelihood = target * log_likelihood + (1 - target) * F.logsigmoid(-difference)
+    term = -log_likelihood.mean()
     if center_rewards_coefficient:
         term = term + center_rewards_coefficient * sum(ends) ** 2
     return term
@@ -85,6 +92,7 @@ def pairwise_loss(
     attention_mask: torch.Tensor | None = None,
     loss: str = "divergent",
     margins: Sequence[float] | None = None,
+    targets: Sequence[float] | None = None,
     center_rewards_coefficient: float = 0.0,
 ) -> dict[str, torch.Tensor]:
     """The loss of a batch of pairs, pair by pair (DeepSpeed-Chat, step 2, `RewardModel.forward`).
@@ -95,7 +103,8 @@ def pairwise_loss(
     num_padding_at_beginning: number of leading `pad_id` that belong to a text and do not end it
         (OPT: 1, since its bos is DeepSpeed-Chat's pad).
     attention_mask: (2B, L), 1 on text. It decides where texts end; without it, the pad id does.
-    loss, margins (B,), center_rewards_coefficient: variants of the pair's term, see `pair_loss`.
+    loss, margins (B,), targets (B,), center_rewards_coefficient: variants of the pair's term, see
+        `pair_loss`. A pair with a margin other than 0 needs target 1.
 
     Returns `loss`, a scalar: the mean over pairs of the mean over the divergent region;
     `chosen_mean_scores` and `rejected_mean_scores`, (B,): the rewards at the last tokens ("mean" is
@@ -113,6 +122,7 @@ def pairwise_loss(
     rows = ids.tolist()
     B = len(rows) // 2
     margins = guards.check_margins(margins, B)
+    targets = guards.check_targets(targets, margins)
     objective = loss, center_rewards_coefficient
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
@@ -129,8 +139,9 @@ def pairwise_loss(
             start, stop = len(rows[chosen]) - 1, len(rows[chosen])
         region = slice(start, stop)
         scores = rewards[chosen, ends[chosen] - 1], rewards[rejected, ends[rejected] - 1]
+        variant = margins[chosen], *objective, targets[chosen]
         term = pair_loss(  # 5. mean over the region
-            rewards[chosen, region], rewards[rejected, region], scores, margins[chosen], *objective
+            rewards[chosen, region], rewards[rejected, region], scores, *variant
         )
         losses.append(term)
         chosen_scores.append(scores[0])
@@ -228,20 +239,22 @@ class RewardModel(nn.Module):
         input_ids: torch.Tensor | PackedBatch,
         attention_mask: torch.Tensor | None = None,
         margins: Sequence[float] | None = None,
+        targets: Sequence[float] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Compute loss and end scores of a batch of pairs, with the rules of `pairwise_loss`.
 
-        input_ids: a `PackedBatch`, which has margins of its own, goes on to `forward_packed`. It
-            comes through `forward` because the hooks of DistributedDataParallel run here alone.
+        input_ids: a `PackedBatch`, which has margins and targets of its own, goes on to
+            `forward_packed`. It comes through `forward` because the hooks of
+            DistributedDataParallel run here alone.
         attention_mask: (2B, L), tells which tokens are attended to and where texts end; without it,
             both follow from the pad id.
-        margins: (B,).
+        margins, targets: (B,).
         """
         if isinstance(input_ids, PackedBatch):
-            if attention_mask is not None or margins is not None:
+            if attention_mask is not None or margins is not None or targets is not None:
                 raise ValueError(
-                    "attention_mask or margins: found beside a packed batch, which has lengths of "
-                    "its own; give margins to `RewardModel.pack`"
+                    "attention_mask, margins or targets: found beside a packed batch, which has "
+                    "lengths of its own; give margins and targets to `RewardModel.pack`"
                 )
             return self.forward_packed(input_ids)
         vocab_size = self.backbone.config.vocab_size
@@ -260,6 +273,7 @@ class RewardModel(nn.Module):
             attention_mask,
             self.loss,
             margins,
+            targets,
             self.center_rewards_coefficient,
         )
 
@@ -273,9 +287,9 @@ class RewardModel(nn.Module):
             return 1
         return None
 
-    def pack(self, token_groups: list, margins: Sequence[float] | None = None) -> PackedBatch:
+    def pack(self, token_groups: list, margins=None, targets=None) -> PackedBatch:
         """Pack comparisons as `data.pack` does, with as much padding as this model's loss reads."""
-        return pack(token_groups, self.pad_id, margins, longest_tail=self.longest_tail)
+        return pack(token_groups, self.pad_id, margins, targets, longest_tail=self.longest_tail)
 
     def forward_packed(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Compute loss and end scores of a packed batch: the numbers of `forward`.
@@ -283,14 +297,16 @@ class RewardModel(nn.Module):
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs
         (i, j), i < j; the loss of the batch is the mean over its comparisons (Ouyang et al. 2022,
         eq. 1 and section 3.5). The scores are those of the pairs, in their order.
-        Raises ValueError for a batch that was packed for scores alone.
+        Raises ValueError for a batch that was packed for scores alone, and for margins and targets
+        that `guards.check_targets` refuses.
         """
         guards.check_packed(batch, self.longest_tail)
         margins = guards.check_margins(batch.margins, len(batch.token_groups))
+        targets = guards.check_targets(batch.targets, margins, batch.token_groups)
         objective = self.loss, self.center_rewards_coefficient
         losses, chosen_scores, rejected_scores = [], [], []
-        for group, trunk, rewards, margin in zip(
-            batch.token_groups, batch.trunks, self.packed_rewards(batch), margins
+        for group, trunk, rewards, margin, target in zip(
+            batch.token_groups, batch.trunks, self.packed_rewards(batch), margins, targets
         ):
             terms = []
             for i, j in itertools.combinations(range(len(group)), 2):
@@ -299,7 +315,7 @@ class RewardModel(nn.Module):
                 region = slice(start - trunk, stop - trunk)  # rewards begin behind the trunk
                 better, worse = rewards[i], rewards[j]
                 scores = better[len(group[i]) - 1 - trunk], worse[len(group[j]) - 1 - trunk]
-                term = pair_loss(better[region], worse[region], scores, margin, *objective)
+                term = pair_loss(better[region], worse[region], scores, margin, *objective, target)
                 terms.append(term)
                 chosen_scores.append(scores[0])
                 rejected_scores.append(scores[1])

@@ -365,16 +365,24 @@ def test_rewards_at_padding_count_in_both_paths(path):
 
 
 @pytest.mark.parametrize("path", ["packed", "padded"])
-def test_bad_batch_is_refused_in_both_paths(path, monkeypatch):
-    """The wrong loss "nothing refused" gives a number for a margin that is none."""
+@pytest.mark.parametrize(
+    "margin, target, words",
+    [
+        (math.nan, 1.0, "margins: found nan for pair 0"),
+        (0.0, math.nan, "targets: found nan for pair 0"),
+    ],
+)
+def test_bad_batch_is_refused_in_both_paths(margin, target, words, path, monkeypatch):
+    """The wrong loss "nothing refused" gives a number for a margin or a target that is none."""
     model = rm.RewardModel(GivenRewards(BOTH[0], torch.tensor(BOTH[0].rewards)), BOTH[0].pad_id)
     rows = torch.tensor(BOTH[0].input_ids)
-    inputs = (rows, None, [math.nan])
+    inputs = (rows, None, [margin], [target])
     if path == "packed":
-        inputs = (model.pack([rows.tolist()], [math.nan]),)
-    with pytest.raises(ValueError, match="margins: found nan for pair 0"):
+        inputs = (model.pack([rows.tolist()], [margin], [target]),)
+    with pytest.raises(ValueError, match=words):
         model(*inputs)
     monkeypatch.setattr(rm.guards, "check_margins", lambda margins, count: margins)
+    monkeypatch.setattr(rm.guards, "check_targets", lambda targets, *_: targets)
     assert model(*inputs)["loss"].isnan()
 
 
@@ -625,18 +633,164 @@ def test_no_margin_and_no_centering_change_no_bit():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_target_of_1_changes_no_bit_and_computes_nothing_more(dtype, monkeypatch):
+    """Neither beside a margin nor beside pairs of other targets."""
+    calls, logsigmoid = [], torch.nn.functional.logsigmoid
+    monkeypatch.setattr(
+        torch.nn.functional, "logsigmoid", lambda x: calls.append(x.shape) or logsigmoid(x)
+    )
+    for seed in range(20):
+        rows = [1, 2, 3, 0, 0], [7, 2, 4, 5, 6], [1, 2, 4, 5, 6], [8, 2, 3, 0, 0]
+        ids, rewards = batch(*rows, seed=seed)
+        rewards = rewards.detach().to(dtype).requires_grad_()
+        difference = rewards[:2] - rewards[2:] - torch.tensor([[0.3], [0.0]], dtype=dtype)
+        terms = [-logsigmoid(difference[0, 2:5]).mean(), -logsigmoid(difference[1]).mean()]
+        expected = torch.stack(terms).mean()
+        calls.clear()
+        given = pairwise_loss(ids, rewards, 0, margins=[0.3, 0.0], targets=[1, 1.0])["loss"]
+        assert calls == [(3,), (5,)]
+        without = pairwise_loss(ids, rewards, 0, margins=[0.3, 0.0])["loss"]
+        assert given == without == expected
+        gradients = [torch.autograd.grad(x, rewards)[0] for x in (given, without, expected)]
+        assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+        mixed = pairwise_loss(ids, rewards, 0, margins=[0.3, 0.0], targets=[1.0, 0.25])["loss"]
+        assert torch.equal(torch.autograd.grad(mixed, rewards)[0][0], gradients[0][0])
+
+
+@pytest.mark.parametrize("loss", ["divergent", "end"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float64, 1e-14)])
+def test_target_gives_the_cross_entropy_of_torch_at_every_position(dtype, tolerance, loss):
+    """With gradients; probabilities that no binary fraction holds among them."""
+    targets = [0.7, 0.0, 1.0, 0.5, 1 / 3]
+    chosen = [[1, 2, 3, 4, 5], [1, 6, 0, 0, 0], [2, 3, 4, 0, 0], [9, 0, 0, 0, 0], [1, 1, 1, 1, 2]]
+    rejected = [[1, 2, 7, 0, 0], [1, 2, 3, 4, 5], [2, 3, 5, 0, 0], [8, 8, 0, 0, 0], [1, 1, 1, 1, 3]]
+    regions, ends = (
+        [(2, 5), (1, 5), (2, 3), (0, 2), (4, 5)],
+        [(4, 2), (1, 4), (2, 2), (0, 1), (4, 4)],
+    )
+    for seed in range(10):
+        ids, rewards = batch(*chosen, *rejected, seed=seed)
+        rewards = (5 * rewards.detach()).to(dtype).requires_grad_()
+        terms = []
+        for i, (p, (start, stop)) in enumerate(zip(targets, regions)):
+            logits = rewards[i, start:stop] - rewards[5 + i, start:stop]
+            if loss == "end":
+                logits = rewards[i, ends[i][0]] - rewards[5 + i, ends[i][1]]
+            label = torch.full_like(logits, p)
+            terms.append(torch.nn.functional.binary_cross_entropy_with_logits(logits, label))
+        expected = torch.stack(terms).mean()
+        found = pairwise_loss(ids, rewards, 0, loss=loss, targets=targets)["loss"]
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+        ours, theirs = (torch.autograd.grad(x, rewards)[0] for x in (found, expected))
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def soft_bradley_terry(rewards, chosen, rejected, positions, p):
+    """The mean over positions of the cross-entropy of p and the model's probability, by hand."""
+    total = 0.0
+    for t in positions:
+        q = 1 / (1 + math.exp(rewards[rejected, t].item() - rewards[chosen, t].item()))
+        total -= p * math.log(q) + (1 - p) * math.log(1 - q)
+    return total / len(positions)
+
+
+def test_targets_by_brute_force():
+    """Random texts, targets of every kind, a margin beside some targets of 1; in plain Python."""
+    rng = random.Random(1)
+    for seed in range(200):
+        B, L = rng.randint(1, 4), rng.randint(2, 9)
+        texts = [[rng.choices(range(1, 4), k=rng.randint(1, L)) for _ in "ab"] for _ in range(B)]
+        rows = [pair[0] for pair in texts] + [pair[1] for pair in texts]
+        ids, rewards = batch(*[row + [0] * (L - len(row)) for row in rows], seed=seed)
+        targets = [rng.choice([0.0, 0.5, 1.0, rng.random()]) for _ in range(B)]
+        margins = [rng.choice([0.0, 1.5]) if p == 1 else 0.0 for p in targets]
+        expected = 0.0
+        for i, (chosen, rejected) in enumerate(texts):
+            region = [L - 1]
+            if chosen != rejected:
+                start = next(t for t in range(L) if chosen[: t + 1] != rejected[: t + 1])
+                region = range(start, max(len(chosen), len(rejected)))
+            shifted = rewards.detach().clone()
+            shifted[i] -= margins[i]
+            expected += soft_bradley_terry(shifted, i, B + i, region, targets[i]) / B
+        out = pairwise_loss(ids, rewards, 0, targets=targets, margins=margins)
+        assert out["loss"].item() == pytest.approx(expected, abs=1e-12)
+        plain = pairwise_loss(ids, rewards, 0)
+        for name in ("chosen_mean_scores", "rejected_mean_scores"):
+            assert torch.equal(out[name], plain[name])  # targets move the loss alone
+
+
+@pytest.mark.parametrize("loss", ["divergent", "end"])
+def test_gradient_with_targets_is_the_finite_difference(loss):
+    ids, rewards = batch([1, 2, 3, 0, 0], [1, 1, 1, 1, 2], [1, 2, 4, 5, 0], [1, 3, 0, 0, 0])
+    options = {"loss": loss, "targets": [0.3, 0.0], "center_rewards_coefficient": 0.1}
+    assert torch.autograd.gradcheck(
+        lambda r: pairwise_loss(ids, r, 0, **options)["loss"], rewards, eps=1e-6, atol=1e-8
+    )
+
+
+def test_target_of_0_is_the_reversed_pair_and_p_is_1_minus_p_of_it():
+    ids, rewards = batch([1, 2, 3, 0], [7, 2, 0, 0], [1, 2, 4, 5], [7, 3, 4, 5])
+    swapped_ids, swapped_rewards = ids[[2, 3, 0, 1]], rewards[[2, 3, 0, 1]]
+    for p in (0.0, 0.25, 0.5):
+        found = pairwise_loss(ids, rewards, 0, targets=[p, p])["loss"]
+        reversed_ = pairwise_loss(swapped_ids, swapped_rewards, 0, targets=[1 - p, 1 - p])["loss"]
+        assert found.item() == pytest.approx(reversed_.item(), abs=1e-15)
+    found = pairwise_loss(ids, rewards, 0, targets=[0.0, 0.0])["loss"]
+    assert found == pairwise_loss(swapped_ids, swapped_rewards, 0)["loss"]
+
+
+def test_gradient_of_a_target_is_the_probability_less_the_target():
+    """It vanishes where the model's probability is the target: 0.8 at a difference of log 4."""
+    ids = torch.tensor([[1, 2], [1, 3]])
+    for p, difference in ((0.8, math.log(4)), (0.5, 0.0), (0.8, 0.0), (0.1, 2.0)):
+        rewards = torch.tensor([[0.0, difference], [0.0, 0.0]], dtype=torch.float64)
+        rewards.requires_grad_()
+        pairwise_loss(ids, rewards, 0, targets=[p])["loss"].backward()
+        slope = 1 / (1 + math.exp(-difference)) - p
+        assert rewards.grad[:, 1].tolist() == pytest.approx([slope, -slope], abs=1e-15)
+
+
+@pytest.mark.parametrize("difference, loss", [(1000.0, 750.0), (-1000.0, 250.0)])
+def test_large_differences_stay_finite_with_a_target(difference, loss):
+    """log(1 - sigmoid(x)) as written is -inf at x = 1000."""
+    ids = torch.tensor([[1, 2], [1, 3]])
+    rewards = torch.tensor([[0.0, difference], [0.0, 0.0]], requires_grad=True)
+    found = pairwise_loss(ids, rewards, 0, targets=[0.25])["loss"]
+    found.backward()
+    assert found.item() == loss
+    slope = 0.75 if difference > 0 else -0.25
+    assert rewards.grad.tolist() == [[0.0, slope], [0.0, -slope]]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
-        ({"margins": [1.0, 2.0]}, ["margins", "found 2 numbers", "each of 1"]),
-        ({"margins": [math.nan]}, ["margins", "nan for pair 0"]),
+        ({"margins": [1.0]}, ["margins", "found 1 numbers", "each of 2"]),
+        ({"margins": [0.0, math.nan]}, ["margins", "nan for pair 1"]),
+        ({"targets": [1.0]}, ["targets", "found 1 numbers", "from 0 to 1 for each of 2"]),
+        ({"targets": [1.0, 0.5, 1.0]}, ["targets", "found 3 numbers", "from 0 to 1 for each of 2"]),
+        ({"targets": [1.0, math.nan]}, ["targets", "nan for pair 1", "from 0 to 1"]),
+        ({"targets": [1.0, math.inf]}, ["targets", "inf for pair 1", "from 0 to 1"]),
+        ({"targets": [1.0, -0.25]}, ["targets", "-0.25 for pair 1", "from 0 to 1"]),
+        ({"targets": [1.0, 1.25]}, ["targets", "1.25 for pair 1", "from 0 to 1"]),
+        (
+            {"targets": [1.0, 0.75], "margins": [0.5, 0.5]},
+            ["targets", "0.75 for pair 1", "margin 0.5", "needs target 1"],
+        ),
+        (
+            {"targets": [1.0, 0.0], "margins": [0.5, -2.0]},
+            ["targets", "0.0 for pair 1", "margin -2.0", "needs target 1"],
+        ),
     ],
-    ids=["loss", "number", "nan"],
+    ids=str,
 )
 def test_bad_variants_are_refused(options, words):
     with pytest.raises(ValueError) as error:
-        pairwise_loss(*batch([1, 2], [1, 3]), 0, **options)
+        pairwise_loss(*batch([1, 2], [4, 5], [1, 3], [4, 6]), 0, **options)
     assert all(word in str(error.value) for word in words), error.value
 
 

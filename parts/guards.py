@@ -105,6 +105,40 @@ def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
     return margins
 
 
+def check_targets(
+    targets: Sequence[float] | None, margins: list[float], token_groups: list | None = None
+) -> list[float]:
+    """Return the target of every pair, or packed comparison: 1 where none are given.
+
+    margins: from `check_margins`. token_groups: the texts of packed comparisons, (B,).
+    Raises ValueError for a wrong number of targets, or one that names the pair: its target is no
+    number from 0 to 1, or another one than 1 beside a margin or in a ranking of more than two.
+    """
+    count = len(margins)
+    if targets is None:
+        return [1.0] * count
+    targets = torch.as_tensor(targets, dtype=torch.float64).flatten().tolist()
+    expected = f"expected a number from 0 to 1 for each of {count}"
+    if len(targets) != count:
+        raise ValueError(f"targets: found {len(targets)} numbers; {expected}")
+    for i, (target, margin) in enumerate(zip(targets, margins)):
+        if not 0 <= target <= 1:  # NaN is not
+            raise ValueError(f"targets: found {target} for pair {i}; {expected}")
+        if target == 1:
+            continue
+        if margin != 0:
+            raise ValueError(
+                f"targets: found {target} for pair {i}, which has the margin {margin}; a margin "
+                "needs target 1, and another target needs margin 0"
+            )
+        if token_groups is not None and len(token_groups[i]) > 2:
+            raise ValueError(
+                f"targets: found {target} for comparison {i}, a ranking of "
+                f"{len(token_groups[i])}; a target is of two responses, and a ranking has target 1"
+            )
+    return targets
+
+
 def check_packed(batch: PackedBatch, longest_tail: int | None):
     """Raise ValueError for a batch without the padding, or without the pairs, that a loss reads."""
     is_enough = batch.longest_tail is None

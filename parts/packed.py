@@ -68,6 +68,7 @@ class PackedBatch:
     pad_id: int
     longest_tail: int | None  # tails are cut to this length; None: they are whole
     margins: Sequence[float] | None = None  # one for each comparison; None: 0
+    targets: Sequence[float] | None = None  # one for each comparison; None: 1
 
     @property
     def num_tokens(self) -> int:
@@ -119,13 +120,14 @@ def pack(
     token_groups: list[list[list[int]]],
     pad_id: int,
     margins: Sequence[float] | None = None,
+    targets: Sequence[float] | None = None,
     min_responses: int = 2,
     longest_tail: int | None = None,
 ) -> PackedBatch:
     """Pack comparisons, each a list of token lists, best first.
 
     token_groups: a list's length is where its text ends; it may contain `pad_id`.
-    margins: one for each comparison, for the loss.
+    margins, targets: one for each comparison, for the loss, which checks them.
     min_responses: 1 allows single texts, to be scored.
     longest_tail: cut tails to this length; None: keep them whole. `RewardModel.pack` knows the
         length that its loss needs.
@@ -163,6 +165,7 @@ def pack(
         pad_id=pad_id,
         longest_tail=longest_tail,
         margins=margins,
+        targets=targets,
     )
 
 

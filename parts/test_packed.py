@@ -223,20 +223,21 @@ def test_loss_scores_and_gradients_equal_those_of_the_padded_layout(
 @pytest.mark.parametrize("loss", ["divergent", "end"])
 @pytest.mark.parametrize("model_type", ["gpt2", "opt"])
 def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
-    """Use margins and centering, on pairs and rankings; the ends alone need no padding."""
+    """Use margins, targets, centering, on pairs and rankings; the ends alone need no padding."""
     model = lively(model_type).double()
     model.loss, model.center_rewards_coefficient = loss, 0.1
-    groups = random_groups(1, sizes=(2, 2, 4))
-    margins = [0.5, -1.0, 0.0]
-    batch = data.pack(groups, model.pad_id, longest_tail=model.longest_tail, margins=margins)
+    groups = random_groups(1, sizes=(2, 2, 2, 4, 2))
+    margins, targets = [0.5, -1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 0.3, 1.0, 0.0]
+    batch = model.pack(groups, margins, targets)
     assert batch.num_tokens == sum(packed_size(group, model.longest_tail) for group in groups)
     if loss == "end":
         assert not any(batch.tails)
     expected = []
-    for group, margin in zip(groups, margins):
+    for group, margin, target in zip(groups, margins, targets):
         pairs = list(itertools.combinations(group, 2))
         input_ids, mask = data.pad_rows([a for a, _ in pairs] + [b for _, b in pairs], model.pad_id)
-        expected.append(model(input_ids, mask, [margin] * len(pairs))["loss"])
+        variants = [margin] * len(pairs), [target] * len(pairs)
+        expected.append(model(input_ids, mask, *variants)["loss"])
     results = [
         [loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)]
         for loss in (model(batch)["loss"], torch.stack(expected).mean())
@@ -250,11 +251,11 @@ def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
     assert model(data.pack(groups, model.pad_id))["loss"] != results[0][0]
 
 
-def test_packed_batch_allows_no_mask_or_margins_beside_it_and_no_unknown_loss():
+def test_packed_batch_allows_no_mask_margins_or_targets_beside_it_and_no_unknown_loss():
     model = lively("gpt2")
     batch = data.pack([[[1, 2], [1, 3]]], model.pad_id)
-    for beside in ({"margins": [1.0]}, {"attention_mask": torch.ones(2, 2)}):
-        with pytest.raises(ValueError, match="give margins to `RewardModel.pack`"):
+    for beside in ({"margins": [1.0]}, {"targets": [1.0]}, {"attention_mask": torch.ones(2, 2)}):
+        with pytest.raises(ValueError, match="give margins and targets to `RewardModel.pack`"):
             model(batch, **beside)
     words = "margins: found 2 numbers; expected a finite number for each of 1"
     with pytest.raises(ValueError, match=words):
@@ -262,6 +263,24 @@ def test_packed_batch_allows_no_mask_or_margins_beside_it_and_no_unknown_loss():
     model.loss = "End"
     with pytest.raises(ValueError, match="loss: found 'End'; expected divergent or end"):
         model(batch)
+
+
+@pytest.mark.parametrize(
+    "targets, margins, words",
+    [
+        ([1.0], None, "targets: found 1 numbers; expected a number from 0 to 1 for each of 2"),
+        ([2.0, 1.0], None, "targets: found 2.0 for pair 0; expected a number from 0 to 1"),
+        ([0.9, 1.0], [0.5, 0.0], "targets: found 0.9 for pair 0, which has the margin 0.5"),
+        ([1.0, 0.5], None, "targets: found 0.5 for comparison 1, a ranking of 3"),
+    ],
+)
+def test_targets_that_a_packed_batch_cannot_have(targets, margins, words):
+    model = lively("gpt2")
+    groups = [[[1, 2], [1, 3]], [[4, 5], [4, 6], [4, 7]]]
+    with pytest.raises(ValueError, match=words):
+        model(model.pack(groups, margins, targets))
+    allowed = model(model.pack(groups, [0.0, 0.0], [0.5, 1.0]))["loss"]
+    assert allowed != model(model.pack(groups))["loss"]
 
 
 @pytest.mark.parametrize(

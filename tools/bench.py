@@ -248,9 +248,9 @@ class Ours:
         comparisons = [data.Tokenized(group) for group in groups]
         inputs, tokens = train.collate(comparisons, self.model, self.layout, self.device)
         if self.pad_to:
-            ids, mask, margins = inputs
+            ids, mask, *rest = inputs
             missing = (0, self.pad_to - ids.shape[1])
-            inputs = (F.pad(ids, missing), F.pad(mask, missing), margins)
+            inputs = (F.pad(ids, missing), F.pad(mask, missing), *rest)
             tokens = inputs[0].numel()
         return inputs, tokens
 
