@@ -11,7 +11,7 @@ import math
 import operator
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,6 +128,7 @@ class Case:
     attention_mask: list[list[int]] | None
     loss: float
     grad_rewards: list[list[float]]  # (N, L)
+    options: dict = field(default_factory=dict)  # keywords of `pairwise_loss`
 
 
 def known_cases():
@@ -138,7 +139,7 @@ def known_cases():
     """
     vectors = json.loads((Path(__file__).parent / "vectors" / "loss.json").read_text())["cases"]
     for case in CASES + vectors:
-        if case.get("options") or case.get("error") or case["pad_id"] < 0:
+        if case.get("error") or case["pad_id"] < 0:
             continue
         rows, mask = case["input_ids"], case.get("attention_mask")
         if mask:
@@ -163,6 +164,7 @@ def known_cases():
             mask,
             case["loss"],
             case["grad_rewards"],
+            case.get("options", {}),
         )
 
 
@@ -223,18 +225,20 @@ def loss_and_gradient(case: Case, path: str, reads_padding=True):
     rewards = leaf
     if not reads_padding:
         rewards = leaf * (torch.arange(leaf.shape[1]) < torch.tensor(case.ends)[:, None])
+    objective = dict(case.options)
+    variants = objective.pop("margins", None), objective.pop("targets", None)
     backbone = GivenRewards(case, rewards)
-    model = rm.RewardModel(backbone, case.pad_id, case.num_padding_at_beginning).double()
-    torch.nn.init.ones_(model.v_head.weight)
+    model = rm.RewardModel(backbone, case.pad_id, case.num_padding_at_beginning, **objective)
+    torch.nn.init.ones_(model.double().v_head.weight)
     if path == "packed":
         texts = [row[:end] for row, end in zip(case.input_ids, case.ends)]
         groups = [[texts[row] for row in group] for group in case.groups]
-        loss = model(model.pack(groups))["loss"]
+        loss = model(model.pack(groups, *variants))["loss"]
     else:
         rows, mask = pair_rows(case), None
         if case.attention_mask:
             mask = torch.tensor(case.attention_mask)[rows]
-        loss = model(torch.tensor(case.input_ids)[rows], mask)["loss"]
+        loss = model(torch.tensor(case.input_ids)[rows], mask, *variants)["loss"]
     loss.backward()
     return loss.item(), leaf.grad
 
@@ -294,6 +298,58 @@ def without_gradient(chosen_rewards, rejected_rewards, *rest):
     return pair_loss(chosen_rewards.detach(), rejected_rewards.detach(), *rest)
 
 
+def of_target(term):
+    """Make a `pair_loss` of a term that gets the differences of the rewards, and the target."""
+
+    def wrong(chosen_rewards, rejected_rewards, ends, margin, loss, coefficient, target):
+        if loss == "end":
+            chosen_rewards, rejected_rewards = ends
+        return term(chosen_rewards - rejected_rewards - margin, target).mean()
+
+    return wrong
+
+
+def cross_entropy(x, p):
+    return -(p * logsigmoid(x) + (1 - p) * logsigmoid(-x))
+
+
+logsigmoid = torch.nn.functional.logsigmoid
+TARGETS = [
+    "targets: at every token",
+    "targets: chosen is a prefix of rejected",
+    "targets: mask, pad ids inside",
+]
+# Wrong terms of a pair that has a target, and cases that must tell each of them apart
+WRONG_TARGETS = {
+    "the target ignored": (
+        lambda x, p: -logsigmoid(x),
+        [*TARGETS, "targets: of the ends", "targets: of one pair alone"],
+    ),
+    "the target reversed": (
+        lambda x, p: cross_entropy(x, 1 - p),
+        [*TARGETS, "targets: of the ends", "targets: of one pair alone"],
+    ),
+    "the target rounded": (lambda x, p: cross_entropy(x, round(p)), TARGETS),
+    "the target as a weight": (lambda x, p: -p * logsigmoid(x), TARGETS),
+    "the target on the mean difference": (
+        lambda x, p: cross_entropy(x if p == 1 else x.mean(), p),
+        ["targets: at every token", "targets: one half"],
+    ),
+    "the target's second term subtracted": (
+        lambda x, p: -(p * logsigmoid(x) - (1 - p) * logsigmoid(-x)),
+        TARGETS,
+    ),
+    "the target's second term not reversed": (
+        lambda x, p: -(p * logsigmoid(x) + (1 - p) * logsigmoid(x)),
+        TARGETS,
+    ),
+    "the target halfway to 1": (lambda x, p: cross_entropy(x, (1 + p) / 2), TARGETS),
+    "log of 1 - sigmoid as written": (
+        lambda x, p: -(p * logsigmoid(x) + (1 - p) * torch.log(1 - torch.sigmoid(x))),
+        ["targets: large differences"],
+    ),
+}
+
 pair_loss = rm.pair_loss
 # Every wrong loss of tools/test_vectors.py by its name there, and cases that must tell it apart.
 WRONG_LOSSES = {
@@ -325,6 +381,9 @@ WRONG_LOSSES = {
     ),
     "leading pads unknown": ("divergent_region", up_to_the_pad_id, ["leading pad of the text"]),
     "no gradient": ("pair_loss", without_gradient, ["no padding", "ranking"]),
+}
+WRONG_LOSSES |= {
+    name: ("pair_loss", of_target(term), cases) for name, (term, cases) in WRONG_TARGETS.items()
 }
 
 

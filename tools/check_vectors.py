@@ -9,9 +9,9 @@ imports `function` from `module`, as seen from the current directory, and calls 
 with what `rm.pairwise_loss` takes: (2B, L) int64; (2B, L) float64 or float32, which wants a
 gradient; int; int; (2B, L) int64 or None. It returns the loss, a tensor of PyTorch, or a dictionary
 with `loss`, `chosen_mean_scores` and `rejected_mean_scores`. Cases of other objectives also pass
-keywords (`loss`, `margins`, `center_rewards_coefficient`); a function that does not take these is
-not called, and the case counts as not taken. For a batch that breaks a rule the function must raise
-an exception, of any kind.
+keywords (`loss`, `margins`, `targets`, `center_rewards_coefficient`); a function that does not take
+these is not called, and the case counts as not taken. For a batch that breaks a rule the function
+must raise an exception, of any kind.
 
 Prints a line for every case: the largest differences of loss, end scores and d loss / d rewards,
 and ok or WRONG. Exit status 0 where no case is WRONG. `python -m tools.check_vectors
@@ -45,8 +45,8 @@ def arguments(case: dict) -> tuple[tuple, dict]:
     mask, options = case["attention_mask"], dict(case["options"])
     if mask is not None:
         mask = torch.tensor(mask)
-    if "margins" in options:
-        options["margins"] = torch.tensor(options["margins"], dtype=rewards.dtype)
+    for name in options.keys() & {"margins", "targets"}:
+        options[name] = torch.tensor(options[name], dtype=rewards.dtype)
     return (
         torch.tensor(case["input_ids"], dtype=getattr(torch, case["input_ids_dtype"])),
         rewards.requires_grad_(rewards.is_floating_point()),

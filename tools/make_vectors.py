@@ -284,10 +284,13 @@ def attends(groups, batch: data.PackedBatch) -> list[str]:
 
 def packed_case(case: dict, model: RewardModel) -> dict:
     groups, options = case["token_groups"], case.get("options", {})
-    batch = data.pack(
-        groups, model.pad_id, longest_tail=case.get("longest_tail"), margins=options.get("margins")
-    )
-    objective = {name: value for name, value in options.items() if name != "margins"}
+    margins, targets = options.get("margins"), options.get("targets")
+    longest_tail = case.get("longest_tail")
+    batch = data.pack(groups, model.pad_id, margins, targets, longest_tail=longest_tail)
+    objective = {}
+    for name, value in options.items():
+        if name not in ("margins", "targets"):
+            objective[name] = value
     with mock.patch.multiple(model, **({"loss": model.loss} | objective)):
         out = model(batch)
     return {

@@ -63,6 +63,10 @@ def models() -> dict[str, RewardModel]:
 # loss.json
 
 
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(x) / (1 + math.exp(x))
+
+
 def by_definition(case: dict) -> dict:
     """Compute loss, scores and d loss / d rewards of a case in plain Python, by position.
 
@@ -100,14 +104,13 @@ def by_definition(case: dict) -> dict:
             region = [ends]
         for a, b in region:
             x = rewards[i][a] - rewards[j][b] - options.get("margins", [0.0] * pairs)[i]
-            loss += (math.log1p(math.exp(-abs(x))) + max(-x, 0.0)) / len(region) / pairs
-            slope = (
-                -(1 / (1 + math.exp(x)) if x < 0 else math.exp(-x) / (1 + math.exp(-x)))
-                / len(region)
-                / pairs
-            )
-            gradient[i][a] += slope
-            gradient[j][b] -= slope
+            p = options.get("targets", [1.0] * pairs)[i]
+            for share, sign in ((p, 1), (1 - p, -1)):
+                share /= len(region) * pairs
+                loss += share * (math.log1p(math.exp(-abs(x))) + max(-sign * x, 0.0))
+                slope = -sign * share * sigmoid(-sign * x)
+                gradient[i][a] += slope
+                gradient[j][b] -= slope
         c, total = options.get("center_rewards_coefficient", 0.0), sum(scores[-1])
         loss += c * total**2 / pairs
         gradient[i][ends[0]] += 2 * c * total / pairs
@@ -159,6 +162,16 @@ def with_pair_loss(wrong):
             return pairwise_loss(
                 input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask
             )
+
+    return function
+
+
+def with_target(term):
+    """Make our loss with another term of a pair, which gets the differences and the target."""
+
+    def function(ids, rewards, pad_id, leading=0, mask=None, loss="divergent", targets=None):
+        with mock.patch.object(rm, "pair_loss", test_loss.of_target(term)):
+            return pairwise_loss(ids, rewards, pad_id, leading, mask, loss, targets=targets)
 
     return function
 
@@ -253,6 +266,9 @@ WRONG = {  # a wrong loss, and cases that must tell it apart
         {"no padding"},
     ),
 }
+WRONG |= {
+    name: (with_target(term), set(cases)) for name, (term, cases) in test_loss.WRONG_TARGETS.items()
+}
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -263,6 +279,19 @@ def test_wrong_losses_are_told_apart(name):
     print(f"{name}: {len(wrong)} of {len(rows)}")
     assert cases <= wrong
     assert rows["all three"]["verdict"] == "not taken" or name == "no gradient"
+
+
+def test_a_loss_without_targets_is_not_called_with_them():
+    """As without margins: those cases are counted as not taken, and none of them as wrong."""
+
+    def function(ids, rewards, pad_id, leading, mask, loss="divergent", margins=None):
+        return pairwise_loss(ids, rewards, pad_id, leading, mask, loss, margins)
+
+    rows = verdicts(function)
+    for case in CASES:
+        taken = not case["options"].keys() - {"loss", "margins"}
+        assert rows[case["name"]]["verdict"] == ("ok" if taken else "not taken")
+    assert rows["targets: at every token"]["note"] == "targets"
 
 
 def test_every_wrong_loss_is_put_through_the_packed_path_too():
@@ -693,15 +722,17 @@ def test_packed(case, models):
     assert not [*parts]
     # The numbers are the padded layout's, a comparison at a time.
     model, outs = models[case["model"]], []
-    margins = case["options"].get("margins", [0.0] * len(case["token_groups"]))
-    options = {key: value for key, value in case["options"].items() if key != "margins"}
+    options = dict(case["options"])
+    margins = options.pop("margins", [0.0] * len(case["token_groups"]))
+    targets = options.pop("targets", [1.0] * len(case["token_groups"]))
     with mock.patch.multiple(model, **({"loss": model.loss} | options)):
-        for group, margin in zip(case["token_groups"], margins):
+        for group, margin, target in zip(case["token_groups"], margins, targets):
             chosen, rejected = zip(*itertools.combinations(group, 2))
             outs.append(
                 model(
                     *data.pad_rows([*chosen, *rejected], model.pad_id),
                     margins=[margin] * len(chosen),
+                    targets=[target] * len(chosen),
                 )
             )
     scores = {key: torch.cat([out[key] for out in outs]) for key in check_vectors.SCORES}
