@@ -84,20 +84,51 @@ def test_stream_of_built_in_data_resumes_after_the_steps_done():
 
 
 def test_collate_puts_chosen_rows_before_rejected_rows():
-    comparisons = [data.Tokenized([[1, 2], [3]], margin=0.5), data.Tokenized([[4], [5, 6, 7], [8]])]
-    model = tiny_model(n_positions=4)
-    (ids, mask, margins), tokens = train.collate(comparisons, model, "padded", torch.device("cpu"))
-    chosen = [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7]]
-    rejected = [[3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0]]
+    comparisons = [
+        data.Tokenized([[1, 2], [3]], margin=0.5),
+        data.Tokenized([[4], [5, 6, 7], [8]]),
+        data.Tokenized([[1], [2]], target=0.25),
+    ]
+    model, cpu = tiny_model(n_positions=4), torch.device("cpu")
+    (ids, mask, margins, targets), tokens = train.collate(comparisons, model, "padded", cpu)
+    chosen = [[1, 2, 0], [4, 0, 0], [4, 0, 0], [5, 6, 7], [1, 0, 0]]
+    rejected = [[3, 0, 0], [5, 6, 7], [8, 0, 0], [8, 0, 0], [2, 0, 0]]
     assert ids.tolist() == chosen + rejected
     assert mask.tolist() == (ids != 0).long().tolist()
-    assert tokens == 24
-    assert list(margins) == [0.5, 0.0, 0.0, 0.0]
-    (batch,), tokens = train.collate(comparisons, model, "packed", torch.device("cpu"))
-    assert batch.num_tokens == tokens == 13
-    assert list(batch.margins) == [0.5, 0.0]
+    assert tokens == 30
+    assert list(margins) == [0.5, 0.0, 0.0, 0.0, 0.0]
+    assert list(targets) == [1.0, 1.0, 1.0, 1.0, 0.25]
+    (batch,), tokens = train.collate(comparisons, model, "packed", cpu)
+    assert batch.num_tokens == tokens == 15
+    assert list(batch.margins) == [0.5, 0.0, 0.0]
+    assert list(batch.targets) == [1.0, 1.0, 0.25]
     model.backbone.config.position_offset = 2  # as in OPT, where a tail is computed once
-    assert train.collate(comparisons, model, "packed", torch.device("cpu"))[1] == 11
+    assert train.collate(comparisons, model, "packed", cpu)[1] == 13
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_target_of_a_comparison_is_in_its_loss(layout):
+    """In `loss_alone`, which names rows of a loss that is not finite; by hand from the scores."""
+    torch.manual_seed(0)
+    model = tiny_model(n_positions=4)
+    torch.nn.init.normal_(model.v_head.weight, std=3)
+    loss_of = lambda *tokenized: train.loss_alone(
+        model, layout, "fp32", torch.device("cpu"), list(tokenized)
+    )
+    # They differ in the last token alone, so the loss is that of the scores.
+    texts = [[1, 2, 3], [1, 2, 4]]
+    out = model(torch.tensor(texts), torch.ones(2, 3))
+    difference = (out["chosen_mean_scores"] - out["rejected_mean_scores"]).item()
+    assert 0.1 < abs(difference) < 10
+    q = 1 / (1 + math.exp(-difference))
+    losses = [-p * math.log(q) - (1 - p) * math.log(1 - q) for p in (0.0, 0.3, 0.5)]
+    tokenized = [data.Tokenized(texts, target=p) for p in (0.0, 0.3, 0.5)]
+    assert [loss_of(one) for one in tokenized] == pytest.approx(losses, abs=1e-5)
+    assert loss_of(*tokenized) == pytest.approx(np.mean(losses), abs=1e-5)
+    with pytest.raises(ValueError, match="targets: found nan for pair 1; expected a number from 0"):
+        loss_of(tokenized[0], data.Tokenized(texts, target=math.nan))
+    with pytest.raises(ValueError, match="targets: found 0.5 for comparison 1, a ranking of 3"):
+        loss_of(tokenized[0], data.Tokenized([*texts, [1, 2, 5]], target=0.5))
 
 
 def test_weight_decay_is_on_matrices_only():

@@ -234,21 +234,24 @@ def collate(
     """Return the arguments to call the model with, and the number of tokens it computes on.
 
     Packed: a PackedBatch. Padded: ids and mask, (2B, L) int64, the chosen rows of all pairs, then
-    the rejected; the margins of the pairs.
+    the rejected; the margins and the targets of the pairs.
     """
     if layout == "packed":
         groups = [comparison.sequences for comparison in comparisons]
         margins = [comparison.margin for comparison in comparisons]
-        batch = model.pack(groups, margins)
+        targets = [comparison.target for comparison in comparisons]
+        batch = model.pack(groups, margins, targets)
         return (batch.to(device),), batch.num_tokens
-    chosen, rejected, margins = [], [], []
-    for comparison in comparisons:
+    chosen, rejected, margins, targets = [], [], [], []
+    for number, comparison in enumerate(comparisons):
+        guards.check_ranking(number, len(comparison.sequences), comparison.target)
         for better, worse in itertools.combinations(comparison.sequences, 2):
             chosen.append(better)
             rejected.append(worse)
             margins.append(comparison.margin)
+            targets.append(comparison.target)
     input_ids, mask = data.pad_rows(chosen + rejected, model.pad_id)
-    return (input_ids.to(device), mask.to(device), margins), input_ids.numel()
+    return (input_ids.to(device), mask.to(device), margins, targets), input_ids.numel()
 
 
 def autocast(dtype: str, device: torch.device) -> torch.autocast:

@@ -131,12 +131,18 @@ def check_targets(
                 f"targets: found {target} for pair {i}, which has the margin {margin}; a margin "
                 "needs target 1, and another target needs margin 0"
             )
-        if token_groups is not None and len(token_groups[i]) > 2:
-            raise ValueError(
-                f"targets: found {target} for comparison {i}, a ranking of "
-                f"{len(token_groups[i])}; a target is of two responses, and a ranking has target 1"
-            )
+        if token_groups is not None:
+            check_ranking(i, len(token_groups[i]), target)
     return targets
+
+
+def check_ranking(number: int, responses: int, target: float):
+    """Raise ValueError that names the comparison: a ranking of more than two with a target."""
+    if responses > 2 and target != 1:
+        raise ValueError(
+            f"targets: found {target} for comparison {number}, a ranking of {responses}; a target "
+            "is of two responses, and a ranking has target 1"
+        )
 
 
 def check_packed(batch: PackedBatch, longest_tail: int | None):

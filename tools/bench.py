@@ -307,7 +307,7 @@ class TransformersOPT(Ours):
         super().__init__(model, "padded", **how)
 
     def run(self, inputs):
-        ids, mask, _ = inputs
+        ids, mask, *_ = inputs
         hidden = self.model.backbone(ids, attention_mask=mask).last_hidden_state
         with torch.autocast(self.device.type, enabled=False):
             rewards = self.model.v_head(hidden.float()).squeeze(-1)
