@@ -261,8 +261,8 @@ def test_metrics_of_a_run(built_in_run):
     assert [event["step"] for event in events["eval"]] == [0, 2, 3]
     names = "event step loss lr grad_norm pairs tokens seconds"
     assert set(events["step"][0]) == set(names.split())
-    names = "event step loss accuracy chosen_score rejected_score margin ece pairs dropped"
-    names += " bayes_accuracy probability_error"
+    names = "event step loss accuracy chosen_score rejected_score margin ece pairs ties dropped"
+    names += " truncated bayes_accuracy probability_error"
     assert set(events["eval"][0]) == set(names.split())
     for event in events["step"]:
         assert event["pairs"] == 32
@@ -450,9 +450,15 @@ def test_twenty_steps_packed_or_padded_are_the_same_in_float64(model_type, files
 def test_variants_of_the_loss_train_the_same_in_both_layouts_and_with_two_processes(
     loss, small, tmp_path, monkeypatch
 ):
-    """Pairs of several margins, in small micro-batches; the first evaluation's loss by hand."""
+    """Pairs of several margins, targets and subsets, in small micro-batches.
+
+    The first evaluation by hand: its loss, and what follows from the outcomes.
+    """
     file = write_rows(tmp_path / "rows.jsonl", 24)
-    rows = [row | {"margin": i % 3} for i, row in enumerate(read_rows(file))]
+    rows = read_rows(file)
+    for i, row in enumerate(rows):
+        row |= [{"margin": 1.5}, {}, {"target": [0.0, 0.3, 0.5, 0.75][i % 4]}][i % 3]
+        row |= [{"subset": "b"}, {}, {"subset": "a"}, {}, {"subset": "b"}][i % 5]
     file.write_text("\n".join(json.dumps(row) for row in rows))
     arguments = [
         *[*small, "--data_path", file, "--eval_path", file],
@@ -466,26 +472,74 @@ def test_variants_of_the_loss_train_the_same_in_both_layouts_and_with_two_proces
     for name in ("padded", "two"):
         for one, event in zip(packed, metrics_of(tmp_path / name), strict=True):
             assert event["loss"] == pytest.approx(one["loss"], abs=1e-4)
+            if event["event"] == "eval":
+                for key in ("accuracy", "pairs", "ties", "dropped", "truncated", "by"):
+                    assert event[key] == one[key], key
+                assert event["ece"] == pytest.approx(one["ece"], abs=1e-4)
     tokenizer = data.load_tokenizer(tmp_path / "packed")
     args = parsed(monkeypatch, *arguments)
     torch.manual_seed(1234)
     model = train.new_model(args, tokenizer)
-    losses = []
-    for comparison, row in zip(data.load_comparisons(file), rows, strict=True):
+    losses, outcomes = [], {"a": [], "b": [], "all": []}
+    for row in rows:
+        comparison = data.Comparison(row["prompt"], [row["chosen"], row["rejected"]])
         tokens = data.tokenize(comparison, tokenizer, 64)
         ids, mask = data.pad_rows(tokens, tokenizer.pad_id)
+        target = row.get("target", 1.0)
         out = rm.pairwise_loss(
             ids,
             model.token_rewards(ids, mask),
             tokenizer.pad_id,
             attention_mask=mask,
             loss=loss,
-            margins=[row["margin"]],
+            margins=[row.get("margin", 0.0)],
+            targets=[target],
             center_rewards_coefficient=0.2,
         )
         losses.append(out["loss"].item())
+        margin = (out["chosen_mean_scores"] - out["rejected_mean_scores"]).item()
+        is_right = margin > 0 if target > 0.5 else margin < 0
+        for name in ("all", row.get("subset")):
+            if name is not None:
+                outcomes[name].append(None if target == 0.5 else is_right)
     assert packed[0]["event"] == "eval"
     assert packed[0]["loss"] == pytest.approx(np.mean(losses), abs=1e-5)
+    expected = {}
+    for name, found in outcomes.items():
+        decided = [is_right for is_right in found if is_right is not None]
+        assert 0 < len(decided) and (name != "all" or len(decided) == len(found) - 2)
+        expected[name] = {"accuracy": pytest.approx(np.mean(decided)), "pairs": len(found)}
+    assert packed[0] == packed[0] | expected.pop("all")
+    assert packed[0]["by"] == expected
+
+
+def test_evaluation_without_a_preferred_response(tmp_path):
+    """Accuracy is null where every target is 0.5, in the whole set or in a subset."""
+    training = write_rows(tmp_path / "train.jsonl", 8)
+    rows = [row | {"target": 0.5, "subset": "x"} for row in read_rows(training)]
+    held_out = tmp_path / "eval.jsonl"
+    held_out.write_text("\n".join(json.dumps(row) for row in rows))
+    arguments = [*TINY, "--max_steps 2 --vocab_size 400 --save_interval 0"]
+    arguments += ["--data_path", training, "--eval_path", held_out]
+    said = forked_ok(tmp_path / "out", *arguments)
+    for event in events_of(tmp_path / "out")["eval"]:
+        assert (event["accuracy"], event["ece"], event["pairs"]) == (None, None, 8)
+        assert event["by"] == {"x": {"accuracy": None, "pairs": 8}}
+    assert re.search(r"step 0: loss [0-9.]+, accuracy none, .* truncated 0\n", said)
+    assert "  x: none before, none after (8 pairs)" in said
+    assert "accuracy on 8 eval pairs, 8 of target 0.5 left out: none before, none after" in said
+    assert "none: every target is 0.5" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_truncated_comparisons_are_counted(files, tmp_path):
+    """All texts are longer than 12 tokens; at 64 none is truncated."""
+    arguments = [*TINY, "--max_steps 1 --vocab_size 400 --save_interval 0"]
+    arguments += ["--data_path", files[0], "--eval_path", files[1]]
+    for length, truncated in ((12, 21), (64, 0)):
+        said = forked_ok(tmp_path / f"{length}", *arguments, f"--max_seq_len {length}")
+        for event in events_of(tmp_path / f"{length}")["eval"]:
+            assert (event["truncated"], event["pairs"]) == (truncated, 23)
+        assert f", truncated {truncated}\n" in said
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])

@@ -276,7 +276,7 @@ def loss_alone(
 def finish(
     model: RewardModel,
     tokenizer: data.Tokenizer,
-    scores: dict[str, list[float]],
+    scores: dict[str, list],
     skipped: int,
     args,
     run: RunDirectory,
@@ -300,13 +300,13 @@ def finish(
     with run.writing():
         model.save_pretrained(run.path, tokenizer=tokenizer)
         flags = list(vars(args).items())  # to be shown
-        pairs = scores["chosen"], scores["rejected"], scores["true_margin"]
+        pairs = scores["chosen"], scores["rejected"], scores["true_margin"], scores["target"]
         report.run_page(page, events, flags, *pairs)
     if failure:
         raise failure
     if skipped:
         print(f"{skipped} steps were skipped, as their gradients were too large for fp16")
-    print(metrics.outcome(events, scores["scores"], scores["rewards"]))
+    print(metrics.outcome(events, scores))
     print(f"model: {run.path}   metrics: {run.path}/metrics.jsonl   page: {page}")
     print(f"score with it: python rm.py {run.path} FILE.jsonl")
 
@@ -341,11 +341,10 @@ def evaluate(
     process: Process,
     step: int,
     run: RunDirectory | None = None,
-) -> dict[str, list[float]]:
+) -> dict[str, list]:
     """Evaluate on a data set, each comparison counted once, on all ranks together; log and print.
 
-    Returns the numbers that the metrics are made of: `chosen`, `rejected` (end scores) and
-    `true_margin` of every pair; `scores` and `rewards` of every response. True numbers are empty
+    Returns the lists that the metrics are made of, see `metrics.LISTS`. True numbers are empty
     where they are not known. run: logs the metrics; None does not, and prints nothing.
     """
     n = len(dataset)
@@ -354,7 +353,7 @@ def evaluate(
     at_once = 64 * args.per_device_eval_batch_size * process.world_size
     budget = 2 * args.per_device_eval_batch_size * args.max_seq_len
     loss = 0.0
-    numbers = {"chosen": [], "rejected": [], "true_margin": [], "scores": [], "rewards": []}
+    numbers = {name: [] for name in metrics.LISTS}
     model.eval()
     for start in process.bar(range(0, n, at_once), desc=f"eval at step {step}", leave=False):
         batch = [dataset[i] for i in range(start, min(start + at_once, n))]
@@ -372,11 +371,9 @@ def evaluate(
     loss, *lists = process.join(loss, *numbers.values())
     numbers = dict(zip(numbers, lists))
     if run:
-        pairs = numbers["chosen"], numbers["rejected"], numbers["true_margin"]
-        found = metrics.summarize(loss / n, *pairs, dataset.dropped)
+        found = metrics.summarize(loss / n, numbers, dataset.dropped, dataset.truncated)
         run.log(event="eval", step=step, **found)
-        listed = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-        process.print(f"step {step}: {listed}")
+        process.print(f"step {step}: {metrics.in_a_line(found)}")
     return numbers
 
 

@@ -1,18 +1,27 @@
-"""Metrics of end scores: accuracy, calibration, correlation; TensorBoard's copy of them.
+"""Metrics of end scores: accuracy, calibration, correlation; how they are said and shown.
 
 It runs no model: train.py's `evaluate` computes the scores and hands them in.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from parts.guards import counted, visible
+
+# The lists that an evaluation collects. Of every pair: the end scores, the target, the subset (or
+# None), and the difference of the true rewards where these are known. Of every response: the end
+# score, and the true reward where it is known.
+LISTS = ("chosen", "rejected", "target", "subset", "true_margin", "scores", "rewards")
+SUBSETS_LISTED = 20  # in a terminal
+
 
 def collect(
-    numbers: dict[str, list[float]], comparisons: list, chosen: list[float], rejected: list[float]
+    numbers: dict[str, list], comparisons: list, chosen: list[float], rejected: list[float]
 ):
-    """Append the end scores and true rewards of comparisons to the lists of `train.evaluate`.
+    """Append what an evaluation needs to know of comparisons to the lists of LISTS.
 
     chosen, rejected: (P,), the end scores of all pairs (i, j), i < j, comparison after comparison.
     """
@@ -21,42 +30,87 @@ def collect(
     pair = 0
     for comparison in comparisons:
         count = len(comparison.sequences)
+        pairs = count * (count - 1) // 2
+        numbers["target"] += [comparison.target] * pairs
+        numbers["subset"] += [comparison.subset] * pairs
         # The first pairs of a comparison are its first response with each other response.
         numbers["scores"] += [chosen[pair], *rejected[pair : pair + count - 1]]
-        pair += count * (count - 1) // 2
+        pair += pairs
         rewards = comparison.rewards or []
         numbers["rewards"] += rewards
         numbers["true_margin"] += [a - b for a, b in itertools.combinations(rewards, 2)]
 
 
-def summarize(
-    loss: float, chosen: list[float], rejected: list[float], true_margin: list[float], dropped: int
-) -> dict[str, float]:
+def summarize(loss: float, numbers: dict[str, list], dropped: int, truncated: int) -> dict:
     """Compute the metrics of an evaluation, under their names in metrics.jsonl.
 
-    loss: the mean loss. chosen, rejected: (P,), the end scores of every pair. true_margin: (P,),
-    the differences of their true rewards; empty where these are not known. dropped: how many
-    comparisons of the eval set have been dropped.
+    loss: the mean loss. numbers: the lists of LISTS. dropped, truncated: how many comparisons of
+    the eval set have been dropped, and how many have lost tokens to --max_seq_len.
+    `accuracy` and `ece` are None where every target is 0.5.
     """
-    chosen, rejected, true_margin = (
-        torch.tensor(values, dtype=torch.float64) for values in (chosen, rejected, true_margin)
+    chosen, rejected, target, true_margin = (
+        torch.tensor(numbers[name], dtype=torch.float64)
+        for name in ("chosen", "rejected", "target", "true_margin")
     )
     margin = chosen - rejected
     metrics = {
         "loss": loss,
-        "accuracy": (margin > 0).double().mean().item(),
+        "accuracy": accuracy(margin, target),
         "chosen_score": chosen.mean().item(),
         "rejected_score": rejected.mean().item(),
         "margin": margin.mean().item(),
-        "ece": calibration_error(margin),
+        "ece": calibration_error(decided(margin, target)),
         "pairs": len(margin),
+        "ties": (margin == 0).double().mean().item(),
         "dropped": dropped,
+        "truncated": truncated,
     }
     if len(true_margin):
         error = torch.sigmoid(margin) - torch.sigmoid(true_margin)
-        metrics["bayes_accuracy"] = (true_margin > 0).double().mean().item()
+        metrics["bayes_accuracy"] = accuracy(true_margin, target)
         metrics["probability_error"] = error.abs().mean().item()
+    by = by_subset(margin, target, numbers["subset"])
+    if by:
+        metrics["by"] = by
     return metrics
+
+
+def decided(margin: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Select the pairs of which one response is preferred, and turn them that way round.
+
+    margin: (P,), first minus second score. target: (P,), the probability that the first response is
+    preferred; pairs of 0.5 are left out, pairs below it reversed. Returns (D,): the score of the
+    preferred response minus that of the other.
+    """
+    preferred = torch.where(target < 0.5, -margin, margin)
+    return preferred[target != 0.5]
+
+
+def accuracy(margin: torch.Tensor, target: torch.Tensor) -> float | None:
+    """Compute the share of decided pairs whose preferred response has the higher score.
+
+    margin, target: (P,), as in `decided`. A tie counts as wrong. None where no pair is decided.
+    """
+    margin = decided(margin, target)
+    if len(margin) == 0:
+        return None
+    return (margin > 0).double().mean().item()
+
+
+def by_subset(margin: torch.Tensor, target: torch.Tensor, subset: Sequence[str | None]) -> dict:
+    """Compute {subset: {"accuracy", "pairs"}}, in the order of names; pairs without one are not in.
+
+    margin, target: (P,), as in `decided`. subset: (P,). `pairs` counts those of target 0.5, too.
+    """
+    places = {}
+    for place, name in enumerate(subset):
+        if name is not None:
+            places.setdefault(name, []).append(place)
+    by = {}
+    for name in sorted(places):
+        own = places[name]
+        by[name] = {"accuracy": accuracy(margin[own], target[own]), "pairs": len(own)}
+    return by
 
 
 def confidence_bins(margin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,12 +124,14 @@ def confidence_bins(margin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return confidence, torch.bucketize(confidence, borders, right=True)
 
 
-def calibration_error(margin: torch.Tensor) -> float:
+def calibration_error(margin: torch.Tensor) -> float | None:
     """Compute the expected calibration error (Naeini et al. 2015) of sigmoid(margin).
 
     margin: (N,), chosen minus rejected end score; its sigmoid is the model's probability that the
-    chosen response is better.
+    chosen response is better. None without a pair.
     """
+    if len(margin) == 0:
+        return None
     confidence, bins = confidence_bins(margin)
     excess = (margin > 0).double() - confidence.double()
     gaps = torch.zeros(10, dtype=torch.float64).index_add_(0, bins, excess)
@@ -91,26 +147,87 @@ def spearman(a: list[float], b: list[float]) -> float:
     return float(np.corrcoef(ranks)[0, 1])
 
 
-def outcome(events: list[dict], scores: list[float], rewards: list[float]) -> str:
-    """Say what training changed, in a line or two.
+# --------------------------------------------------------------------------------------------------
+# In words
 
-    events: of metrics.jsonl. scores, rewards: (R,), the last end scores of the eval responses, and
-    their true rewards; empty where these are not known.
+
+def in_words(number: float | None) -> str:
+    return "none" if number is None else f"{number:.4f}"
+
+
+def in_a_line(metrics: dict) -> str:
+    """List the metrics of an evaluation by name, without those by subset."""
+    listed = []
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            listed.append(f"{name} {value:.4g}")
+        elif name != "by":
+            listed.append(f"{name} {'none' if value is None else value}")
+    return ", ".join(listed)
+
+
+def pairs_in_words(targets: Sequence[float], noun: str = "pair") -> str:
+    """Count pairs for a user; accuracy leaves those of target 0.5 out, so they are named."""
+    text = counted(len(targets), noun)
+    halves = targets.count(0.5)
+    if halves:
+        text += f", {halves} of target 0.5 left out"
+    return text
+
+
+def subset_lines(by: dict[str, dict], before: dict[str, dict] | None = None) -> list[str]:
+    """Write accuracy by subset, a line each; beyond SUBSETS_LISTED they are counted.
+
+    by: from `by_subset`. before: the same before training, to be shown beside it.
+    """
+    if not by:
+        return []
+    lines = ["accuracy by subset:"]
+    for name, found in list(by.items())[:SUBSETS_LISTED]:
+        text = in_words(found["accuracy"])
+        if before is not None:
+            earlier = before.get(name, {}).get("accuracy")
+            text = f"{in_words(earlier)} before, {text} after"
+        lines.append(f"  {visible(name)}: {text} ({counted(found['pairs'], 'pair')})")
+    if len(by) > SUBSETS_LISTED:
+        lines.append(f"  and {counted(len(by) - SUBSETS_LISTED, 'more subset')}")
+    return lines
+
+
+def score_summary(pairs: list[tuple[float, float, str | None]]) -> str:
+    """Say how the scores of pairs compare with their preferences, in lines (python rm.py).
+
+    pairs: first minus second score, target, and subset of each pair; at least one.
+    """
+    margins, targets, subsets = zip(*pairs)
+    margin, target = (torch.tensor(x, dtype=torch.float64) for x in (margins, targets))
+    text = f"{pairs_in_words(targets)}: accuracy {in_words(accuracy(margin, target))}"
+    text += f", mean margin {margin.mean():.4f}"
+    return "\n".join([text, *subset_lines(by_subset(margin, target, subsets))])
+
+
+def outcome(events: list[dict], numbers: dict[str, list]) -> str:
+    """Say what training changed, in some lines.
+
+    events: of metrics.jsonl. numbers: the lists of LISTS, of the last evaluation.
     """
     evaluations = [event for event in events if event["event"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
-    text = (
-        f"accuracy on {after['pairs']} eval pairs: {before['accuracy']:.4f} before, "
-        f"{after['accuracy']:.4f} after training"
-    )
-    if "bayes_accuracy" in after:
-        text += f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}"
+    lines = []
+    scores, rewards = numbers["scores"], numbers["rewards"]
     if rewards:
-        text = (
+        lines.append(
             f"Spearman's correlation of {len(scores)} eval responses' scores with their true "
-            f"rewards: {spearman(scores, rewards):.4f}\n{text}"
+            f"rewards: {spearman(scores, rewards):.4f}"
         )
-    return text
+    lines += subset_lines(after.get("by", {}), before.get("by"))
+    text = (
+        f"accuracy on {pairs_in_words(numbers['target'], 'eval pair')}: "
+        f"{in_words(before['accuracy'])} before, {in_words(after['accuracy'])} after training"
+    )
+    if after.get("bayes_accuracy") is not None:
+        text += f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}"
+    return "\n".join([*lines, text])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -141,10 +258,16 @@ class Writer:
             raise unwritable(directory, error) from None
 
     def write(self, event: dict):
-        """Write the numbers of a line of metrics.jsonl, at its step; null is skipped."""
+        """Write the numbers of a line of metrics.jsonl, at its step; null is skipped.
+
+        Accuracy by subset becomes eval/accuracy/SUBSET.
+        """
+        numbers = {name: event[name] for name in event.keys() - {"event", "step", "by"}}
+        for subset, found in event.get("by", {}).items():
+            numbers[f"accuracy/{subset}"] = found["accuracy"]
         try:
-            for name, value in event.items():
-                if name not in ("event", "step") and value is not None:
+            for name, value in numbers.items():
+                if value is not None:
                     self.writer.add_scalar(f"{event['event']}/{name}", value, event["step"])
             self.writer.flush()
         except OSError as error:

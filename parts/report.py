@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from parts.guards import visible
-from parts.metrics import confidence_bins
+from parts.metrics import confidence_bins, decided
 
 # Hues that the common kinds of colour blindness keep apart, (light, dark), in the order of the
 # series; the last one is grey.
@@ -497,7 +497,9 @@ def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
     return chart([perfect, points], title, "true", "learned", x_range=(0, 1), y_range=(0, 1))
 
 
-def run_charts(steps: list[dict], evals: list[dict], chosen, rejected, true_margins) -> list[str]:
+def run_charts(
+    steps: list[dict], evals: list[dict], chosen, rejected, true_margins, targets
+) -> list[str]:
     """Draw the charts of a run from the arguments of `run_page`, with events by kind."""
     at = [event["step"] for event in steps]
     losses = [event["loss"] for event in steps]
@@ -521,15 +523,18 @@ def run_charts(steps: list[dict], evals: list[dict], chosen, rejected, true_marg
         best = [(evals[-1]["bayes_accuracy"], "best possible (Bayes-optimal)")]
     margins = torch.tensor(chosen, dtype=torch.float64)
     margins -= torch.tensor(rejected, dtype=torch.float64)
+    preferred = margins
+    if targets:
+        preferred = decided(margins, torch.tensor(targets, dtype=torch.float64))
     scores, zero = {"chosen": chosen, "rejected": rejected}, [(0, "right from here on")]
     charts = [
         chart(curves + of_evals("loss", "evaluation"), "Loss", "step"),
         chart(of_evals("accuracy"), "Accuracy in evaluation", "step", hlines=best),
         histogram(scores, "End scores", "reward at the last token"),
         histogram(
-            {"margin": margins.tolist()}, "Margins", "end score of chosen minus rejected", zero
+            {"margin": preferred.tolist()}, "Margins", "end score of chosen minus rejected", zero
         ),
-        reliability(margins),
+        reliability(preferred),
     ]
     if true_margins:
         true_margins = torch.tensor(true_margins, dtype=torch.float64)
@@ -544,6 +549,28 @@ def number(value: float | None) -> str:
     return f"{value:.4f}" if finite(value) else "not finite"
 
 
+def metric(event: dict, name: str) -> str:
+    """Write a number of an evaluation; nothing where an older version did not compute it."""
+    if name not in event:
+        return ""
+    is_undecided = event.get("accuracy", 0) is None
+    if is_undecided and name in ("accuracy", "ece"):
+        return "none: every target is 0.5"
+    return number(event[name])
+
+
+def subset_table(first: dict, last: dict, head: list[str]) -> str:
+    """Write accuracy by subset in two evaluations, if the last has any. head: their names."""
+    if not last.get("by"):
+        return ""
+    rows = []
+    for subset, found in last["by"].items():
+        earlier = first.get("by", {}).get(subset, {})
+        accuracies = [metric(earlier, "accuracy"), metric(found, "accuracy")]
+        rows.append([safe(subset), number(found["pairs"]), *accuracies])
+    return f"<h2>Accuracy by subset</h2>{table(['subset', 'pairs', *head], rows)}"
+
+
 def run_page(
     path,
     events: list[dict],
@@ -551,31 +578,33 @@ def run_page(
     chosen: list[float],
     rejected: list[float],
     true_margins: list[float] | None = None,
+    targets: list[float] | None = None,
 ):
     """Write the page of a training run that has ended.
 
     events: the objects of its metrics.jsonl. flags: names and values, to be shown. chosen,
     rejected: (P,), the end scores of the pairs of the last evaluation. true_margins: (P,), the
-    differences of their true rewards, where these are known.
+    differences of their true rewards, where these are known. targets: (P,); None: all are 1.
+    Margins and reliability are shown of pairs that `metrics.decided` selects.
     """
     steps = [event for event in events if event["event"] == "step"]
     evals = [event for event in events if event["event"] == "eval"]
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
-    numbers = {"eval accuracy": number(last.get("accuracy"))}
+    numbers = {"eval accuracy": metric(last, "accuracy")}
     if finite(last.get("bayes_accuracy")):
         numbers["the best possible"] = number(last["bayes_accuracy"])
     numbers["eval loss"] = number(last.get("loss"))
     numbers["eval pairs"] = number(last.get("pairs", 0))
     numbers["steps"] = number(len(steps))
     charts = ""
-    for svg in run_charts(steps, evals, chosen, rejected, true_margins):
+    for svg in run_charts(steps, evals, chosen, rejected, true_margins, targets):
         charts += f'<div class="card">{svg}</div>'
     metrics = [
-        [safe(name), number(first.get(name)), number(last[name])]
+        [safe(name), metric(first, name), metric(last, name)]
         for name in last
-        if name not in ("event", "step")
+        if name not in ("event", "step", "by")
     ]
-    head = ["", f"step {first.get('step', '')}", f"step {last.get('step', '')}"]
+    head = [f"step {first.get('step', '')}", f"step {last.get('step', '')}"]
     values = [[f"<code>--{safe(name)}</code>", safe(value)] for name, value in flags]
     seconds = sum(event["seconds"] for event in steps)
     body = (
@@ -584,7 +613,7 @@ def run_page(
         "response the higher score; the loss is also about how sure it was.</p>"
         f'{facts(numbers)}<div class="cols">{charts}</div>'
         "<div class='cols' style='margin-top:20px'><div class='card'><h2>Evaluation</h2>"
-        f"{table(head, metrics)}<p class='small soft'>"
+        f"{table(['', *head], metrics)}{subset_table(first, last, head)}<p class='small soft'>"
         f"Training: {sum(event['pairs'] for event in steps):,} pairs, "
         f"{sum(event['tokens'] for event in steps):,} tokens, {seconds / 60:.1f} min.</p></div>"
         f"<div class='card'><h2>Flags</h2>{table(['flag', 'value'], values, 'words')}</div></div>"

@@ -2,14 +2,29 @@
 
 import json
 import math
+import random
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 
+import data
 import train
-from parts.metrics import Writer, calibration_error, spearman, summarize
+from parts.metrics import (
+    LISTS,
+    Writer,
+    by_subset,
+    calibration_error,
+    collect,
+    in_a_line,
+    outcome,
+    score_summary,
+    spearman,
+    subset_lines,
+    summarize,
+)
 
 
 def test_calibration_error_by_hand():
@@ -36,8 +51,17 @@ def test_spearman_by_hand():
     assert spearman([1, 2, 2, 9], [0.4, 0.1, 0.3, 0.2]) == pytest.approx(-3 / math.sqrt(4.5 * 5))
 
 
+def numbers_of(chosen, rejected, **known):
+    """Make the lists of an evaluation: targets 1, no subset and no reward, unless given."""
+    numbers = {name: [] for name in LISTS}
+    numbers |= {"chosen": chosen, "rejected": rejected}
+    numbers |= {"target": [1.0] * len(chosen), "subset": [None] * len(chosen)}
+    return numbers | known
+
+
 def test_summary_by_hand():
-    metrics = summarize(0.5, [2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [], dropped=7)
+    scores = [2.0, 1.0, 0.0], [0.0, 1.0, 3.0]
+    metrics = summarize(0.5, numbers_of(*scores), dropped=7, truncated=4)
     ece = calibration_error(torch.tensor([2.0, 0.0, -3.0], dtype=torch.float64))
     assert metrics == {
         "loss": 0.5,
@@ -47,15 +71,167 @@ def test_summary_by_hand():
         "margin": pytest.approx(-1 / 3),
         "ece": ece,
         "pairs": 3,
+        "ties": pytest.approx(1 / 3),
         "dropped": 7,
+        "truncated": 4,
     }
-    known = summarize(0.5, [2.0, 1.0, 0.0], [0.0, 1.0, 3.0], [1.0, -1.0, 1.0], dropped=7)
+    known = summarize(0.5, numbers_of(*scores, true_margin=[1.0, -1.0, 1.0]), 7, 4)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     errors = [sigmoid(2) - sigmoid(1), sigmoid(0) - sigmoid(-1), sigmoid(1) - sigmoid(-3)]
     assert known == metrics | {
         "bayes_accuracy": pytest.approx(2 / 3),
         "probability_error": pytest.approx(sum(errors) / 3),
     }
+
+
+def by_definition(pairs):
+    """Compute accuracy and calibration error in plain Python, pair by pair.
+
+    pairs: (chosen score, rejected score, target) of each.
+    """
+    right, bins = [], {}
+    for chosen, rejected, target in pairs:
+        if target == 0.5:
+            continue
+        better, worse = (chosen, rejected) if target > 0.5 else (rejected, chosen)
+        right.append(better > worse)
+        confidence = 1 / (1 + math.exp(-abs(chosen - rejected)))
+        bins.setdefault(min(int((confidence - 0.5) / 0.05), 9), []).append(
+            (better > worse) - confidence
+        )
+    if not right:
+        return None, None
+    return sum(right) / len(right), sum(abs(sum(gaps)) for gaps in bins.values()) / len(right)
+
+
+def test_metrics_with_targets_and_subsets_by_definition():
+    """Random scores, a third of them tied, targets on either side of 0.5 and at it."""
+    rng = random.Random(0)
+    for _ in range(100):
+        pairs, subsets = [], []
+        for _ in range(rng.randint(1, 60)):
+            chosen = rng.gauss(0, 1.5)
+            rejected = chosen if rng.random() < 0.3 else rng.gauss(0, 1.5)
+            pairs.append((chosen, rejected, rng.choice([1.0, 0.7, 0.5, 0.5, 0.2, 0.0])))
+            subsets.append(rng.choice([None, "b", "a", "Z"]))
+        chosen, rejected, targets = map(list, zip(*pairs))
+        numbers = numbers_of(chosen, rejected, target=targets, subset=subsets)
+        metrics = summarize(0.5, numbers, 0, 0)
+        accuracy, ece = by_definition(pairs)
+        assert metrics["accuracy"] == (accuracy and pytest.approx(accuracy, abs=1e-12))
+        assert metrics["ece"] == (ece and pytest.approx(ece, abs=1e-12))
+        assert metrics["pairs"] == len(pairs)
+        assert metrics["ties"] == pytest.approx(np.mean(np.equal(chosen, rejected)))
+        assert metrics["margin"] == pytest.approx(np.mean(chosen) - np.mean(rejected))
+        names = sorted(set(subsets) - {None})
+        assert list(metrics.get("by", {})) == names
+        for name in names:
+            own = [pair for pair, subset in zip(pairs, subsets) if subset == name]
+            accuracy, _ = by_definition(own)
+            expected = accuracy and pytest.approx(accuracy, abs=1e-12)
+            assert metrics["by"][name] == {"accuracy": expected, "pairs": len(own)}
+
+
+def test_targets_change_only_what_is_about_the_outcome():
+    """Scores, margins, ties and the probability error are of all pairs, as they stand."""
+    scores, true = ([2.0, 1.0, 0.0, 1.0], [0.0, 1.0, 3.0, 0.0]), [1.0, -1.0, 1.0, 2.0]
+    plain = summarize(0.5, numbers_of(*scores, true_margin=true), 1, 2)
+    targets = [1.0, 0.9, 0.2, 0.5]
+    soft = summarize(0.5, numbers_of(*scores, true_margin=true, target=targets), 1, 2)
+    changed = {name for name in plain if plain[name] != soft[name]}
+    assert changed == {"accuracy", "ece", "bayes_accuracy"}
+    assert (plain["accuracy"], soft["accuracy"]) == (0.5, pytest.approx(2 / 3))
+    # The best possible on the same labels: right, wrong, wrong.
+    assert (plain["bayes_accuracy"], soft["bayes_accuracy"]) == (0.75, pytest.approx(1 / 3))
+
+
+@pytest.mark.parametrize("subset", [None, "a"])
+def test_no_accuracy_where_every_target_is_one_half(subset):
+    numbers = numbers_of([1.0, 2.0], [0.0, 2.0], target=[0.5, 0.5], subset=[subset] * 2)
+    found = summarize(0.7, numbers, 0, 0)
+    assert (found["accuracy"], found["ece"], found["pairs"], found["ties"]) == (None, None, 2, 0.5)
+    assert found.get("by", {}) == ({subset: {"accuracy": None, "pairs": 2}} if subset else {})
+    json.dumps(found, allow_nan=False)
+    assert in_a_line(found).startswith("loss 0.7, accuracy none, chosen_score 1.5, ")
+    events = [{"event": "eval", "step": step} | found for step in (0, 3)]
+    assert "accuracy on 2 eval pairs, 2 of target 0.5 left out: none before, none after" in outcome(
+        events, numbers
+    )
+    assert score_summary([(1.0, 0.5, subset), (0.0, 0.5, subset)]).startswith(
+        "2 pairs, 2 of target 0.5 left out: accuracy none, mean margin 0.5000"
+    )
+
+
+def test_collected_numbers_are_of_every_pair_of_a_ranking():
+    numbers = {name: [] for name in LISTS}
+    comparisons = [
+        data.Tokenized([[1], [2]], target=0.25, subset="a"),
+        data.Tokenized([[1], [2], [3]], subset="b"),
+        data.Tokenized([[1], [2]], rewards=[1.0, 3.0]),
+    ]
+    collect(numbers, comparisons, [1.0, 5.0, 5.0, 4.0, 7.0], [2.0, 4.0, 3.0, 3.0, 8.0])
+    assert numbers == {
+        "chosen": [1.0, 5.0, 5.0, 4.0, 7.0],
+        "rejected": [2.0, 4.0, 3.0, 3.0, 8.0],
+        "target": [0.25, 1.0, 1.0, 1.0, 1.0],
+        "subset": ["a", "b", "b", "b", None],
+        "true_margin": [-2.0],
+        "scores": [1.0, 2.0, 5.0, 4.0, 3.0, 7.0, 8.0],
+        "rewards": [1.0, 3.0],
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# In words
+
+
+def test_line_of_an_evaluation_lists_numbers_and_no_subsets():
+    numbers = numbers_of([2.0, 1.0], [0.0, 1.0], subset=["a", "b"])
+    line = in_a_line(summarize(0.5, numbers, 0, 12345) | {"pairs": 23456})
+    assert line == (
+        "loss 0.5, accuracy 0.5, chosen_score 1.5, rejected_score 0.5, margin 1, ece 0.3096, "
+        "pairs 23456, ties 0.5, dropped 0, truncated 12345"
+    )
+
+
+def test_subsets_are_listed_by_name_and_the_others_counted():
+    zeros = torch.zeros(30)
+    by = by_subset(zeros + 1, zeros + 1, [f"s{i:02}" for i in reversed(range(30))])
+    lines = subset_lines(by)
+    assert lines[0] == "accuracy by subset:"
+    assert lines[1:21] == [f"  s{i:02}: 1.0000 (1 pair)" for i in range(20)]
+    assert lines[21:] == ["  and 10 more subsets"]
+    assert len(subset_lines(dict(list(by.items())[:20]))) == 21  # none is left to be counted
+    hostile = by_subset(zeros[:1], zeros[:1], ["\x1b[31m\u202e"])
+    assert subset_lines(hostile)[1] == "  ␛[31m⟨U+202E⟩: 0.0000 (1 pair)"
+
+
+def test_outcome_has_the_subsets_before_and_after():
+    numbers = numbers_of([2.0, 1.0, 0.0], [0.0, 2.0, 1.0], subset=["b", "a", None])
+    after = {"event": "eval", "step": 3} | summarize(0.5, numbers, 0, 0)
+    before = after | {"accuracy": 0.25, "by": {"b": {"accuracy": 0.0, "pairs": 1}}}
+    assert outcome([before, {"event": "step"}, after], numbers).splitlines() == [
+        "accuracy by subset:",
+        "  a: none before, 0.0000 after (1 pair)",
+        "  b: 0.0000 before, 1.0000 after (1 pair)",
+        "accuracy on 3 eval pairs: 0.2500 before, 0.3333 after training",
+    ]
+    del before["by"]  # written by an older version
+    assert outcome([before, after], numbers).splitlines()[1] == "  a: 0.0000 (1 pair)"
+
+
+def test_summary_of_scores_by_hand():
+    pairs = [(1.0, 1.0, "b"), (-1.0, 0.2, "b"), (-2.0, 1.0, "a"), (4.0, 0.5, None)]
+    assert score_summary(pairs).splitlines() == [
+        "4 pairs, 1 of target 0.5 left out: accuracy 0.6667, mean margin 0.5000",
+        "accuracy by subset:",
+        "  a: 0.0000 (1 pair)",
+        "  b: 1.0000 (2 pairs)",
+    ]
+    assert score_summary(pairs[3:]) == (
+        "1 pair, 1 of target 0.5 left out: accuracy none, mean margin 4.0000"
+    )
+    assert score_summary([(0.0, 1.0, None)]) == "1 pair: accuracy 0.0000, mean margin 0.0000"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -120,6 +296,19 @@ def test_steps_that_a_resumed_run_repeats_are_there_once(tmp_path):
         tag: [(step, round(value, 4)) for step, value in points]
         for tag, points in read(tmp_path).items()
     } == {"step/loss": [(1, 1.0), (2, 2.0), (3, 3.2), (4, 4.2)]}
+
+
+def test_accuracy_by_subset_has_a_tag_for_each_subset(tmp_path):
+    by = {"a b": {"accuracy": 0.25, "pairs": 4}, "c": {"accuracy": None, "pairs": 1}}
+    writer = Writer(tmp_path)
+    for step in (0, 5):
+        event = {"event": "eval", "step": step, "accuracy": 0.5, "ece": None}
+        writer.write(event | {"by": by})
+    writer.writer.close()
+    assert read(tmp_path) == {
+        "eval/accuracy": [(0, 0.5), (5, 0.5)],
+        "eval/accuracy/a b": [(0, 0.25), (5, 0.25)],
+    }
 
 
 def test_missing_package_and_bad_path_are_errors_that_name_the_flag(tmp_path, monkeypatch):

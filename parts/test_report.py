@@ -426,6 +426,69 @@ def test_the_page_of_a_run_has_its_numbers(run_page):
     assert bins[0][1] == pytest.approx(sum(low) / len(low), abs=1e-3) and bins[0][2] == len(low)
 
 
+def evaluation_rows(page):
+    """Read the tables of a page, those of flags aside: their rows as lists of texts."""
+    rows = Tree(page).root.all(lambda node: node.tag == "tr")
+    cells = lambda row: [cell.text() for cell in row.children]
+    return [cells(row) for row in rows if not cells(row)[0].startswith("--")]
+
+
+def test_the_page_has_accuracy_by_subset_ties_and_truncated_comparisons(tmp_path):
+    events = events_of_a_run(2)
+    by = {HOSTILE: {"accuracy": 0.25, "pairs": 1200}, "b": {"accuracy": None, "pairs": 3}}
+    events[0] |= {"ties": 0.5, "truncated": 7}
+    events[-1] |= {"ties": 0.125, "truncated": 7, "by": by}
+    path = tmp_path / "report.html"
+    report.run_page(path, events, [], *scores_of_a_run())
+    rows = evaluation_rows(path.read_text())
+    assert ["ties", "0.5000", "0.1250"] in rows and ["truncated", "7", "7"] in rows
+    assert "by" not in [row[0] for row in rows]
+    at = rows.index(["subset", "pairs", "step 0", "step 2"])
+    assert rows[at + 1 : at + 3] == [
+        [visible(HOSTILE), "1,200", "", "0.2500"],
+        ["b", "3", "", "none: every target is 0.5"],
+    ]
+    events[0]["by"] = {"b": {"accuracy": 0.75, "pairs": 4}}
+    report.run_page(path, events, [], *scores_of_a_run())
+    assert ["b", "3", "0.7500", "none: every target is 0.5"] in evaluation_rows(path.read_text())
+    check_whole(path.read_text())
+
+
+def test_metrics_of_an_older_version_still_make_a_page(tmp_path):
+    """It had no ties, truncated or by; a run that resumes with this version has both kinds."""
+    path = tmp_path / "report.html"
+    report.run_page(path, events_of_a_run(2), [], *scores_of_a_run())
+    rows = evaluation_rows(path.read_text())
+    assert ["accuracy", "0.7500", "0.7500"] in rows
+    assert not {"ties", "truncated", "subset"} & {row[0] for row in rows}
+    events = events_of_a_run(2)
+    events[-1]["ties"] = 0.5
+    report.run_page(path, events, [], *scores_of_a_run())
+    assert ["ties", "", "0.5000"] in evaluation_rows(path.read_text())
+
+
+def test_margins_and_reliability_are_of_decided_pairs_turned_to_the_preferred_response(tmp_path):
+    path, targets = tmp_path / "report.html", [1.0, 0.2, 0.5, 0.5, 0.0]
+    # Margins 1, 2 (reversed: -2), 3 and 4 (left out), -1 (reversed: 1)
+    scores = [1.0, 2.0, 3.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]
+    report.run_page(path, events_of_a_run(2), [], *scores, targets=targets)
+    notes = [
+        node.text() for node in Tree(path.read_text()).root.all(lambda node: node.tag == "title")
+    ]
+    bins = [numbers(note) for note in notes if note.startswith("confidence")]
+    filled = {bin[0]: (bin[2], bin[4]) for bin in bins if bin[4]}
+    assert filled == {0.7: (1.0, 2), 0.85: (0.0, 1)}  # sigmoid(1) is 0.73, sigmoid(2) 0.88
+    (svg,) = Tree(path.read_text()).root.all(
+        lambda node: node.tag == "svg" and node.attributes["aria-label"] == "Margins"
+    )
+    bars = [node.text() for node in svg.all(lambda node: node.tag == "title")]
+    found = [numbers(bar) for bar in bars if not bar.endswith(": 0 pairs")]
+    assert found == [[pytest.approx(-2, abs=0.1), 1], [pytest.approx(1, abs=0.1), 2]]
+    # Without a decided pair there is a page, too.
+    report.run_page(path, events_of_a_run(2), [], [1.0], [0.0], targets=[0.5])
+    assert "Reliability" in path.read_text()
+
+
 def test_a_run_without_true_rewards_or_with_one_step_or_none(tmp_path):
     for events in (
         events_of_a_run(1),

@@ -30,6 +30,7 @@ from data import (
     pad_rows,
     tokenize,
 )
+from parts import metrics
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import counted
 from parts.huggingface import LAYOUTS
@@ -257,9 +258,10 @@ class Counts:
 
     def summary(self, max_seq_len: int) -> list[str]:
         """List the lines that a user should read, none where there is nothing to say."""
-        parts = []
+        parts, subsets = [], []
         if self.pairs:
-            parts.append(score_summary(self.pairs))
+            whole, *subsets = metrics.score_summary(self.pairs).splitlines()
+            parts.append(whole)
         if self.identical:
             parts.append(f"{counted(self.identical, 'identical pair')} left out")
         if self.repeating:
@@ -267,18 +269,7 @@ class Counts:
             parts.append(f"{rankings} with a response twice, which counts once")
         if self.truncated:
             parts.append(f"{counted(self.truncated, 'row')} truncated to {max_seq_len} tokens")
-        return ["; ".join(parts)] if parts else []
-
-
-def score_summary(pairs: list[tuple]) -> str:
-    """Say accuracy and mean margin of pairs. (A stub: TARGETS' metrics.score_summary.)"""
-    correct = []
-    for margin, target, _ in pairs:
-        if target != 0.5:
-            correct.append(margin > 0 if target > 0.5 else margin < 0)
-    mean = sum(margin for margin, _, _ in pairs) / len(pairs)
-    accuracy = f"accuracy {sum(correct) / len(correct):.4f}, " if correct else ""
-    return f"{counted(len(pairs), 'pair')}: {accuracy}mean margin {mean:.4f}"
+        return ["; ".join(parts), *subsets] if parts else []
 
 
 def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:

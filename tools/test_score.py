@@ -219,6 +219,35 @@ def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here)
     assert "(1 row)" in done.stderr and "--ignore_fields" not in done.stderr  # it has not read all
 
 
+def test_summary_has_targets_and_subsets(trained, tmp_path, monkeypatch, capsys):
+    """By hand from the scores that are written; rows without a subset count in the whole alone."""
+    file = write_rows(tmp_path / "rows.jsonl", 12, ranking={4})
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for i, row in enumerate(rows):
+        if "chosen" in row:
+            row["target"] = [1.0, 0.25, 0.5][i % 3]
+        if i % 4:
+            row["subset"] = f"part {i % 4}"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(sys, "argv", ["rm.py", str(trained), str(file)])
+    score.main()
+    said = capsys.readouterr()
+    outcomes = {"all": []}
+    for row, line in zip(rows, said.out.splitlines(), strict=True):
+        for better, worse in itertools.combinations(json.loads(line)["scores"], 2):
+            target = row.get("target", 1.0)
+            is_right = better > worse if target > 0.5 else worse > better
+            for name in {"all", row.get("subset", "all")}:
+                outcomes.setdefault(name, []).append(None if target == 0.5 else is_right)
+    accuracy = {name: np.mean([r for r in o if r is not None]) for name, o in outcomes.items()}
+    last = said.err.splitlines()[-5:]
+    assert last[0].startswith(f"14 pairs, 4 of target 0.5 left out: accuracy {accuracy['all']:.4f}")
+    assert last[1] == "accuracy by subset:"
+    for i, line in enumerate(last[2:], start=1):
+        count = len(outcomes[f"part {i}"])
+        assert line == f"  part {i}: {accuracy[f'part {i}']:.4f} ({count} pairs)"
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
 def test_batches_hold_every_comparison_once_and_are_full(batch_size):
     """No batch is too large but for a comparison that is, and the next one would not fit in."""
