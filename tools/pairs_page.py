@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from data import pad_rows, shared_prefix, stub_text, tokenize
 from parts.guards import counted, visible
+from parts.metrics import accuracy, in_words
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
 from parts.rows import files_of, read_rows
 from rm import divergent_region, pair_loss
@@ -49,6 +50,7 @@ class Row:
     cut: int  # tokens of the prompt that truncation took off, in front of them
     lost: list[int]  # tokens that truncation took off each response
     margin: float = 0.0  # by how much the data wants a pair to differ
+    target: float = 1.0  # the probability, in the data, that the first of two is preferred
 
     @property
     def names(self) -> list[str]:
@@ -73,7 +75,7 @@ class Row:
             start, stop = divergent_region(self.sequences[i], self.sequences[j])
             start = min(start, stop - 1)  # identical texts: the last token, as in rm.py
             region = self.rewards[i, start:stop], self.rewards[j, start:stop]
-            loss = pair_loss(*region, margin=self.margin).item()
+            loss = pair_loss(*region, margin=self.margin, target=self.target).item()
             pairs.append(Pair(i, j, start, stop, loss, self.scores[i] - self.scores[j]))
         return pairs
 
@@ -122,7 +124,8 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
         # The last token, where the score is, is the response's.
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]
-        rows.append(Row(sequences, texts, rewards, prompt, cut, lost, comparison.margin))
+        variants = comparison.margin, comparison.target
+        rows.append(Row(sequences, texts, rewards, prompt, cut, lost, *variants))
     return rows
 
 
@@ -174,6 +177,15 @@ def probability(margin: float) -> float:
     return torch.sigmoid(torch.tensor(margin, dtype=torch.float64)).item()
 
 
+def asked(row: Row) -> str:
+    """Say what the data asks of a pair besides its order: nothing, a margin, or a target."""
+    if row.margin:
+        return f" beyond a margin of {row.margin:g}"
+    if row.target != 1:
+        return f" at target {row.target:g}"
+    return ""
+
+
 def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
@@ -218,7 +230,7 @@ def show(rows: list[Row], out, colors: bool):
             if len(row.pairs) > 1:
                 out.write(f"{row.names[pair.i]} over {row.names[pair.j]}: ")
             out.write(
-                f"loss {pair.loss:.4f}, the mean over [{pair.start}, {pair.stop}), "
+                f"loss {pair.loss:.4f}{asked(row)}, the mean over [{pair.start}, {pair.stop}), "
                 f"{counted(pair.stop - pair.start, 'position')}; "
                 f"margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n"
             )
@@ -269,15 +281,17 @@ def heading(n: int, row: Row) -> str:
     items = [f"<h2>Row {n}</h2>"]
     if len(row.pairs) == 1:
         margin = row.pairs[0].margin
-        items.append(f"loss <b>{row.loss:.4f}</b>")
+        items.append(f"loss <b>{row.loss:.4f}</b>{asked(row)}")
         items.append(f"margin <b>{margin:+.4f}</b>")
         items.append(f"P(chosen preferred) <b>{probability(margin):.3f}</b>")
-        if margin > 0:
-            items.append("✓ ranked as people did")
-        elif margin < 0:
-            items.append("✗ ranked the other way round")
-        else:
+        if row.target == 0.5:
+            items.append("people preferred neither")
+        elif margin == 0:
             items.append("a tie")
+        elif (margin > 0) == (row.target > 0.5):
+            items.append("✓ ranked as people did")
+        else:
+            items.append("✗ ranked the other way round")
     elif row.pairs:
         right = sum(pair.margin > 0 for pair in row.pairs)
         items.append(f"mean loss <b>{row.loss:.4f}</b> of {len(row.pairs)} pairs")
@@ -353,11 +367,23 @@ def explained_ranking(row: Row) -> str:
     )
 
 
+def formula(row: Row) -> str:
+    """Write the term of a pair, with the margin or the target that the data asks for."""
+    difference = "r_chosen − r_rejected"
+    if row.margin:
+        return f"−logsigmoid({difference} − {row.margin:g})"
+    if row.target != 1:
+        rest = f"{1 - row.target:g} logsigmoid(−d)"
+        return f"−({row.target:g} logsigmoid(d) + {rest}), d = {difference},"
+    return f"−logsigmoid({difference})"
+
+
 def explained_pair(row: Row) -> str:
     (p,), cells = row.pairs, []
     for t in range(p.start, p.stop):
         chosen, rejected = row.rewards[0, t : t + 1], row.rewards[1, t : t + 1]
-        term = pair_loss(chosen, rejected, margin=row.margin).item()  # of a region of one position
+        # The term is the loss of a region of one position.
+        term = pair_loss(chosen, rejected, margin=row.margin, target=row.target).item()
         cells.append(
             [
                 str(t),
@@ -373,15 +399,14 @@ def explained_pair(row: Row) -> str:
     note = ""
     if row.sequences[0] == row.sequences[1]:
         note = (
-            " The texts are identical: the last position is read, the loss is log 2, "
+            " The texts are identical: the last position is read, both rewards are the same, "
             "and nothing is learned."
         )
-    less = f" − {row.margin:g}" if row.margin else ""  # the margin that the data asks for
     return (
         f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}">'
         f"<b>The loss</b> reads positions [{p.start}, {p.stop}), from the divergence to the longer "
         f"end: {counted(len(cells), 'position')}. It is the mean of "
-        f"<code>−logsigmoid(r_chosen − r_rejected{less})</code> over them: "
+        f"<code>{formula(row)}</code> over them: "
         f"<b>{p.loss:.4f}</b>.{note}</p>"
         f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and "
         f"{row.scores[1]:.4f}. Their difference, the margin, is {p.margin:+.4f}, and the model's "
@@ -406,12 +431,15 @@ def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
     scale, total = Scale(rows), 0
     for each in files_of([file]):
         total += sum(1 for _ in read_rows(each))
-    margins = [pair.margin for row in rows for pair in row.pairs]
+    margins, targets = [], []
+    for row in rows:
+        margins += [pair.margin for pair in row.pairs]
+        targets += [row.target] * len(row.pairs)
     numbers = {"responses": len(rows)}
     if margins:
         numbers = {
             "pairs": len(margins),
-            "accuracy": f"{mean([margin > 0 for margin in margins]):.4f}",
+            "accuracy": in_words(accuracy(*torch.tensor([margins, targets], dtype=torch.float64))),
             "mean margin": f"{mean(margins):+.4f}",
             "mean loss": f"{mean([row.loss for row in rows if row.pairs]):.4f}",
         }

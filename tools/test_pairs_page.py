@@ -332,6 +332,45 @@ def test_margin_of_a_row_is_in_its_loss_and_in_its_terms(checkpoint, tmp_path):
         ) == bool(margin)
 
 
+def test_target_of_a_row_is_in_its_loss_and_in_its_terms(checkpoint, tmp_path, capsys):
+    """Against the cross-entropy of PyTorch; and what is said of the outcome, and counted."""
+    file, targets = tmp_path / "rows.jsonl", (1.0, 0.75, 0.5, 0.25, 0.0)
+    row = {"prompt": "a ", "chosen": "b c", "rejected": "d"}
+    file.write_text("".join(json.dumps(row | {"target": p}) + "\n" for p in targets))
+    run_program([checkpoint, file, "--html", tmp_path / "page.html", "--show"])
+    shown = capsys.readouterr().out.split("\nrow ")
+    model, tokenizer = score.trained_model(checkpoint), data.load_tokenizer(checkpoint)
+    sequences = data.tokenize(next(data.load_comparisons(file)), tokenizer, 400)
+    ids, mask = data.pad_rows(sequences, model.pad_id)
+    with torch.no_grad():
+        rewards = model.token_rewards(ids, mask)
+    start, stop = rm.divergent_region(*sequences)
+    logits = rewards[0, start:stop] - rewards[1, start:stop]
+    page = (tmp_path / "page.html").read_text()
+    said = []
+    for target, html, words in zip(targets, rows_of(page), shown, strict=True):
+        expected = torch.nn.functional.binary_cross_entropy_with_logits(
+            logits, torch.full_like(logits, target), reduction="none"
+        ).tolist()
+        terms = [float(node.attributes["data-term"]) for node in html.having("data-term")]
+        assert terms == pytest.approx(expected, abs=1e-5)
+        loss = sum(expected) / len(expected)
+        (found,) = html.having("data-pair-loss")
+        assert float(found.attributes["data-pair-loss"]) == pytest.approx(loss, abs=1e-5)
+        note = "" if target == 1 else f" at target {target:g}"
+        assert f"loss {loss:.4f}{note}, the mean over" in words
+        assert f"loss {loss:.4f}{note}" in html.text()
+        assert ("target" in html.text()) == (target != 1)
+        formula = f"−({target:g} logsigmoid(d) + {1 - target:g} logsigmoid(−d))"
+        assert (formula in html.text()) == (target != 1)
+        said.append(re.search("ranked as|the other way|preferred neither", html.text())[0])
+    right, wrong = "ranked as", "the other way"
+    if rewards[0, len(sequences[0]) - 1] < rewards[1, len(sequences[1]) - 1]:
+        right, wrong = wrong, right
+    assert said == [right, right, "preferred neither", wrong, wrong]
+    assert "5pairs0.5000accuracy" in Tree(page).root.text()
+
+
 def test_responses_that_are_too_long_themselves(checkpoint, tmp_path):
     file = tmp_path / "long.jsonl"
     file.write_text(
