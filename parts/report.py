@@ -532,7 +532,7 @@ def run_charts(
         chart(of_evals("accuracy"), "Accuracy in evaluation", "step", hlines=best),
         histogram(scores, "End scores", "reward at the last token"),
         histogram(
-            {"margin": preferred.tolist()}, "Margins", "end score of chosen minus rejected", zero
+            {"margin": preferred.tolist()}, "Margins", "end score of preferred minus other", zero
         ),
         reliability(preferred),
     ]
@@ -568,7 +568,8 @@ def subset_table(first: dict, last: dict, head: list[str]) -> str:
         earlier = first.get("by", {}).get(subset, {})
         accuracies = [metric(earlier, "accuracy"), metric(found, "accuracy")]
         rows.append([safe(subset), number(found["pairs"]), *accuracies])
-    return f"<h2>Accuracy by subset</h2>{table(['subset', 'pairs', *head], rows)}"
+    title = "<h2 style='margin-top:20px'>Accuracy by subset</h2>"
+    return title + table(["subset", "pairs", *head], rows)
 
 
 def run_page(
