@@ -186,7 +186,7 @@ def text_ends(
         if end == num_padding_at_beginning < L and len(pads) < L:
             raise ValueError(
                 f"row {row} is padded on the left: it begins with more than the "
-                f"{num_padding_at_beginning} pad ids ({pad_id}) that belong to the text "
+                f"{guards.counted(num_padding_at_beginning, 'pad id')} ({pad_id}) of the text "
                 "(num_padding_at_beginning); pad it on the right, or pass an attention_mask, "
                 "which tells where texts end"
             )

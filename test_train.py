@@ -766,7 +766,7 @@ IDENTICAL = '{"prompt": "p", "chosen": "a", "rejected": "a"}\n' * 30
         ('{"prompt": "p", "chosen": "a"}', ["rows.jsonl:1:", "rejected", "nothing"]),
         ('{"prompt": "p", "responses": ["a"]}', ["rows.jsonl:1:", "responses", "1", "two or more"]),
         (IDENTICAL, ["rows.jsonl", "30 rows", "identical"]),
-        (GOOD, ["--data_path", "1 comparisons", "--eval_path"]),
+        (GOOD, ["--data_path", "1 comparison", "--eval_path"]),
     ],
     ids=[
         "missing",

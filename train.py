@@ -39,6 +39,7 @@ import data
 from parts import guards, lora, metrics, report
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
 from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags, row_reading
+from parts.guards import counted
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
 from parts.rows import files_of
@@ -69,7 +70,7 @@ def train(args, process: Process):
     size = sum(parameter.numel() for parameter in model.parameters())
     process.print(
         f"{model.backbone.config.model_type} backbone, {size:,} parameters; {process.world_size} x "
-        f"{process.device}; {total_steps} steps of {global_batch} comparisons"
+        f"{process.device}; {counted(total_steps, 'step')} of {counted(global_batch, 'comparison')}"
     )
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
     tensorboard = args.tensorboard_path if args.enable_tensorboard else None
@@ -305,7 +306,7 @@ def finish(
     if failure:
         raise failure
     if skipped:
-        print(f"{skipped} steps were skipped, as their gradients were too large for fp16")
+        print(f"{counted(skipped, 'step')} skipped: gradients too large for fp16")
     print(metrics.outcome(events, scores))
     print(f"model: {run.path}   metrics: {run.path}/metrics.jsonl   page: {page}")
     print(f"score with it: python rm.py {run.path} FILE.jsonl")
@@ -426,7 +427,7 @@ def prepare(args, process: Process):
         model = new_model(args, tokenizer)
     layers = set_up(model, args)
     if layers:
-        process.print(f"LoRA of rank {args.lora_dim} beside {layers} linear layers")
+        process.print(f"LoRA of rank {args.lora_dim} beside {counted(layers, 'linear layer')}")
     return model, tokenizer, training, evaluation
 
 
@@ -545,8 +546,8 @@ def load_data(args, tokenizer: data.Tokenizer, process: Process):
     held_out = max(1, round(args.eval_fraction * len(selected)))
     if held_out >= len(selected):
         raise ValueError(
-            f"--data_path: {len(selected)} comparisons (after --data_split), too few to hold some "
-            "out; give more, or --eval_path"
+            f"--data_path: {counted(len(selected), 'comparison')} (after --data_split), too few to "
+            "hold some out; give more, or --eval_path"
         )
     return data.select(files, selected[:-held_out]), data.select(files, selected[-held_out:])
 
@@ -594,8 +595,8 @@ def make_optimizer(
         if group["params"]:
             count = sum(parameter.numel() for parameter in group["params"])
             process.print(
-                f"{kind}: {len(group['params'])} tensors, {count:,} parameters, learning rate "
-                f"{group['lr']:g}, weight decay {group['weight_decay']:g}"
+                f"{kind}: {counted(len(group['params']), 'tensor')}, {count:,} parameters, "
+                f"learning rate {group['lr']:g}, weight decay {group['weight_decay']:g}"
             )
     used = [group for group in groups.values() if group["params"]]
     return torch.optim.AdamW(used, betas=(0.9, 0.95), fused=True)

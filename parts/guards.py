@@ -34,7 +34,7 @@ def check_rows(
     ids = input_ids.cpu()
     if pairs and len(ids) % 2:
         raise ValueError(
-            f"input_ids: {len(ids)} rows; pairs need an even number, "
+            f"input_ids: {counted(len(ids), 'row')}; pairs need an even number, "
             "all chosen rows and then all rejected ones"
         )
     if vocab_size is not None:
@@ -95,7 +95,7 @@ def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
     margins = torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
     found = None
     if len(margins) != count:
-        found = f"{len(margins)} numbers"
+        found = counted(len(margins), "number")
     for i, margin in enumerate(margins):
         if not math.isfinite(margin):
             found = f"{margin} for pair {i}"
@@ -235,7 +235,8 @@ def non_finite_message(
         names = listed([comparison.where for comparison in batch], most=1)
         text = f"the gradient norm is {grad_norm:g}, that of a finite loss (rows: {names})"
     if streak > 1:
-        text += f", after {streak - 1} steps that were not finite either and were skipped"
+        before = counted(streak - 1, "skipped step")
+        text += f", after {before} whose numbers were not finite either"
     return text
 
 

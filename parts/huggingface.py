@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from parts.guards import counted
 from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -340,8 +341,8 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
     for bare, name in stored.items():
         if not bare.endswith(family.ignored + HEADS):
             raise ValueError(
-                f"{source}: weight {name} is not part of a {model_type} backbone of {n_layer} "
-                "layers (config.json)"
+                f"{source}: weight {name} is not part of a {model_type} backbone of "
+                f"{counted(n_layer, 'layer')} (config.json)"
             )
     return state
 

@@ -10,6 +10,8 @@ import math
 
 import torch
 
+from parts.guards import counted
+
 
 @torch.no_grad()
 def normalize(model, scores: list[float]) -> str:
@@ -37,6 +39,6 @@ def normalize(model, scores: list[float]) -> str:
     else:
         model.reward_bias, place = shift, "config.json (reward_bias)"
     return (
-        f"end scores of {len(scores)} eval responses: mean {mean:.4f}, standard deviation "
-        f"{deviation:.4f}; normalized to 0 and 1 in v_head and {place}"
+        f"end scores of {counted(len(scores), 'eval response')}: mean {mean:.4f}, standard "
+        f"deviation {deviation:.4f}; normalized to 0 and 1 in v_head and {place}"
     )

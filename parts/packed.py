@@ -140,7 +140,7 @@ def pack(
         if len(group) < min_responses or not all(group):
             lengths = [len(text) for text in group]
             raise ValueError(
-                f"comparison {number}: {len(group)} sequences of {lengths} tokens; "
+                f"comparison {number}: sequences of {lengths} tokens; "
                 f"expected {min_responses} or more, none empty"
             )
         shared = trunk_length(group)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from parts.distributed import lost_process
+from parts.guards import counted
 from parts.huggingface import WEIGHT_FILES
 from parts.metrics import Writer
 from parts.token_cache import file_hash
@@ -153,7 +154,8 @@ class RunDirectory:
         if free < needed:
             raise ValueError(
                 f"--output_dir {self.path}: {free / 1e9:.1f} GB are free there; the model and "
-                f"{checkpoints} checkpoints (--keep_checkpoints, and the one being written) take "
+                f"{counted(checkpoints, 'checkpoint')} (--keep_checkpoints, and the one being "
+                "written) take "
                 f"{needed / 1e9:.1f} GB; give another directory"
             )
 

@@ -31,13 +31,27 @@ from conftest import (
     write_rows,
 )
 from parts.distributed import Process, share_of
-from parts.guards import listed, non_finite_message
+from parts.guards import counted, listed, non_finite_message
 from parts.run_directory import newest_checkpoint
 
 
 def facts_of(output_dir):
     """Read the step and the facts of the newest whole checkpoint."""
     return newest_checkpoint(output_dir / "checkpoints", Process())
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        ((0, "pair"), "0 pairs"),
+        ((1, "pair"), "1 pair"),
+        ((4000, "pair"), "4,000 pairs"),
+        ((1, "micro-batch", "micro-batches"), "1 micro-batch"),
+        ((2, "micro-batch", "micro-batches"), "2 micro-batches"),
+    ],
+)
+def test_one_thing_is_singular(arguments, expected):
+    assert counted(*arguments) == expected
 
 
 # --------------------------------------------------------------------------------------------------
@@ -189,7 +203,7 @@ def test_fp16_skips_a_step_on_all_ranks_and_counts_it(processes, stage, small, t
     steps = events_of(tmp_path / "out")["step"]
     assert [event["step"] for event in steps if event["grad_norm"] is None] == [3, 4]
     assert len(steps) == 12
-    assert "2 steps were skipped" in said[0]
+    assert "2 steps skipped" in said[0]
     _, facts = facts_of(tmp_path / "out")
     assert facts["scaler"]["scale"] == 65536 / 4
     assert facts["scaler"]["_growth_tracker"] == 8
@@ -204,7 +218,7 @@ def test_fp16_resumes_with_its_scale_where_no_step_was_taken_yet(small, tmp_path
     forked_ok(tmp_path / "out", *flags, before=overflow_and_stop)
     resumed = functools.partial(overflow, 1, 1)
     said = forked_ok(tmp_path / "out", *flags, "--resume", before=resumed)
-    assert "3 steps were skipped" in said
+    assert "3 steps skipped" in said
     same_bits(tmp_path / "out", tmp_path / "whole")
     _, one = facts_of(tmp_path / "out")
     _, other = facts_of(tmp_path / "whole")
@@ -224,7 +238,7 @@ def test_fp16_stops_after_a_long_streak(small, tmp_path):
     last = said.strip().splitlines()[-1]
     assert codes == [1], said
     assert "at step 9 the gradient norm is inf" in last
-    assert "after 4 steps that were not finite either and were skipped" in last
+    assert "after 4 skipped steps whose numbers were not finite either" in last
     assert "/checkpoints/step-6." in last
 
 

@@ -325,9 +325,8 @@ def test_bad_rows_of_a_token_file(tmp_path):
         ):
             read()
     write(path, [Comparison("p", ["abc", "abd"])] * 2)
-    with pytest.raises(
-        ValueError, match=f"^{path}: 2 rows with responses, all identical .*--max_seq_len 4"
-    ):
+    expected = f"^{path}: has 2 rows, and the responses of each are identical .*--max_seq_len 4"
+    with pytest.raises(ValueError, match=expected):
         data.tokenize_file(path, Letters(), 4, "right", cache)
     path.write_bytes(gzip.compress(GOOD))
     path = path.rename(tmp_path / "a.jsonl.gz")

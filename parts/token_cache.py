@@ -232,8 +232,10 @@ def token_file(
         if len(rows) == 0:
             raise nothing_left(path, bad_rows)
         if len(sequences) == 1:
-            found = f"{counted(len(rows), 'row')} with responses, all identical"
-            raise ValueError(f"{path}: {found} (--max_seq_len {max_seq_len}); some must differ")
+            raise ValueError(
+                f"{path}: has {counted(len(rows), 'row')}, and the responses of each are identical "
+                f"(--max_seq_len {max_seq_len}); some must differ"
+            )
         if file_hash(path) != content:
             raise ValueError(f"{path}: was changed while it was read; start again when complete")
         np.save(directory / "sequences.npy", sequences)

@@ -34,6 +34,7 @@ import data
 import train
 from model import GPT, GPTConfig
 from parts.distributed import Process, share_of
+from parts.guards import counted
 from parts.packed import packed_size
 from rm import RewardModel, pairwise_loss
 
@@ -389,7 +390,7 @@ def bench_steps(rounds: int):
     batches = random_batches(rounds, 8)
     tokens = [sum(map(packed_size, batch)) for batch in batches]
     mean = f"{statistics.mean(tokens):.0f} packed tokens each on average"
-    print(f"{rounds} batches of 8 pairs, {mean}\n")
+    print(f"{counted(rounds, 'batch', 'batches')} of 8 pairs, {mean}\n")
     first = "a training step of ours, packed, is faster than"
     table_head(first, "median (range)", "goal", "their step", "our step")
     packed = Ours(small_model())

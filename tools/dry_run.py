@@ -34,6 +34,7 @@ from data import Tokenized
 from model import GPT, GPTConfig
 from parts.distributed import Process, complaint_about, leave, share_of
 from parts.flags import objective_of, parse_flags
+from parts.guards import counted
 from parts.huggingface import FAMILIES, read_config
 from rm import LOSSES, RewardModel
 from train import DTYPES, autocast, check_positions, collate, distribute, set_up
@@ -274,10 +275,6 @@ def measured_flops(dtype: str) -> float:
     return 2 * n**3 / seconds
 
 
-def counted(number: int, noun: str, plural: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {plural}"
-
-
 def report(args, world_size: int) -> str:
     """Write the estimate as text. Raises ValueError that names the file or flag."""
     found = estimate(args, world_size)
@@ -289,11 +286,11 @@ def report(args, world_size: int) -> str:
     micro_batches = counted(found["micro_batches"], "micro-batch", "micro-batches")
     parameters = f"{found['parameters']:,} parameters, {found['trained']:,} of them trained"
     step = (
-        f"a step: {counted(pairs, 'pair', 'pairs')} a rank, assumed to be of {args.max_seq_len} "
+        f"a step: {counted(pairs, 'pair')} a rank, assumed to be of {args.max_seq_len} "
         f"tokens and to share the first half; {args.layout}, these are {found['tokens']:,} tokens "
         f"in {micro_batches}"
     )
-    lines = [f"{parameters}; {counted(world_size, 'rank', 'ranks')}", step, "memory per rank, GB:"]
+    lines = [f"{parameters}; {counted(world_size, 'rank')}", step, "memory per rank, GB:"]
     for name in ("weights", "gradients", "optimizer", "activations", "peak"):
         lines.append(f"  {name:12}{found[name] / 1e9:10.3f}")
     if found["host"]:

@@ -82,6 +82,7 @@ import rm
 import train
 from parts.distributed import Process
 from parts.flags import number, parse_flags
+from parts.guards import counted
 from parts.huggingface import FAMILIES
 from parts.metrics import calibration_error
 from parts.packed import PackedBatch, pack, shared_prefix
@@ -439,7 +440,8 @@ def run(options):
             # O_APPEND, and one write: whole lines.
             with (options.out / "results.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            summary = f"{row['steps']} steps in {row['seconds']} s, accuracy {row['accuracy']:.4f}"
+            steps = counted(row["steps"], "step")
+            summary = f"{steps} in {row['seconds']} s, accuracy {row['accuracy']:.4f}"
             print(f"{cell}: {summary}", flush=True)
 
 
@@ -620,7 +622,7 @@ def page(options):
     template = (HERE / "study_page.md").read_text()
     text = template.format(bonus=LENGTH_BONUS, differences=differences(rows), **filled)
     (options.docs / "study.md").write_text(text)
-    print(f"{options.docs}/study.md, of {len(rows)} cells")
+    print(f"{options.docs}/study.md, of {counted(len(rows), 'cell')}")
 
 
 # --------------------------------------------------------------------------------------------------
