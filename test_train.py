@@ -180,6 +180,38 @@ def test_numbers_behind_an_evaluation_are_of_pairs_and_of_responses(monkeypatch)
     assert log.event["pairs"] == 4
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_bar_of_an_evaluation_moves_with_every_micro_batch(world_size, monkeypatch):
+    """It ends at the number of comparisons, also where other ranks evaluate a part of them."""
+
+    class Watched(Process):
+        def bar(self, steps, total, **options):
+            self.moved, self.bar_of = [], super().bar(steps, total=total, **options)
+            monkeypatch.setattr(self.bar_of, "update", self.update)
+            return self.bar_of
+
+        def update(self, count):
+            self.moved.append(count)
+            self.bar_of.n += count
+
+        def join(self, *values):  # of this rank alone
+            return list(values)
+
+    args = parsed(monkeypatch, "--per_device_eval_batch_size 1")
+    torch.manual_seed(0)
+    model = tiny_model(vocab_size=300, n_positions=64)
+    tokenizer = data.train_tokenizer(["a", "ab", "ac"], 300)
+    comparisons = [data.Comparison("a" * 20, ["b" * (i % 9 + 1), "c"]) for i in range(150)]
+    dataset = data.tokenize_all(comparisons, tokenizer, 64)
+    process = Watched(0, world_size)
+    numbers = train.evaluate(model, dataset, args, process, 0)
+    assert sum(process.moved) == process.bar_of.total == 150
+    assert len(numbers["chosen"]) == pytest.approx(150 / world_size, abs=2)
+    budget = 2 * 64  # tokens, of which these comparisons have 22 to 44
+    assert len(process.moved) > 150 * 22 / budget / world_size
+    assert 0 < max(process.moved) <= world_size * math.ceil(budget / 22)
+
+
 def test_evaluation_leaves_the_model_in_training_mode(monkeypatch):
     args = parsed(monkeypatch, "--dropout 0.5")
     model = tiny_model(vocab_size=300, n_positions=4, dropout=0.5)

@@ -352,15 +352,17 @@ def evaluate(
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
     at_once = 64 * args.per_device_eval_batch_size * process.world_size
-    budget = 2 * args.per_device_eval_batch_size * args.max_seq_len
+    budget = process.at_most(2 * args.per_device_eval_batch_size * args.max_seq_len)
     loss = 0.0
     numbers = {name: [] for name in metrics.LISTS}
     model.eval()
-    for start in process.bar(range(0, n, at_once), desc=f"eval at step {step}", leave=False):
+    bar = process.bar(None, total=n, desc=f"eval at step {step}", unit=" comparisons", leave=False)
+    for start in range(0, n, at_once):
         batch = [dataset[i] for i in range(start, min(start + at_once, n))]
-        for comparisons in share_of(
+        micro_batches = share_of(
             batch, args.layout, model.longest_tail, budget, process, args.zero_stage > 0
-        ):
+        )
+        for i, comparisons in enumerate(micro_batches, start=1):
             inputs, _ = collate(comparisons or batch[:1], model, args.layout, process.device)
             with autocast(args.dtype, process.device):
                 out = model(*inputs)
@@ -368,6 +370,8 @@ def evaluate(
             if comparisons:
                 chosen, rejected = out["chosen_mean_scores"], out["rejected_mean_scores"]
                 metrics.collect(numbers, comparisons, chosen.tolist(), rejected.tolist())
+            bar.update(start + len(batch) * i // len(micro_batches) - bar.n)  # of all ranks
+    bar.close()
     model.train()
     loss, *lists = process.join(loss, *numbers.values())
     numbers = dict(zip(numbers, lists))

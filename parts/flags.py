@@ -230,7 +230,10 @@ def add_model_flags(flag: Callable, families: tuple[str, ...]):
 def add_training_flags(flag: Callable, losses: tuple[str, ...]):
     """Add the flags about batches, the objective, the optimizer and its steps."""
     flag("--per_device_train_batch_size", count, None, "comparisons (16; built-in data: 32)")
-    text = "comparisons of full length; sets how many tokens are computed at once (16)"
+    text = (
+        "comparisons of full length; sets how many tokens are computed at once, on a CPU at most "
+        "4096 (16)"
+    )
     flag("--per_device_eval_batch_size", count, 16, text)
     flag("--gradient_accumulation_steps", count, 1, "(1)")
     text = "where rewards are compared: from the divergence on, or at the ends alone (divergent)"

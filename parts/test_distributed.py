@@ -101,6 +101,11 @@ def test_with_sharded_weights_every_rank_has_as_many_micro_batches(layout):
     assert share_of(batch[:1], layout, None, 100, Process(1, 2), False) == [[]]
 
 
+def test_tokens_at_once_are_limited_on_a_cpu():
+    assert [Process().at_most(tokens) for tokens in (100, 4096, 16384)] == [100, 4096, 4096]
+    assert Process(device=torch.device("cuda")).at_most(16384) == 16384
+
+
 def test_a_batch_smaller_than_the_number_of_ranks(tmp_path):
     """5 comparisons in batches of 4: the second batch has one comparison for two ranks."""
     file = write_rows(tmp_path / "train.jsonl", 5)
