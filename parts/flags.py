@@ -22,7 +22,8 @@ SCHEDULES = (
     "constant_with_warmup",
 )
 DTYPES = ("fp32", "bf16", "fp16")
-BUILT_IN = {"per_device_train_batch_size": 32, "max_steps": 2000}  # defaults on the built-in data
+# Defaults on the built-in data
+BUILT_IN = {"per_device_train_batch_size": 32, "max_steps": 2000, "eval_interval": 200}
 # Flags that the weights of a run follow from; train.py knows what else they follow from.
 RESULT_FLAGS = (
     "seed",
@@ -259,8 +260,8 @@ def add_training_flags(flag: Callable, losses: tuple[str, ...]):
     )
     flag("--num_train_epochs", count, 1, "(1)")
     flag("--max_steps", count, None, "optimizer steps, in place of epochs (built-in data: 2000)")
-    text = "optimizer steps between evaluations (0: only before and after)"
-    flag("--eval_interval", count_from_0, 0, text)
+    text = "optimizer steps between evaluations (0: only before and after; built-in data: 200)"
+    flag("--eval_interval", count_from_0, None, text)
     flag("--eval_iters", count_from_0, 0, "batches per evaluation and process (0: all)")
     flag("--seed", number(int, 0, 2**32 - 1), 1234, "(1234)")
 
@@ -366,6 +367,8 @@ def fill_in_training(args: argparse.Namespace):
             args.per_device_train_batch_size = BUILT_IN["per_device_train_batch_size"]
     if args.max_steps is None and is_built_in:
         args.max_steps = BUILT_IN["max_steps"]
+    if args.eval_interval is None:
+        args.eval_interval = BUILT_IN["eval_interval"] if is_built_in else 0
     if args.num_warmup_steps is None:
         args.num_warmup_steps = args.max_steps // 20 if is_built_in else 0
     if args.micro_batch_tokens is None:

@@ -49,12 +49,22 @@ def test_help_lists_every_flag(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("", dict(batch=32, steps=2000, warmup=100, tokens=32 * 1024, rate=1e-3)),
-        ("--max_steps 50", dict(batch=32, steps=50, warmup=2, tokens=32 * 1024, rate=1e-3)),
-        ("--data_path x", dict(batch=16, steps=None, warmup=0, tokens=16 * 1024, rate=1e-3)),
+        ("", dict(batch=32, steps=2000, warmup=100, tokens=32 * 1024, rate=1e-3, evaluate=200)),
+        (
+            "--max_steps 50",
+            dict(batch=32, steps=50, warmup=2, tokens=32 * 1024, rate=1e-3, evaluate=200),
+        ),
+        (
+            "--eval_interval 0",
+            dict(batch=32, steps=2000, warmup=100, tokens=32 * 1024, rate=1e-3, evaluate=0),
+        ),
+        (
+            "--data_path x",
+            dict(batch=16, steps=None, warmup=0, tokens=16 * 1024, rate=1e-3, evaluate=0),
+        ),
         (
             "--data_path x --model_name_or_path m --max_seq_len 64",
-            dict(batch=16, steps=None, warmup=0, tokens=16 * 128, rate=5e-5),
+            dict(batch=16, steps=None, warmup=0, tokens=16 * 128, rate=5e-5, evaluate=0),
         ),
     ],
 )
@@ -65,6 +75,7 @@ def test_defaults_that_depend_on_other_flags(flags, expected, monkeypatch):
     assert args.num_warmup_steps == expected["warmup"]
     assert args.micro_batch_tokens == expected["tokens"]
     assert args.learning_rate == expected["rate"]
+    assert args.eval_interval == expected["evaluate"]
 
 
 def test_torchrun_that_starts_again_means_resume(monkeypatch):

@@ -233,7 +233,7 @@ def flags_of(cell: str, options) -> list[str]:
     loss = "end" if objective == "end" else "divergent"
     flags = ["--seed", seed, "--loss", loss, "--output_dir", str(options.out / cell), "--resume"]
     if kind in BUILT_IN:
-        return [*flags, "--max_steps", str(options.steps)]
+        return [*flags, "--max_steps", str(options.steps), "--eval_interval", "0"]
     flags += ["--data_path", f"{options.hh}/train.jsonl.gz"]
     flags += ["--eval_path", f"{options.hh}/eval.jsonl.gz", "--max_seq_len", "256"]
     if options.hh_steps:
