@@ -309,7 +309,7 @@ def test_last_lines_name_the_accuracy_the_model_and_how_to_score(built_in_run):
     accuracy, place, how = done.stdout.strip().splitlines()[-3:]
     assert f"{before['accuracy']:.4f} before, {after['accuracy']:.4f} after" in accuracy
     assert f"{after['bayes_accuracy']:.4f}" in accuracy
-    correlation = r"of 128 eval responses' scores with their true rewards: -?0\.\d{4}$"
+    correlation = r"of the scores of 128 eval responses with their true rewards: -?0\.\d{4}$"
     assert re.search(correlation, done.stdout, re.M)
     assert f"{output_dir}/report.html" in place
     assert (output_dir / "report.html").exists()

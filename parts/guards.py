@@ -216,11 +216,6 @@ def listed(names: list[str], most: int = 8) -> str:
     return text
 
 
-def counted(n: int, noun: str) -> str:
-    """Return "1 noun" or "2 nouns"."""
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"
-
-
 def non_finite_message(
     loss: float, grad_norm: float, rows: list[str], batch: list, streak: int
 ) -> str:

@@ -155,15 +155,13 @@ def in_words(number: float | None) -> str:
     return "none" if number is None else f"{number:.4f}"
 
 
-def in_a_line(metrics: dict) -> str:
-    """List the metrics of an evaluation by name, without those by subset."""
-    listed = []
-    for name, value in metrics.items():
-        if isinstance(value, float):
-            listed.append(f"{name} {value:.4g}")
-        elif name != "by":
-            listed.append(f"{name} {'none' if value is None else value}")
-    return ", ".join(listed)
+def in_a_line(found: dict) -> str:
+    """Say in a line what an evaluation has found. metrics.jsonl has all numbers of `summarize`."""
+    return (
+        f"accuracy {in_words(found['accuracy'])} on {counted(found['pairs'], 'pair')}, "
+        f"loss {found['loss']:.4f}, mean margin {found['margin']:.4f}, "
+        f"calibration error {in_words(found['ece'])}"
+    )
 
 
 def pairs_in_words(targets: Sequence[float], noun: str = "pair") -> str:
@@ -217,8 +215,8 @@ def outcome(events: list[dict], numbers: dict[str, list]) -> str:
     scores, rewards = numbers["scores"], numbers["rewards"]
     if rewards:
         lines.append(
-            f"Spearman's correlation of {len(scores)} eval responses' scores with their true "
-            f"rewards: {spearman(scores, rewards):.4f}"
+            f"Spearman's correlation of the scores of {counted(len(scores), 'eval response')} with "
+            f"their true rewards: {spearman(scores, rewards):.4f}"
         )
     lines += subset_lines(after.get("by", {}), before.get("by"))
     text = (

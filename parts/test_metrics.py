@@ -152,7 +152,8 @@ def test_no_accuracy_where_every_target_is_one_half(subset):
     assert (found["accuracy"], found["ece"], found["pairs"], found["ties"]) == (None, None, 2, 0.5)
     assert found.get("by", {}) == ({subset: {"accuracy": None, "pairs": 2}} if subset else {})
     json.dumps(found, allow_nan=False)
-    assert in_a_line(found).startswith("loss 0.7, accuracy none, chosen_score 1.5, ")
+    assert in_a_line(found).startswith("accuracy none on 2 pairs, loss 0.7000, mean margin ")
+    assert in_a_line(found).endswith("calibration error none")
     events = [{"event": "eval", "step": step} | found for step in (0, 3)]
     assert "accuracy on 2 eval pairs, 2 of target 0.5 left out: none before, none after" in outcome(
         events, numbers
@@ -185,13 +186,12 @@ def test_collected_numbers_are_of_every_pair_of_a_ranking():
 # In words
 
 
-def test_line_of_an_evaluation_lists_numbers_and_no_subsets():
-    numbers = numbers_of([2.0, 1.0], [0.0, 1.0], subset=["a", "b"])
-    line = in_a_line(summarize(0.5, numbers, 0, 12345) | {"pairs": 23456})
-    assert line == (
-        "loss 0.5, accuracy 0.5, chosen_score 1.5, rejected_score 0.5, margin 1, ece 0.3096, "
-        "pairs 23456, ties 0.5, dropped 0, truncated 12345"
-    )
+@pytest.mark.parametrize("pairs, counted", [(1, "1 pair"), (4000, "4,000 pairs")])
+def test_line_of_an_evaluation(pairs, counted):
+    """Counts of what was dropped, and of anything else, are in metrics.jsonl alone."""
+    found = summarize(0.25, numbers_of([2.0] * pairs, [0.0] * pairs, subset=["a"] * pairs), 0, 0)
+    expected = f"accuracy 1.0000 on {counted}, loss 0.2500, mean margin 2.0000"
+    assert in_a_line(found) == f"{expected}, calibration error {found['ece']:.4f}"
 
 
 def test_subsets_are_listed_by_name_and_the_others_counted():
@@ -218,6 +218,17 @@ def test_outcome_has_the_subsets_before_and_after():
     ]
     del before["by"]  # written by an older version
     assert outcome([before, after], numbers).splitlines()[1] == "  a: 0.0000 (1 pair)"
+
+
+def test_outcome_in_words():
+    numbers = numbers_of([2.0], [0.0]) | {"scores": [2.0, 1.0], "rewards": [0.5, 0.1]}
+    before, after = {"event": "eval", "accuracy": 0.0, "pairs": 1}, {"event": "eval", "pairs": 1}
+    after |= {"accuracy": 1.0, "bayes_accuracy": 1.0}
+    accuracy = "accuracy on 1 eval pair: 0.0000 before, 1.0000 after training"
+    accuracy += "; the best possible (Bayes-optimal) is 1.0000"
+    spearmans = "Spearman's correlation of the scores of 2 eval responses with their true rewards"
+    expected = f"{spearmans}: 1.0000\n{accuracy}"
+    assert outcome([before, {"event": "step"}, after], numbers) == expected
 
 
 def test_summary_of_scores_by_hand():
