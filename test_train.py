@@ -7,8 +7,10 @@ import gzip
 import itertools
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -21,6 +23,7 @@ import rm
 import train
 from conftest import (
     HERE,
+    LIMIT,
     TINY,
     complaint,
     events_of,
@@ -303,10 +306,46 @@ def test_metrics_of_a_run(built_in_run):
     assert [event["lr"] for event in events["step"]] == pytest.approx(expected)
 
 
+def run_commands(text, folder, count):
+    """Run the last lines of a run in a shell, in this directory; return what they print.
+
+    folder: gets a program `python`, which is this one.
+    """
+    (folder / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "python").chmod(0o755)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    printed = []
+    for command in text.strip().splitlines()[-count:]:
+        done = subprocess.run(
+            command, shell=True, env=environment, capture_output=True, text=True, timeout=LIMIT
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        printed.append(done.stdout)
+    return printed
+
+
+def test_commands_at_the_end_of_a_run_work_as_they_stand(built_in_run, tmp_path):
+    """They show, or score, 20 pairs of the eval set, to the scores of the last evaluation."""
+    output_dir, done, _ = built_in_run
+    shown, *_ = run_commands(done.stdout, tmp_path, 3)
+    assert shown.count("chosen  score") == shown.count("rejected  score") == 20
+    assert (output_dir / "pairs.html").read_text().count("data-row") == 20
+    pairs = list(itertools.islice(data.known_rewards(train.EVAL_SEED), 20))
+    rows = read_rows(output_dir / "examples.jsonl")
+    assert [[row["prompt"], row["chosen"], row["rejected"]] for row in rows] == [
+        [pair.prompt, *pair.responses] for pair in pairs
+    ]
+    model, tokenizer = rm.RewardModel.from_pretrained(output_dir), data.load_tokenizer(output_dir)
+    for pair, row in zip(pairs, read_rows(output_dir / "scores.jsonl"), strict=True):
+        ids, mask = data.pad_rows(data.tokenize(pair, tokenizer, 64), tokenizer.pad_id)
+        expected = model.forward_value(ids, mask)["chosen_end_scores"].tolist()
+        assert row["scores"] == pytest.approx(expected, abs=1e-5)
+
+
 def test_last_lines_name_the_accuracy_the_model_and_how_to_score(built_in_run):
     output_dir, done, events = built_in_run
     before, after = events["eval"][0], events["eval"][-1]
-    accuracy, place, how = done.stdout.strip().splitlines()[-3:]
+    accuracy, place, _, *how = done.stdout.strip().splitlines()[-6:]
     assert f"{before['accuracy']:.4f} before, {after['accuracy']:.4f} after" in accuracy
     assert f"{after['bayes_accuracy']:.4f}" in accuracy
     correlation = r"of the scores of 128 eval responses with their true rewards: -?0\.\d{4}$"
@@ -314,7 +353,9 @@ def test_last_lines_name_the_accuracy_the_model_and_how_to_score(built_in_run):
     assert f"{output_dir}/report.html" in place
     assert (output_dir / "report.html").exists()
     assert str(output_dir) in place
-    assert f"python rm.py {output_dir} " in how
+    flags = ["--show", f"--html {output_dir}/pairs.html", f"--out {output_dir}/scores.jsonl"]
+    for command, flag in zip(how, flags, strict=True):
+        assert command.endswith(f"rm.py {output_dir} {output_dir}/examples.jsonl {flag}")
 
 
 def test_evaluation_of_the_saved_model_by_hand(built_in_run):
@@ -697,17 +738,25 @@ def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
     done, events = train_ok(tmp_path / "out", *data_flags, "--skip_bad_rows")
     said = f"{path}: skipped 3 rows without a comparison; the first: {path}:10: not JSON"
     assert said in done.stdout
+    assert done.stdout.splitlines()[-1].split()[3] == "FILE.jsonl"  # `path` is none for rm.py
     assert sum(step["pairs"] for step in events["step"]) == events["eval"][-1]["pairs"] == 24
 
 
 def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
-    """--model_name_or_path takes what a run left; without --eval_path, 5 % of 80 are held out."""
+    """--model_name_or_path takes what a run left; without --eval_path, 5 % of 80 are held out.
+
+    The last lines are commands that score the data, also where paths need quotes.
+    """
     model, *_ = built_in_run
-    rows = write_rows(tmp_path / "rows.jsonl", 80)
-    output_dir = tmp_path / "out"
+    rows = write_rows(tmp_path / "my rows.jsonl", 80)
+    output_dir = tmp_path / "what it's for"
     flags = ["--model_name_or_path", model, "--data_path", rows, "--output_dir", output_dir]
     done = run("train.py", *flags, "--max_seq_len 48")
     assert done.returncode == 0, done.stderr
+    shown, *_ = run_commands(done.stdout, tmp_path, 3)
+    assert shown.count("chosen  score") == 80
+    assert (output_dir / "pairs.html").exists()
+    assert len(read_rows(output_dir / "scores.jsonl")) == 80
     first, *steps, _ = read_rows(output_dir / "metrics.jsonl")
     assert first["pairs"] == 4
     assert sum(step["pairs"] for step in steps) == 76

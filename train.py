@@ -177,7 +177,7 @@ def train(args, process: Process):
     else:
         if scores is None:  # this run had ended before
             scores = evaluate(model, evaluation, args, process, total_steps)
-        finish(model, tokenizer, scores, skipped, args, run, process)
+        finish(model, tokenizer, evaluation, scores, skipped, args, run, process)
     process.wait()  # no rank leaves before the model is saved
 
 
@@ -277,6 +277,7 @@ def loss_alone(
 def finish(
     model: RewardModel,
     tokenizer: data.Tokenizer,
+    evaluation: data.TokenizedData,
     scores: dict[str, list],
     skipped: int,
     args,
@@ -297,19 +298,20 @@ def finish(
         except ValueError as error:
             failure = error  # the model is saved as it is, first
     events = run.events()
-    page = run.path / "report.html"
     with run.writing():
         model.save_pretrained(run.path, tokenizer=tokenizer)
-        flags = list(vars(args).items())  # to be shown
         pairs = scores["chosen"], scores["rejected"], scores["true_margin"], scores["target"]
-        report.run_page(page, events, flags, *pairs)
+        report.run_page(run.path / "report.html", events, list(vars(args).items()), *pairs)
     if failure:
         raise failure
     if skipped:
         print(f"{counted(skipped, 'step')} skipped: gradients too large for fp16")
     print(metrics.outcome(events, scores))
-    print(f"model: {run.path}   metrics: {run.path}/metrics.jsonl   page: {page}")
-    print(f"score with it: python rm.py {run.path} FILE.jsonl")
+    if args.data_path:
+        files = [file.path for file in evaluation.files if not file.bad_rows]
+    else:
+        files = [run.write_examples(data.known_rewards(EVAL_SEED))]
+    print(run.what_to_do_next(files))
 
 
 def plain_model(model: RewardModel, lora_dim: int, process: Process) -> RewardModel:

@@ -29,8 +29,6 @@ from parts.guards import counted, listed, visible
 from parts.parquet import parquet_rows
 from parts.repeats import read_answers_once, read_dialogue_once, read_text_once
 
-from parts.guards import counted
-
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 EXPECTED_FILE = "expected .jsonl, .jsonl.gz, .json or .parquet"

@@ -8,9 +8,11 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from parts.distributed import lost_process
+from parts.flags import REPOSITORY
 from parts.guards import counted
 from parts.huggingface import WEIGHT_FILES
 from parts.metrics import Writer
@@ -28,6 +31,7 @@ from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
 VERSION = 2  # of the facts in a checkpoint
+EXAMPLES = 20  # comparisons in examples.jsonl
 ANY = "any"  # the value of a fact that does not count, since another fact says so
 
 # How an error calls what a result follows from; everything else is a flag of its name.
@@ -132,7 +136,7 @@ class RunDirectory:
         """Move the files of an earlier run, if there is one, to a new directory earlier-N."""
         # Checkpoints go first: if this is interrupted, the rest is not taken for a run to resume.
         names = ["checkpoints", "metrics.jsonl", "report.html", "config.json", *WEIGHT_FILES]
-        names += [*TOKENIZER_FILES, *CONFIG_FILES, "merges.txt"]
+        names += [*TOKENIZER_FILES, *CONFIG_FILES, "merges.txt", "examples.jsonl"]
         files = [self.path / name for name in names if (self.path / name).exists()]
         if not files:
             return
@@ -267,6 +271,41 @@ class RunDirectory:
                 f"{self.what_is_left()}. Make room; the same command with --resume then continues, "
                 "or starts anew"
             ) from None
+
+    # ----------------------------------------------------------------------------------------------
+    # End
+
+    def write_examples(self, comparisons: Iterable) -> Path:
+        """Write the first comparisons of two texts as rows of examples.jsonl; return its path."""
+        path = self.path / "examples.jsonl"
+        with self.writing(), open(path, "w") as file:
+            for comparison in itertools.islice(comparisons, EXAMPLES):
+                chosen, rejected = comparison.responses
+                row = {"prompt": comparison.prompt, "chosen": chosen, "rejected": rejected}
+                file.write(json.dumps(row) + "\n")
+        return path
+
+    def what_to_do_next(self, files: list) -> str:
+        """Name the files of a finished run, and the commands that score with its model.
+
+        The commands work in the current directory, on the first of `files` that is there still (an
+        earlier run's have moved); without one, the user has to fill in a file.
+        """
+        program = "rm.py" if Path.cwd() == REPOSITORY else str(REPOSITORY / "rm.py")
+        there = [str(file) for file in files if Path(file).exists()]
+        file = there[0] if there else "FILE.jsonl"
+        score = shlex.join(["python", program, str(self.path), file])
+        page, scores = (
+            shlex.quote(str(self.path / name)) for name in ("pairs.html", "scores.jsonl")
+        )
+        return (
+            f"model: {self.path}   metrics: {self.path}/metrics.jsonl   "
+            f"page: {self.path}/report.html\n"
+            "score with it, token by token in the terminal or on a page, or as numbers alone:\n"
+            f"    {score} --show\n"
+            f"    {score} --html {page}\n"
+            f"    {score} --out {scores}"
+        )
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
@@ -13,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 
+import data
 import train
 from conftest import (
+    HERE,
+    TINY,
     complaint,
     end,
     events_of,
@@ -51,6 +55,7 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
     for number in (1, 2):
         (tmp_path / "pytorch_model.bin").write_text(f"model {number}")
         (tmp_path / "model.safetensors").write_text("would be taken for the new model")
+        (tmp_path / "examples.jsonl").write_text(f"examples {number}")
         (tmp_path / "notes.txt").write_text("not ours")
         run = RunDirectory(tmp_path, 2, {}, Process())
         run.open(0, 1000, saves_checkpoints=False)
@@ -59,7 +64,9 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
     metrics = (tmp_path / "earlier-2" / "metrics.jsonl").read_text()
     assert json.loads(metrics) == {"event": "step", "step": 1}
+    assert (tmp_path / "earlier-2" / "examples.jsonl").read_text() == "examples 2"
     assert not (tmp_path / "model.safetensors").exists()
+    assert not (tmp_path / "examples.jsonl").exists()
     assert (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "notes.txt").read_text() == "not ours"
     assert f"{tmp_path}/earlier-2" in capsys.readouterr().out
@@ -88,6 +95,59 @@ def test_metrics_are_cut_after_the_step_that_a_run_resumes_at(tmp_path):
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
     assert json.loads(lines[0])["loss"] is None
     assert resumed.has_evaluation(2) and not resumed.has_evaluation(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# The end of a run
+
+
+def commands(text: str) -> list[str]:
+    """List the commands, the last three lines, without their indent."""
+    return [line.strip() for line in text.splitlines()[-3:]]
+
+
+def test_examples_are_comparisons_that_data_files_hold(tmp_path):
+    run = RunDirectory(tmp_path, 2, {}, Process())
+    expected = list(itertools.islice(data.known_rewards(0), 20))
+    path = run.write_examples(data.known_rewards(0))
+    assert path == tmp_path / "examples.jsonl"
+    found = [(pair.prompt, pair.responses) for pair in data.load_comparisons(path)]
+    assert found == [(pair.prompt, pair.responses) for pair in expected]
+    for row in map(json.loads, path.read_text().splitlines()):
+        assert list(row) == ["prompt", "chosen", "rejected"]
+
+
+def test_next_commands_are_quoted_and_name_rm_py_as_seen_from_here(tmp_path, monkeypatch):
+    (tmp_path / "a b.jsonl").write_text("")
+    run = RunDirectory("it's out", 2, {}, Process())
+    for directory, program in ((HERE, "rm.py"), (tmp_path, f"{HERE}/rm.py")):
+        monkeypatch.chdir(directory)
+        text = run.what_to_do_next([tmp_path / "missing.jsonl", tmp_path / "a b.jsonl"])
+        shared = ["python", program, "it's out", f"{tmp_path}/a b.jsonl"]
+        assert [shlex.split(command) for command in commands(text)] == [
+            [*shared, "--show"],
+            [*shared, "--html", "it's out/pairs.html"],
+            [*shared, "--out", "it's out/scores.jsonl"],
+        ]
+    # Where no file can be scored, the user fills in one.
+    assert shlex.split(commands(run.what_to_do_next([]))[0])[3] == "FILE.jsonl"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_run_on_built_in_data_leaves_examples_also_when_it_resumes(processes, tmp_path):
+    output_dir = tmp_path / "out"
+    flags = [*TINY, "--max_steps 2 --vocab_size 400 --eval_iters 1 --save_interval 2 --resume"]
+    said = forked_ok(output_dir, *flags, processes=processes)
+    examples = (output_dir / "examples.jsonl").read_bytes()
+    assert len(examples.splitlines()) == 20
+    assert [shlex.split(command)[3] for command in commands(said)] == [
+        f"{output_dir}/examples.jsonl"
+    ] * 3
+    (output_dir / "examples.jsonl").unlink()
+    again = forked_ok(output_dir, *flags, processes=processes)
+    assert "resuming after step 2" in again
+    assert again.splitlines()[-5:] == said.splitlines()[-5:]
+    assert (output_dir / "examples.jsonl").read_bytes() == examples
 
 
 # --------------------------------------------------------------------------------------------------
