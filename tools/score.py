@@ -2,7 +2,7 @@
 
     python rm.py CHECKPOINT FILE [--out scores.jsonl]        comparisons, or single responses
     python rm.py CHECKPOINT FILE --show | --html page.html   the same, token by token
-    python rm.py convert CHECKPOINT DIRECTORY --layout hf
+    python rm.py convert CHECKPOINT DIRECTORY --layout hf    (needs requirements-hf.txt)
 
 The model is in rm.py, file formats are in data.py, pages in tools/pairs_page.py.
 """
@@ -305,7 +305,8 @@ def convert_program(argv: list[str]):
     flag("checkpoint", help="a directory with a trained reward model, in either layout")
     flag("directory", help="where to write it: a new directory, or an empty one")
     layout = (
-        "deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification"
+        "deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification, "
+        "needs `pip install -r requirements-hf.txt`"
     )
     flag("--layout", choices=LAYOUTS, required=True, help=layout)
     args = parser.parse_args(argv)
@@ -320,11 +321,29 @@ def convert_program(argv: list[str]):
         tokenizer, note = load_tokenizer(args.checkpoint, model.pad_id), "with its tokenizer"
     model.save_pretrained(directory, args.layout, tokenizer)
     print(f"{directory}: {args.layout} layout, {note}")
+    if args.layout == "hf":
+        print(how_to_load(directory, tokenizer is not None))
     if model.reward_bias:
         print(
             "its rewards were normalized: other programs must add "
             f"{model.reward_bias:.6g} (reward_bias in config.json) to what they compute"
         )
+
+
+def how_to_load(directory: Path, has_tokenizer: bool) -> str:
+    """Write the lines of Python that load a model of the hf layout, and what they need."""
+    names, path = ["AutoModelForSequenceClassification"], str(directory)
+    lines = [f"    model = AutoModelForSequenceClassification.from_pretrained({path!r})"]
+    if has_tokenizer:
+        names.append("AutoTokenizer")
+        lines.append(f"    tokenizer = AutoTokenizer.from_pretrained({path!r})")
+    return "\n".join(
+        [
+            "to load it, `pip install -r requirements-hf.txt transformers`; then in Python:",
+            f"    from transformers import {', '.join(names)}",
+            *lines,
+        ]
+    )
 
 
 def main():

@@ -291,9 +291,7 @@ def test_an_interrupt_is_said_in_a_line(monkeypatch, run_here):
 def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_bit_for_bit(
     trained, tmp_path, run_here
 ):
-    """AutoTokenizer and AutoModelForSequenceClassification alone lead from a text to its score."""
-    import transformers
-
+    """The printed lines, of transformers alone, lead from a text to its score."""
     done = run("convert", trained, tmp_path / "hf", "--layout", "hf")
     assert done.returncode == 0, done.stderr
     status, _ = run_here(
@@ -311,8 +309,12 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
 
     file = write_rows(tmp_path / "rows.jsonl", 5)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    assert "`pip install -r requirements-hf.txt transformers`" in done.stdout
+    printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
+    loaded = {}
+    exec("\n".join(printed), loaded)
+    tokenizer, model = loaded["tokenizer"], loaded["model"]
+    assert type(model).__name__ == "LlamaForSequenceClassification"
     batch = tokenizer(
         [row["prompt"] + row["chosen"] for row in rows],
         padding=True,
@@ -326,6 +328,25 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
         )
     refused = run("convert", trained, tmp_path / "hf", "--layout", "deepspeed-chat")
     assert refused.returncode != 0 and "hf, which is not empty" in refused.stderr.splitlines()[-1]
+
+
+def test_converting_without_safetensors_names_what_to_install_and_writes_nothing(
+    trained, tmp_path, run_here, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    message, out = run_here("convert", trained, tmp_path / "hf", "--layout", "hf")
+    expected = "rm.py: error: layout 'hf' needs `pip install -r requirements-hf.txt`"
+    assert (message, out) == (expected, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_of_convert_says_what_the_hf_layout_needs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rm.py", "convert", "--help"])
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        score.main()
+    assert "needs `pip install -r requirements-hf.txt`" in capsys.readouterr().out
 
 
 def test_converting_says_what_other_programs_must_add(tmp_path, run_here):
