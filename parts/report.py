@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from parts.guards import visible
+from parts.guards import counted, visible
 from parts.metrics import confidence_bins, decided
 
 # Hues that the common kinds of colour blindness keep apart, (light, dark), in the order of the
@@ -38,6 +38,8 @@ STROKES = {
     "dotted": ' stroke-dasharray="1.5 4"',
     "thin": ' stroke-opacity=".35"',
 }
+# Around a text that may lie on lines
+HALO = ' class="halo" paint-order="stroke" stroke="#ffffff" stroke-width="4"'
 
 
 def safe(value) -> str:
@@ -146,12 +148,15 @@ def chart(
         out.append(text(0, 0, y_label, more=f' transform="{place}"'))
     # Series of one colour, as a line and its points, share a place.
     colors = sorted({s.color for s in series}) if categories else [0]
+    labels = []
     for s in series:
         slot = s.width / len(colors)
         shift = 0
         if categories:
             shift = (colors.index(s.color) - (len(colors) - 1) / 2) * slot
         out.append(draw(s, axes, shift, slot))
+        labels += draw_labels(s, axes, shift)
+    out += labels  # above the lines of all series
     out += reference_lines(axes, vlines, hlines)
     for s, x, row in legend:
         out.append(legend_entry(s, x, 16 + 18 * (row + bool(title))))
@@ -255,7 +260,7 @@ def draw(s: Series, axes: Axes, shift: float, slot: float) -> str:
 
 
 def draw_mark(s: Series, i: int, axes: Axes, x, y, error, slot) -> Iterator[str]:
-    """Draw point or bar i of a series, with its tooltip, error bar and label."""
+    """Draw point or bar i of a series, with its tooltip and error bar."""
     note = f"<title>{safe(s.notes[i])}</title>" if s.notes else ""
     at = axes.at_x(x)
     if s.kind == "bar":
@@ -274,16 +279,21 @@ def draw_mark(s: Series, i: int, axes: Axes, x, y, error, slot) -> Iterator[str]
     if error:
         ends = f"{axes.at_y(y - error):.1f}V{axes.at_y(y + error):.1f}"
         yield f'<path d="M{at:.1f},{ends}" stroke-width="1.5"/>'
-    if s.labels:
-        more = ' stroke="none" font-size="10"'
-        yield text(at, axes.at_y(y + error) - 5, s.labels[i], more=more)
+
+
+def draw_labels(s: Series, axes: Axes, shift: float) -> Iterator[str]:
+    """Draw the texts above the points or bars of a series, moved by `shift` as in `draw`."""
+    for i, x, y, error in s.points():
+        if s.labels:
+            top = axes.at_y(y + error) - 5
+            words = text(axes.at_x(x + shift), top, s.labels[i], more=' font-size="10"')
+            yield f"<g{HALO}>{words}</g>"
 
 
 def reference_lines(axes: Axes, vlines: list[tuple], hlines: list[tuple]) -> list[str]:
     """Draw lines across the data. Each text of a vertical line has a row: lines may be close."""
     out, texts = [], []
     color, dashes = INK["light"]["soft"], ' stroke-dasharray="3 3"'
-    halo = ' class="halo" paint-order="stroke" stroke="#ffffff" stroke-width="4"'
     for i, (x, words) in enumerate(vlines):
         at, y = axes.at_x(x), axes.top - 12 * (len(vlines) - i) + 6
         out.append(line(at, y - 8, at, axes.bottom, "rule", color, dashes))
@@ -291,13 +301,12 @@ def reference_lines(axes: Axes, vlines: list[tuple], hlines: list[tuple]) -> lis
             words = text(at - 4, y, words, "end")
         else:
             words = text(at + 4, y, words, "start")
-        texts.append(f"<g{halo}>{words}</g>")
-    out += texts
+        texts.append(f"<g{HALO}>{words}</g>")
     for y, words in hlines:
         at = axes.at_y(y)
         out.append(line(axes.left, at, axes.right, at, "rule", color, dashes))
-        out.append(text(axes.right, at - 5, words, "end"))
-    return out
+        texts.append(f"<g{HALO}>{text(axes.right, at - 5, words, 'end')}</g>")
+    return out + texts
 
 
 def legend_entry(s: Series, x: float, y: float) -> str:
@@ -400,6 +409,20 @@ def table(head: list[str], body: list[list[str]], kind: str = "") -> str:
 # --------------------------------------------------------------------------------------------------
 # The page of a run
 
+NEAR_GUESSING = 0.6  # an accuracy below it is shown beside that of guessing
+UNUSUAL = ("ties", "dropped", "truncated")  # metrics that are 0 in most runs
+# How the page calls metrics that are not called what they are; see `metrics.summarize`.
+METRICS = {
+    "chosen_score": "mean score of the chosen",
+    "rejected_score": "mean score of the rejected",
+    "margin": "mean margin",
+    "ece": "calibration error (ECE)",
+    "ties": "share of ties",
+    "dropped": "dropped as identical",
+    "bayes_accuracy": "best possible accuracy",
+    "probability_error": "error of the probability",
+}
+
 
 def thinned(x: list, y: list, limit: int = 1000) -> tuple[list, list]:
     """Keep at most `limit` finite points of a curve, and all of its spikes.
@@ -447,7 +470,7 @@ def histogram(groups: dict[str, list[float]], title: str, x_label: str, vlines=(
     x = [low + (i + 0.5) * width for i in range(40)]
     for color, (name, group) in enumerate(shown.items()):
         counts = torch.histc(group, 40, low, high).tolist()
-        notes = [f"{at:.3g}: {int(n)} pairs" for at, n in zip(x, counts)]
+        notes = [f"{at:.3g}: {counted(int(n), 'pair')}" for at, n in zip(x, counts)]
         name = name if len(shown) > 1 else ""
         series.append(Series(counts, x, name, "bar", color, width=width, notes=notes))
     return chart(series, title, x_label, "pairs", vlines=vlines)
@@ -466,14 +489,14 @@ def reliability(margins: torch.Tensor) -> str:
         notes.append(
             f"confidence {0.5 + 0.05 * i:.2f} to {0.55 + 0.05 * i:.2f}: "
             f"accuracy {observed[i] or 0:.4f}, "
-            f"mean confidence {confidence[is_in].mean():.4f}, {counts[i]} pairs"
+            f"mean confidence {confidence[is_in].mean():.4f}, {counted(counts[i], 'pair')}"
         )
     middles = [0.525 + 0.05 * i for i in range(10)]
     labels = [str(n) for n in counts]
     name = "ranked right, with the number of pairs"
     bars = Series(observed, middles, name, "bar", width=0.05, notes=notes, labels=labels)
     calibrated = Series([0.5, 1.0], [0.5, 1.0], "calibrated", color=4, style="dashed")
-    x_label = "confidence: probability of the response it prefers"
+    x_label = "confidence in the response that the model prefers"
     return chart(
         [bars, calibrated], "Reliability", x_label, "accuracy", x_range=(0.5, 1), y_range=(0, 1)
     )
@@ -489,11 +512,12 @@ def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
         x.append(true[is_in].mean().item())
         y.append(learned[is_in].mean().item())
         spread.append(learned[is_in].std(correction=0).item())
-        notes.append(f"true {x[-1]:.3f}, learned {y[-1]:.3f}, {int(is_in.sum())} pairs")
+        count = counted(int(is_in.sum()), "pair")
+        notes.append(f"true {x[-1]:.3f}, learned {y[-1]:.3f}, {count}")
     name = "mean in a bin, ± standard deviation"
     points = Series(y, x, name, "point", error=spread, notes=notes)
     perfect = Series([0, 1], [0, 1], "perfect", color=4, style="dashed")
-    title = "Probability that the chosen one is better"
+    title = "Probability that the chosen response is better"
     return chart([perfect, points], title, "true", "learned", x_range=(0, 1), y_range=(0, 1))
 
 
@@ -518,18 +542,21 @@ def run_charts(
     if window > 1:
         means = moving_mean(losses, window)
         curves.append(curve(at[window - 1 :], means, f"mean of {window} steps"))
-    best = []
+    marks = []
     if evals and finite(evals[-1].get("bayes_accuracy")):
-        best = [(evals[-1]["bayes_accuracy"], "best possible (Bayes-optimal)")]
+        marks.append((evals[-1]["bayes_accuracy"], "best possible (Bayes-optimal)"))
+    accuracies = [event["accuracy"] for event in evals if finite(event["accuracy"])]
+    if min(accuracies, default=1) < NEAR_GUESSING:
+        marks.append((0.5, "guessing"))
     margins = torch.tensor(chosen, dtype=torch.float64)
     margins -= torch.tensor(rejected, dtype=torch.float64)
     preferred = margins
     if targets:
         preferred = decided(margins, torch.tensor(targets, dtype=torch.float64))
-    scores, zero = {"chosen": chosen, "rejected": rejected}, [(0, "right from here on")]
+    scores, zero = {"chosen": chosen, "rejected": rejected}, [(0, "ranked right from here on")]
     charts = [
         chart(curves + of_evals("loss", "evaluation"), "Loss", "step"),
-        chart(of_evals("accuracy"), "Accuracy in evaluation", "step", hlines=best),
+        chart(of_evals("accuracy"), "Accuracy in evaluation", "step", hlines=marks),
         histogram(scores, "End scores", "reward at the last token"),
         histogram(
             {"margin": preferred.tolist()}, "Margins", "end score of preferred minus other", zero
@@ -541,6 +568,46 @@ def run_charts(
         charts.append(learned_and_true(margins, true_margins))
     charts.append(of_steps("lr", "Learning rate"))
     return [*charts, of_steps("grad_norm", "Gradient norm, before clipping")]
+
+
+def flag_value(value) -> str:
+    """Write the value of a flag in words: lists as they are typed, nothing in Python's notation."""
+    if value is None:
+        return "not given"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list):
+        is_of_numbers = all(isinstance(part, float) for part in value)
+        return ("," if is_of_numbers else " ").join(map(flag_value, value))
+    return str(value)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 120:
+        return counted(round(seconds), "second")
+    return f"{seconds / 60:.1f} minutes"
+
+
+def metric_rows(first: dict, last: dict) -> list[list[str]]:
+    """List what two evaluations have found, in words: name, number of the first and of the last.
+
+    Counts that are 0 in both are left out; each subset of the data has a row.
+    """
+    rows = []
+    for name, value in last.items():
+        if name in ("event", "step") or (value == 0 == first.get(name) and name in UNUSUAL):
+            continue
+        if name == "by":
+            for subset, found in value.items():
+                before = first.get("by", {}).get(subset, {})
+                title = f"accuracy on {subset} ({counted(found['pairs'], 'pair')})"
+                rows.append((title, metric(before, "accuracy"), metric(found, "accuracy")))
+        else:
+            title = METRICS.get(name, name.replace("_", " "))
+            rows.append((title, metric(first, name), metric(last, name)))
+    return [[safe(title), before, after] for title, before, after in rows]
 
 
 def number(value: float | None) -> str:
@@ -557,19 +624,6 @@ def metric(event: dict, name: str) -> str:
     if is_undecided and name in ("accuracy", "ece"):
         return "none: every target is 0.5"
     return number(event[name])
-
-
-def subset_table(first: dict, last: dict, head: list[str]) -> str:
-    """Write accuracy by subset in two evaluations, if the last has any. head: their names."""
-    if not last.get("by"):
-        return ""
-    rows = []
-    for subset, found in last["by"].items():
-        earlier = first.get("by", {}).get(subset, {})
-        accuracies = [metric(earlier, "accuracy"), metric(found, "accuracy")]
-        rows.append([safe(subset), number(found["pairs"]), *accuracies])
-    title = "<h2 style='margin-top:20px'>Accuracy by subset</h2>"
-    return title + table(["subset", "pairs", *head], rows)
 
 
 def run_page(
@@ -593,30 +647,27 @@ def run_page(
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
     numbers = {"eval accuracy": metric(last, "accuracy")}
     if finite(last.get("bayes_accuracy")):
-        numbers["the best possible"] = number(last["bayes_accuracy"])
+        numbers["best possible accuracy"] = number(last["bayes_accuracy"])
     numbers["eval loss"] = number(last.get("loss"))
-    numbers["eval pairs"] = number(last.get("pairs", 0))
-    numbers["steps"] = number(len(steps))
+    for counts in (counted(last.get("pairs", 0), "eval pair"), counted(len(steps), "step")):
+        count, _, noun = counts.partition(" ")
+        numbers[noun] = count
     charts = ""
     for svg in run_charts(steps, evals, chosen, rejected, true_margins, targets):
         charts += f'<div class="card">{svg}</div>'
-    metrics = [
-        [safe(name), metric(first, name), metric(last, name)]
-        for name in last
-        if name not in ("event", "step", "by")
-    ]
-    head = [f"step {first.get('step', '')}", f"step {last.get('step', '')}"]
-    values = [[f"<code>--{safe(name)}</code>", safe(value)] for name, value in flags]
-    seconds = sum(event["seconds"] for event in steps)
+    head = ["", f"step {first.get('step', '')}", f"step {last.get('step', '')}"]
+    values = [[f"<code>--{safe(name)}</code>", safe(flag_value(value))] for name, value in flags]
     body = (
-        "<h1>A training run</h1><p>The model learned from pairs of responses, of which people "
-        "preferred one. Accuracy is how often, in pairs kept aside, it gives the preferred "
-        "response the higher score; the loss is also about how sure it was.</p>"
+        "<h1>A training run</h1><p>A reward model learned from pairs of responses: in each pair, "
+        "one response was chosen and the other rejected. Its accuracy is the share of held-out "
+        "pairs in which it scores the chosen response higher. The loss also depends on how sure it "
+        "is.</p>"
         f'{facts(numbers)}<div class="cols">{charts}</div>'
         "<div class='cols' style='margin-top:20px'><div class='card'><h2>Evaluation</h2>"
-        f"{table(['', *head], metrics)}{subset_table(first, last, head)}<p class='small soft'>"
-        f"Training: {sum(event['pairs'] for event in steps):,} pairs, "
-        f"{sum(event['tokens'] for event in steps):,} tokens, {seconds / 60:.1f} min.</p></div>"
+        f"{table(head, metric_rows(first, last))}<p class='small soft'>"
+        f"Training took {duration(sum(event['seconds'] for event in steps))}, for "
+        f"{counted(sum(event['pairs'] for event in steps), 'pair')} and "
+        f"{counted(sum(event['tokens'] for event in steps), 'token')}.</p></div>"
         f"<div class='card'><h2>Flags</h2>{table(['flag', 'value'], values, 'words')}</div></div>"
     )
     write_page(path, "A training run", body)

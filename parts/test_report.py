@@ -72,15 +72,21 @@ def scores_of_a_run(pairs=500):
     )
 
 
+FLAGS = [
+    ("data_path", [HOSTILE, "b.jsonl"]),
+    ("data_split", [2.0, 4.0, 4.5]),
+    ("learning_rate", 1e-4),
+    ("max_steps", 2000),
+    ("resume", False),
+    ("offload", True),
+    ("<flag>", None),
+]
+
+
 @pytest.fixture(scope="module")
 def run_page(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "report.html"
-    report.run_page(
-        path,
-        events_of_a_run(),
-        [("data_path", [HOSTILE]), ("learning_rate", 1e-4), ("<flag>", None)],
-        *scores_of_a_run(),
-    )
+    report.run_page(path, events_of_a_run(), FLAGS, *scores_of_a_run())
     return path.read_text(encoding="utf-8")
 
 
@@ -362,7 +368,7 @@ def test_the_page_fits_and_can_be_read_in_a_browser(scheme, run_page, tmp_path):
 
 def test_hostile_text_in_flags_arrives_as_text(run_page):
     text = Tree(run_page).root.text()
-    assert visible(str([HOSTILE])) in text and "--<flag>" in text
+    assert visible(HOSTILE) in text and "--<flag>" in text
 
 
 def test_a_long_run_makes_a_small_page(tmp_path):
@@ -397,7 +403,7 @@ def test_the_page_of_a_run_has_its_numbers(run_page):
         "End scores",
         "Margins",
         "Reliability",
-        "Probability that the chosen one is better",
+        "Probability that the chosen response is better",
         "Learning rate",
         "Gradient norm, before clipping",
     ):
@@ -405,15 +411,16 @@ def test_the_page_of_a_run_has_its_numbers(run_page):
             lambda node: node.tag == "svg" and node.attributes["aria-label"] == heading
         ), heading
     assert (
-        "0.7500eval accuracy0.9000the best possible" in text.replace("\n", "")
+        "0.7500eval accuracy0.9000best possible accuracy" in text.replace("\n", "")
         and "best possible (Bayes-optimal)" in text
     )
-    assert "bayes_accuracy0.90000.9000" in text and "24,000 pairs, 300,000 tokens, 25.0 min" in text
+    assert "best possible accuracy0.90000.9000" in text
+    assert "Training took 25.0 minutes, for 24,000 pairs and 300,000 tokens." in text
     notes = [node.text() for node in root.all(lambda node: node.tag == "title")]
     counts = [
         int(found[1])
         for note in notes
-        if (found := re.fullmatch(r"-?[0-9.e+-]+: ([0-9]+) pairs", note))
+        if (found := re.fullmatch(r"-?[0-9.e+-]+: ([0-9]+) pairs?", note))
     ]
     assert len(counts) == 3 * 40 and sum(counts) == 3 * 500
     bins = [numbers(note) for note in notes if note.startswith("true")]
@@ -426,11 +433,77 @@ def test_the_page_of_a_run_has_its_numbers(run_page):
     assert bins[0][1] == pytest.approx(sum(low) / len(low), abs=1e-3) and bins[0][2] == len(low)
 
 
-def evaluation_rows(page):
-    """Read the tables of a page, those of flags aside: their rows as lists of texts."""
-    rows = Tree(page).root.all(lambda node: node.tag == "tr")
-    cells = lambda row: [cell.text() for cell in row.children]
-    return [cells(row) for row in rows if not cells(row)[0].startswith("--")]
+def table_of(page, heading):
+    """Return the rows below the head of the table in the card with this heading, as texts."""
+    cards = Tree(page).root.of_class("card")
+    (card,) = [card for card in cards if card.children[0].text() == heading]
+    rows = card.all(lambda node: node.tag == "tr")[1:]
+    return [[cell.text() for cell in row.children] for row in rows]
+
+
+def test_flags_are_shown_in_words(run_page):
+    assert table_of(run_page, "Flags") == [
+        ["--data_path", f"{visible(HOSTILE)} b.jsonl"],
+        ["--data_split", "2,4,4.5"],
+        ["--learning_rate", "0.0001"],
+        ["--max_steps", "2000"],
+        ["--resume", "no"],
+        ["--offload", "yes"],
+        ["--<flag>", "not given"],
+    ]
+
+
+def test_metrics_are_shown_in_words_without_counts_that_are_0(tmp_path):
+    first, *steps, last = events_of_a_run(1)
+    first |= {"ties": 0.0, "dropped": 0, "truncated": 0}
+    last |= {"ties": 0.25, "dropped": 0, "truncated": 2, "margin": None}
+    last["by"] = {"<chat>": {"accuracy": 0.5, "pairs": 1}, "code": {"accuracy": 1.0, "pairs": 1200}}
+    report.run_page(tmp_path / "report.html", [first, *steps, last], [], [1.0], [0.5])
+    assert table_of((tmp_path / "report.html").read_text(), "Evaluation") == [
+        ["loss", "0.7000", "0.5000"],
+        ["accuracy", "0.7500", "0.7500"],
+        ["mean score of the chosen", "1.0000", "1.0000"],
+        ["mean score of the rejected", "-1.0000", "-1.0000"],
+        ["mean margin", "2.0000", "not finite"],
+        ["calibration error (ECE)", "0.1000", "0.1000"],
+        ["pairs", "500", "500"],
+        ["best possible accuracy", "0.9000", "0.9000"],
+        ["share of ties", "0.0000", "0.2500"],
+        ["truncated", "0", "2"],
+        ["accuracy on <chat> (1 pair)", "", "0.5000"],
+        ["accuracy on code (1,200 pairs)", "", "1.0000"],
+    ]
+
+
+def test_one_pair_and_one_step_are_singular(tmp_path):
+    first, step, last = events_of_a_run(1)
+    last["pairs"] = step["pairs"] = step["tokens"] = 1
+    step["seconds"] = 0.9
+    report.run_page(tmp_path / "report.html", [first, step, last], [], [1.0], [0.5], [2.0])
+    text = Tree((tmp_path / "report.html").read_text()).root.text()
+    assert "1eval pair1step" in text
+    assert "Training took 1 second, for 1 pair and 1 token." in text
+    assert re.search(r"true 0\.881, learned 0\.622, 1 pair(?!s)", text)
+    assert re.search(r"accuracy 1\.0000, mean confidence 0\.6225, 1 pair(?!s)", text)
+
+
+@pytest.mark.parametrize("lowest, is_shown", [(0.45, True), (0.55, True), (0.7, False)])
+def test_guessing_is_a_line_in_the_accuracy_of_a_model_that_begins_there(lowest, is_shown):
+    events = [
+        {"step": step, "accuracy": accuracy, "loss": 0.5}
+        for step, accuracy in [(0, lowest), (200, 0.8), (400, None), (600, 0.9)]
+    ]
+    charts = report.run_charts([], events, [1.0], [0.5], [], None)
+    (svg,) = [svg for svg in charts if 'aria-label="Accuracy in evaluation"' in svg]
+    root = ElementTree.fromstring(svg)
+    texts = {node.text: float(node.get("y")) for node in root.iter("text")}
+    assert ("guessing" in texts) == is_shown
+    assert len(list(root.iter("circle"))) == 3
+    if is_shown:
+        rules = [node for node in root.iter("line") if node.get("class") == "rule"]
+        (rule,) = rules
+        assert float(rule.get("y1")) == float(rule.get("y2")) == texts["0.5"] - 4
+        assert "0.4" in texts or lowest > 0.5
 
 
 def test_the_page_has_accuracy_by_subset_ties_and_truncated_comparisons(tmp_path):
@@ -440,17 +513,14 @@ def test_the_page_has_accuracy_by_subset_ties_and_truncated_comparisons(tmp_path
     events[-1] |= {"ties": 0.125, "truncated": 7, "by": by}
     path = tmp_path / "report.html"
     report.run_page(path, events, [], *scores_of_a_run())
-    rows = evaluation_rows(path.read_text())
-    assert ["ties", "0.5000", "0.1250"] in rows and ["truncated", "7", "7"] in rows
-    assert "by" not in [row[0] for row in rows]
-    at = rows.index(["subset", "pairs", "step 0", "step 2"])
-    assert rows[at + 1 : at + 3] == [
-        [visible(HOSTILE), "1,200", "", "0.2500"],
-        ["b", "3", "", "none: every target is 0.5"],
-    ]
+    rows = table_of(path.read_text(), "Evaluation")
+    assert ["share of ties", "0.5000", "0.1250"] in rows and ["truncated", "7", "7"] in rows
+    assert [f"accuracy on {visible(HOSTILE)} (1,200 pairs)", "", "0.2500"] in rows
+    assert ["accuracy on b (3 pairs)", "", "none: every target is 0.5"] in rows
     events[0]["by"] = {"b": {"accuracy": 0.75, "pairs": 4}}
     report.run_page(path, events, [], *scores_of_a_run())
-    assert ["b", "3", "0.7500", "none: every target is 0.5"] in evaluation_rows(path.read_text())
+    rows = table_of(path.read_text(), "Evaluation")
+    assert ["accuracy on b (3 pairs)", "0.7500", "none: every target is 0.5"] in rows
     check_whole(path.read_text())
 
 
@@ -458,13 +528,13 @@ def test_metrics_of_an_older_version_still_make_a_page(tmp_path):
     """It had no ties, truncated or by; a run that resumes with this version has both kinds."""
     path = tmp_path / "report.html"
     report.run_page(path, events_of_a_run(2), [], *scores_of_a_run())
-    rows = evaluation_rows(path.read_text())
+    rows = table_of(path.read_text(), "Evaluation")
     assert ["accuracy", "0.7500", "0.7500"] in rows
-    assert not {"ties", "truncated", "subset"} & {row[0] for row in rows}
+    assert not {"share of ties", "truncated"} & {row[0] for row in rows}
     events = events_of_a_run(2)
     events[-1]["ties"] = 0.5
     report.run_page(path, events, [], *scores_of_a_run())
-    assert ["ties", "", "0.5000"] in evaluation_rows(path.read_text())
+    assert ["share of ties", "", "0.5000"] in table_of(path.read_text(), "Evaluation")
 
 
 def test_margins_and_reliability_are_of_decided_pairs_turned_to_the_preferred_response(tmp_path):
@@ -543,5 +613,10 @@ def test_the_page_of_a_real_run(tmp_path, monkeypatch):
     report.run_page(tmp_path / "report.html", events, [("seed", 1)], *scores_of_a_run())
     last = [event for event in events if event["event"] == "eval"][-1]
     text = Tree((tmp_path / "report.html").read_text()).root.text()
-    for name in ("loss", "accuracy", "margin", "ece"):
-        assert re.search(rf"{name}-?[0-9.]+{last[name]:.4f}", text), name
+    for name, title in (
+        ("loss", "loss"),
+        ("accuracy", "accuracy"),
+        ("margin", "mean margin"),
+        ("ece", "calibration error (ECE)"),
+    ):
+        assert re.search(rf"{re.escape(title)}-?[0-9.]+{last[name]:.4f}", text), name

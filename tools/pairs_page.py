@@ -38,6 +38,13 @@ class Pair:
     loss: float
     margin: float  # end score of i minus end score of j
 
+    @property
+    def region(self) -> str:
+        """The positions that the loss reads, in words."""
+        if self.stop - self.start == 1:
+            return f"position {self.start}"
+        return f"positions {self.start} to {self.stop - 1}"
+
 
 @dataclass
 class Row:
@@ -230,13 +237,15 @@ def show(rows: list[Row], out, colors: bool):
             if len(row.pairs) > 1:
                 out.write(f"{row.names[pair.i]} over {row.names[pair.j]}: ")
             out.write(
-                f"loss {pair.loss:.4f}{asked(row)}, the mean over [{pair.start}, {pair.stop}), "
-                f"{counted(pair.stop - pair.start, 'position')}; "
+                f"loss {pair.loss:.4f}{asked(row)}, the mean over {pair.region}; "
                 f"margin {pair.margin:+.4f}, probability {probability(pair.margin):.4f}\n"
             )
         if len(row.pairs) > 1:
-            out.write(f"mean of {len(row.pairs)} pairs: loss {row.loss:.4f}\n")
+            out.write(f"mean of {counted(len(row.pairs), 'pair')}: loss {row.loss:.4f}\n")
         out.write("\n")
+    if any(row.pairs for row in rows):
+        out.write("◆ the responses diverge: the loss is over the rewards from there on\n")
+    out.write("■ a response ends: its score is the reward at its last token\n")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -284,18 +293,19 @@ def heading(n: int, row: Row) -> str:
         items.append(f"loss <b>{row.loss:.4f}</b>{asked(row)}")
         items.append(f"margin <b>{margin:+.4f}</b>")
         items.append(f"P(chosen preferred) <b>{probability(margin):.3f}</b>")
+        mark = "✓" if (margin > 0) == (row.target > 0.5) else "✗"
         if row.target == 0.5:
-            items.append("people preferred neither")
-        elif margin == 0:
-            items.append("a tie")
-        elif (margin > 0) == (row.target > 0.5):
-            items.append("✓ ranked as people did")
+            items.append("neither response is preferred")
+        elif margin > 0:
+            items.append(f"{mark} the chosen response scores higher")
+        elif margin < 0:
+            items.append(f"{mark} the rejected response scores higher")
         else:
-            items.append("✗ ranked the other way round")
+            items.append("a tie")
     elif row.pairs:
         right = sum(pair.margin > 0 for pair in row.pairs)
-        items.append(f"mean loss <b>{row.loss:.4f}</b> of {len(row.pairs)} pairs")
-        items.append(f"{right} ranked as people did")
+        items.append(f"mean loss <b>{row.loss:.4f}</b>")
+        items.append(f"{right} of {counted(len(row.pairs), 'pair')} ranked right")
     return "".join(f"<span>{item}</span>" for item in items)
 
 
@@ -305,9 +315,9 @@ def response_html(row: Row, i: int, scale: Scale) -> str:
     lost = f", {counted(row.lost[i], 'token')} of it cut off" if row.lost[i] else ""
     mark = ""
     if row.pairs:
-        title = f"the responses diverge here, at position {start}"
+        title = f"the responses diverge at position {start}"
         mark = f'<span class="mark" title="{title}">◆</span>'
-    title = f"the text ends: its score is read here, at position {end - 1}"
+    title = f"the response ends at position {end - 1}, where its score is read"
     return (
         f'<div class="small"><b class="k{i % 4}">{row.names[i]}</b> '
         f'<span class="soft">score {score:.4f}{lost}</span></div>'
@@ -353,17 +363,19 @@ def explained_ranking(row: Row) -> str:
         cells.append(
             [
                 f"{row.names[p.i]} &gt; {row.names[p.j]}",
-                f"[{p.start}, {p.stop})",
+                p.region,
                 f"{p.margin:+.4f}",
                 f"{probability(p.margin):.4f}",
                 f'<span data-pair-loss="{p.loss!r}">{p.loss:.4f}</span>',
             ]
         )
     return (
-        f"<p>The loss of a ranking is the mean over its {len(row.pairs)} pairs: "
-        f"<b>{row.loss:.4f}</b>. Each is the mean of <code>−logsigmoid(r_better − r_worse)</code> "
-        "over the pair's region, from where the two diverge to the longer end.</p>"
-        + table(["pair", "region", "margin", "P", "loss"], cells)
+        f"<p>The loss of a ranking is the mean over its {counted(len(row.pairs), 'pair')}: "
+        f"<b>{row.loss:.4f}</b>. The loss of a pair is the mean of "
+        "<code>−logsigmoid(r_better − r_worse)</code> over the positions from where the two "
+        "responses diverge to where the longer one ends. P is the model's probability that the "
+        "better response is preferred.</p>"
+        + table(["pair", "read by the loss", "margin", "P", "loss"], cells)
     )
 
 
@@ -399,30 +411,31 @@ def explained_pair(row: Row) -> str:
     note = ""
     if row.sequences[0] == row.sequences[1]:
         note = (
-            " The texts are identical: the last position is read, both rewards are the same, "
-            "and nothing is learned."
+            " The responses are identical: the loss reads the last position, where both rewards "
+            "are equal, and teaches nothing."
         )
     return (
         f'<p data-pair-loss="{p.loss!r}" data-start="{p.start}" data-stop="{p.stop}">'
-        f"<b>The loss</b> reads positions [{p.start}, {p.stop}), from the divergence to the longer "
-        f"end: {counted(len(cells), 'position')}. It is the mean of "
-        f"<code>{formula(row)}</code> over them: "
-        f"<b>{p.loss:.4f}</b>.{note}</p>"
+        f"<b>The loss</b> reads {p.region}: from where the responses diverge to where the longer "
+        f"one ends. It is the mean of <code>{formula(row)}</code> over "
+        f"{counted(len(cells), 'position')}: <b>{p.loss:.4f}</b>.{note}</p>"
         f"<p><b>The scores</b> are the rewards at the last tokens: {row.scores[0]:.4f} and "
-        f"{row.scores[1]:.4f}. Their difference, the margin, is {p.margin:+.4f}, and the model's "
-        "probability that the chosen one is preferred is "
+        f"{row.scores[1]:.4f}. Their difference, the margin, is {p.margin:+.4f}. So the model's "
+        "probability that the chosen response is preferred is "
         f"sigmoid({p.margin:.4f}) = <b>{probability(p.margin):.4f}</b>.</p>"
         f"<details><summary>The terms, position by position</summary>{terms}</details>"
     )
 
 
 LEGEND = (
-    "<div>The shade is the reward, from low to high around the median of this page; only "
-    "differences have a meaning. Losses are those of the default objective, whatever the model was "
-    "trained with.</div><div>◆ the responses diverge &nbsp; ■ a text ends, and its score is read "
-    '&nbsp; <span class="pad">dotted</span> padding, where the loss reads rewards, too &nbsp; '
-    '<span class="off">grey</span> before the divergence: no part of the loss &nbsp; ⋯ a token '
-    "that does not complete a character</div>"
+    "<div>The shade of a token is its reward, from low to high around the median of this page. "
+    "Only differences of rewards have a meaning. The losses are those of the default objective, "
+    "whatever the model was trained with.</div>"
+    '<div class="legend"><span>◆ the responses diverge</span>'
+    "<span>■ a response ends: its score is read here</span>"
+    '<span><span class="pad">dotted</span> padding, whose rewards the loss reads, too</span>'
+    '<span><span class="off">grey</span> text that the loss does not read</span>'
+    "<span>⋯ a token that does not complete a character</span></div>"
 )
 
 
@@ -435,30 +448,33 @@ def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
     for row in rows:
         margins += [pair.margin for pair in row.pairs]
         targets += [row.target] * len(row.pairs)
-    numbers = {"responses": len(rows)}
+    count, noun = counted(len(rows), "response").split()
+    numbers = {noun: count}
     if margins:
+        count, noun = counted(len(margins), "pair").split()
         numbers = {
-            "pairs": len(margins),
+            noun: count,
             "accuracy": in_words(accuracy(*torch.tensor([margins, targets], dtype=torch.float64))),
             "mean margin": f"{mean(margins):+.4f}",
             "mean loss": f"{mean([row.loss for row in rows if row.pairs]):.4f}",
         }
-    which = f"All {total:,} rows"
+    which = f"all {counted(total, 'row')}"
     if len(rows) < total:
-        which = f"The first {len(rows):,} of {total:,} rows (<code>--rows</code>)"
+        which = f"the first {len(rows):,} of {counted(total, 'row')} (<code>--rows</code>)"
+    if total == 1:
+        which = "the only row"
     bar = "".join(f'<span class="s{level}"></span>' for level in range(-LEVELS, LEVELS + 1))
     ends = (scale.middle - scale.reach, scale.middle, scale.middle + scale.reach)
     ends = "".join(f"<span>{reward:.2f}</span>" for reward in ends)
     body = (
-        "<h1>What the reward model sees</h1><p>A reward model is a transformer with one linear "
-        "layer on top that gives every token a number, the reward; the one at a text's last token "
-        "is the text's score. It learns from pairs of responses of which people chose one: the "
-        "loss of a pair is the binary cross-entropy of “the chosen one is better”, with the "
-        "difference of the two rewards as the logit, averaged over the positions from where the "
-        "texts diverge to the longer end.</p>"
-        f'{facts(numbers)}<p class="small soft">{which} of <code>{safe(file)}</code>, scored by '
-        f"<code>{safe(checkpoint)}</code> at up to {max_seq_len} tokens. "
-        "The figures above are of what is shown; nothing else was computed for this page.</p>"
+        "<h1>What the reward model sees</h1><p>A reward model reads a prompt and a response, and "
+        "gives every token a number, the reward. The reward at the last token is the score of the "
+        "response. The model learns from pairs of a chosen and a rejected response. The loss of a "
+        "pair compares their rewards position by position, from where the two responses diverge "
+        "to where the longer one ends: it is small where the chosen response has the higher "
+        f'reward.</p>{facts(numbers)}<p class="small soft">This page shows {which} of '
+        f"<code>{safe(file)}</code>, scored by <code>{safe(checkpoint)}</code> with at most "
+        f"{counted(max_seq_len, 'token')} a sequence. The figures above are of these rows.</p>"
         f'<div class="card small"><div class="bar">{bar}</div>'
         f'<div class="bar ends soft">{ends}</div>{LEGEND}</div>'
     )

@@ -223,16 +223,40 @@ def test_the_numbers_on_the_page_are_those_of_pairwise_loss(page, checkpoint):
     )
 
 
+def test_positions_that_the_loss_reads_are_said_in_words(page):
+    """Of ROWS[2], identical responses, the loss reads one position, the last."""
+    for row in rows_of(page):
+        for node in row.having("data-start"):
+            start, stop = (int(node.attributes[f"data-{name}"]) for name in ("start", "stop"))
+            words = f"positions {start} to {stop - 1}"
+            if stop == start + 1:
+                words = f"position {start}"
+            assert f"The loss reads {words}: from where" in node.text()
+            assert f"over {stop - start} position" in node.text()
+    assert "over 1 position: 0.6931." in rows_of(page)[2].text()
+    ranking = rows_of(page)[5]
+    rows = ranking.all(lambda node: node.tag == "tr")[1:]
+    right = sum(float(row.children[2].text()) > 0 for row in rows)
+    assert f"{right} of 6 pairs ranked right" in ranking.text()
+
+
+def test_one_row_and_one_pair_are_singular(checkpoint, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    run_program([checkpoint, tmp_path / "one.jsonl", "--html", tmp_path / "page.html"])
+    text = Tree((tmp_path / "page.html").read_text()).root.text()
+    assert "1pair" in text and "This page shows the only row of" in text
+
+
 def test_only_the_first_rows_are_computed_and_the_page_says_so(checkpoint, file, tmp_path):
     many = tmp_path / "many.jsonl"
     many.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[4]) + "\n" + "not JSON\n" * 3)
     run_program([checkpoint, many, "--html", tmp_path / "page.html", "--rows", 2])
     page = (tmp_path / "page.html").read_text()
-    assert len(rows_of(page)) == 2 and "The first 2 of 5 rows" in Tree(page).root.text()
+    assert len(rows_of(page)) == 2 and "the first 2 of 5 rows" in Tree(page).root.text()
     many.write_text((json.dumps(ROWS[4]) + "\n") * 103)
     run_program([checkpoint, many, "--html", tmp_path / "page.html"])
     page = (tmp_path / "page.html").read_text()
-    assert len(rows_of(page)) == 100 and "The first 100 of 103 rows" in Tree(page).root.text()
+    assert len(rows_of(page)) == 100 and "the first 100 of 103 rows" in Tree(page).root.text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["many.jsonl", "page.html"]
 
 
@@ -363,11 +387,11 @@ def test_target_of_a_row_is_in_its_loss_and_in_its_terms(checkpoint, tmp_path, c
         assert ("target" in html.text()) == (target != 1)
         formula = f"−({target:g} logsigmoid(d) + {1 - target:g} logsigmoid(−d))"
         assert (formula in html.text()) == (target != 1)
-        said.append(re.search("ranked as|the other way|preferred neither", html.text())[0])
-    right, wrong = "ranked as", "the other way"
+        said.append(re.search("[✓✗] the|neither response is preferred", html.text())[0])
+    right, wrong = "✓ the", "✗ the"
     if rewards[0, len(sequences[0]) - 1] < rewards[1, len(sequences[1]) - 1]:
         right, wrong = wrong, right
-    assert said == [right, right, "preferred neither", wrong, wrong]
+    assert said == [right, right, "neither response is preferred", wrong, wrong]
     assert "5pairs0.5000accuracy" in Tree(page).root.text()
 
 
@@ -462,6 +486,15 @@ def test_the_terminal_shows_the_same_text_with_and_without_colours(checkpoint, f
         assert [prompt.replace("⟨bos⟩", "") + text for text in responses] == [
             visible(text) for text in whole
         ]
+
+
+def test_the_last_lines_in_the_terminal_explain_the_signs(checkpoint, file, tmp_path, capsys):
+    run_program([checkpoint, file, "--show"])
+    diverge, ends = capsys.readouterr().out.splitlines()[-2:]
+    assert diverge.startswith("◆ the responses diverge") and ends.startswith("■ a response ends")
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[6]) + "\n")
+    run_program([checkpoint, tmp_path / "one.jsonl", "--show"])
+    assert "◆" not in capsys.readouterr().out  # a response alone diverges from nothing
 
 
 def test_a_background_ends_with_its_line(checkpoint, file, capsys):
