@@ -302,7 +302,9 @@ def test_one_token_of_a_tail_is_enough_where_padding_has_one_position(overrides)
 def test_single_texts_are_packed_for_scoring_alone():
     model = lively("llama")
     texts = [[5, 6, 7], [8], [0, 9, 0]]
-    with pytest.raises(ValueError, match="comparison 0: sequences of "):
+    with pytest.raises(
+        ValueError, match=r"comparison 0: sequences of \[3\] tokens; expected 2 or more"
+    ):
         data.pack([[text] for text in texts], 0)
     batch = data.pack([[text] for text in texts], 0, min_responses=1, longest_tail=0)
     for (row,), text in zip(model.packed_rewards(batch), texts):
