@@ -260,7 +260,7 @@ def add_training_flags(flag: Callable, losses: tuple[str, ...]):
     )
     flag("--num_train_epochs", count, 1, "(1)")
     flag("--max_steps", count, None, "optimizer steps, in place of epochs (built-in data: 2000)")
-    text = "optimizer steps between evaluations (0: only before and after; built-in data: 200)"
+    text = "optimizer steps between evaluations; 0: only before and after (0; built-in data: 200)"
     flag("--eval_interval", count_from_0, None, text)
     flag("--eval_iters", count_from_0, 0, "batches per evaluation and process (0: all)")
     flag("--seed", number(int, 0, 2**32 - 1), 1234, "(1234)")

@@ -306,7 +306,7 @@ def convert_program(argv: list[str]):
     flag("directory", help="where to write it: a new directory, or an empty one")
     layout = (
         "deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification, "
-        "needs `pip install -r requirements-hf.txt`"
+        "needs `pip install -r requirements-hf.txt`, and `pip install transformers` to load it"
     )
     flag("--layout", choices=LAYOUTS, required=True, help=layout)
     args = parser.parse_args(argv)

@@ -346,7 +346,8 @@ def test_help_of_convert_says_what_the_hf_layout_needs(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "300")
     with pytest.raises(SystemExit):
         score.main()
-    assert "needs `pip install -r requirements-hf.txt`" in capsys.readouterr().out
+    needs = "needs `pip install -r requirements-hf.txt`, and `pip install transformers` to load it"
+    assert needs in capsys.readouterr().out
 
 
 def test_converting_says_what_other_programs_must_add(tmp_path, run_here):
