@@ -192,6 +192,7 @@ def score_program(argv: list[str]):
         shown = pairs_page.scored_rows(model, tokenizer, rows, args.rows or 100, max_seq_len)
         if args.html:
             pairs_page.write(args.html, shown, args.file, args.checkpoint, max_seq_len)
+            print(f"{args.html}: a page of {counted(len(shown), 'row')}", file=sys.stderr)
         if args.show:
             wants_colors = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
             pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))

@@ -552,7 +552,9 @@ def test_a_page_replaces_the_scores_unless_out_is_given(checkpoint, file, tmp_pa
         and len(rows_of((tmp_path / "page.html").read_text())) == 1
     )
     run_program([checkpoint, file, "--html", tmp_path / "page.html"])
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert f"{tmp_path}/page.html: a page of {len(ROWS)} rows\n" in said.err
 
 
 @pytest.mark.parametrize(
