@@ -4,10 +4,12 @@ Families and how their checkpoints spell things: parts/huggingface.py. How a pac
 memory and attends: parts/packed.py.
 
 Notable features:
-- gpt2, opt and llama are one class; what distinguishes them is data, the fields of `GPTConfig`
+- seven families are one class; what distinguishes them is data, the fields of `GPTConfig`
 - attention through `F.scaled_dot_product_attention`
-- grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama)
+- grouped-query attention, rotary positions, RMSNorm, SwiGLU (llama, mistral; with biases on q, k
+  and v: qwen2; with norms on q and k: qwen3)
 - learned positions, LayerNorm, GELU (gpt2)
+- attention and MLP side by side, rotary positions on a part of each head (gpt_neox)
 - norms before the sublayers, or after them with a narrower embedding (OPT-350m, DeepSpeed-Chat's
   own reward model)
 - rewards are read at padding, so padding queries see every real key of their row and no padding
@@ -32,6 +34,7 @@ from parts.packed import PackedAttention, PackedBatch
 
 ACTIVATIONS = {
     "gelu": F.gelu,
+    "gelu_fast": partial(F.gelu, approximate="tanh"),  # its constant has ten digits there
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
@@ -59,15 +62,22 @@ class GPTConfig:
     norm_eps: float | None = None
     activation: str | None = None
     gated: bool | None = None  # SwiGLU: activation(gate) * up
-    bias: bool | None = None  # of the linear layers
+    qkv_bias: bool | None = None  # biases of the linear layers
+    attn_out_bias: bool | None = None
+    mlp_bias: bool | None = None
+    qk_norm: bool | None = None  # norms on each head of q and k
+    parallel_residual: bool | None = None  # attention and MLP read the same x
     rope_theta: float | None = None  # base of the rotary frequencies; None: learned positions
     rope_scaling: dict | None = None  # Llama 3's, under Hugging Face's keys
+    rotary_fraction: float | None = None  # part of a head that rotary positions turn
+    sliding_window: int | None = None  # tokens that a layer attends to at most; None: all
     pre_norm: bool | None = None  # norms before the sublayers and at the end; else after sublayers
     embed_dim: int | None = None  # width of embedding and output, projected if not n_embd
     position_offset: int | None = None  # row of the position table for position 0 (OPT: 2)
     dropout: float = 0.0  # after the embedding, on attention weights, before each residual sum
     init_std: float | None = None  # of fresh weights; None: 0.02 * sqrt(768 / n_embd)
     token_ids: dict = field(default_factory=dict)  # bos, eos, pad, under config.json's keys
+    window_keys: dict = field(default_factory=dict)  # config.json's: which layers have the window
 
     def __post_init__(self):
         for name, value in huggingface.family_of(self.model_type).variant.items():
@@ -82,7 +92,7 @@ class GPTConfig:
             raise ValueError(
                 f"{self.n_head} query heads do not divide among {self.n_kv_head} key-value heads"
             )
-        if self.rope_theta is not None and self.head_dim % 2:
+        if self.rope_theta is not None and self.rotary_fraction == 1 and self.head_dim % 2:
             raise ValueError(f"rotary positions need an even head width, not {self.head_dim}")
         if self.n_inner is None:
             self.n_inner = 4 * self.n_embd
@@ -114,6 +124,7 @@ class Block(nn.Module):
     """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Without pre_norm: norm(x + attention(x)), then norm(x + mlp(x)).
+    With parallel_residual: x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own.
     """
 
     def __init__(self, config: GPTConfig):
@@ -122,15 +133,17 @@ class Block(nn.Module):
         c = config.n_embd
         q_width = config.n_head * config.head_dim
         kv_width = config.n_kv_head * config.head_dim
-        self.attn_norm = make_norm(config)
-        self.q = nn.Linear(c, q_width, bias=config.bias)
-        self.k = nn.Linear(c, kv_width, bias=config.bias)
-        self.v = nn.Linear(c, kv_width, bias=config.bias)
-        self.attn_out = nn.Linear(q_width, c, bias=config.bias)
-        self.mlp_norm = make_norm(config)
-        self.mlp_gate = nn.Linear(c, config.n_inner, bias=config.bias) if config.gated else None
-        self.mlp_in = nn.Linear(c, config.n_inner, bias=config.bias)
-        self.mlp_out = nn.Linear(config.n_inner, c, bias=config.bias)
+        self.attn_norm = make_norm(config, c)
+        self.q = nn.Linear(c, q_width, bias=config.qkv_bias)
+        self.k = nn.Linear(c, kv_width, bias=config.qkv_bias)
+        self.v = nn.Linear(c, kv_width, bias=config.qkv_bias)
+        self.q_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.k_norm = make_norm(config, config.head_dim) if config.qk_norm else None
+        self.attn_out = nn.Linear(q_width, c, bias=config.attn_out_bias)
+        self.mlp_norm = make_norm(config, c)
+        self.mlp_gate = nn.Linear(c, config.n_inner, bias=config.mlp_bias) if config.gated else None
+        self.mlp_in = nn.Linear(c, config.n_inner, bias=config.mlp_bias)
+        self.mlp_out = nn.Linear(config.n_inner, c, bias=config.mlp_bias)
 
     def forward(self, x, attend, rotary, keys=ALL, read=ALL):
         """Transform x, (B, L, C) or packed (T, C).
@@ -138,11 +151,12 @@ class Block(nn.Module):
         attend: the attention of the layout. rotary: cos and sin of `rotary_tables`, or None.
         keys, read: slices of a packed x, see `GPT.forward_packed`; a padded x is taken whole.
         """
-        pre_norm, y = self.config.pre_norm, self.attn_norm(x) if self.config.pre_norm else x
-        x = x[read] + self.drop(self.attention(y, attend, rotary, keys, read))
-        x = x if pre_norm else self.attn_norm(x)
-        x = x + self.drop(self.mlp(self.mlp_norm(x) if pre_norm else x))
-        return x if pre_norm else self.mlp_norm(x)
+        if not self.config.pre_norm:
+            x = self.attn_norm(x[read] + self.drop(self.attention(x, attend, rotary, keys, read)))
+            return self.mlp_norm(x + self.drop(self.mlp(x)))
+        y = x[read] + self.drop(self.attention(self.attn_norm(x), attend, rotary, keys, read))
+        mlp_input = x[read] if self.config.parallel_residual else y
+        return y + self.drop(self.mlp(self.mlp_norm(mlp_input)))
 
     def drop(self, x):
         return F.dropout(x, self.config.dropout, self.training)
@@ -153,6 +167,9 @@ class Block(nn.Module):
         q = self.heads(self.q(x))  # (..., H, D)
         k = self.heads(self.k(context))  # (..., H_kv, D)
         v = self.heads(self.v(context))
+        if self.q_norm is not None:
+            q = normalize_heads(self.q_norm, q)
+            k = normalize_heads(self.k_norm, k)
         if rotary is not None:
             cos, sin = rotary
             q = rotate(q, cos[read], sin[read])
@@ -186,7 +203,7 @@ class GPT(nn.Module):
             self.project_in = nn.Linear(config.embed_dim, config.n_embd, bias=False)
             self.project_out = nn.Linear(config.n_embd, config.embed_dim, bias=False)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = make_norm(config) if config.pre_norm else None
+        self.norm = make_norm(config, config.n_embd) if config.pre_norm else None
         if not self.embed.weight.is_meta:
             self.apply(self._init_weights)
 
@@ -212,7 +229,7 @@ class GPT(nn.Module):
         input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None:
         everywhere. Returns (B, L, embed_dim). Values at left padding have no meaning. Positions are
         columns, at padding too; but OPT counts attended tokens from 0, and all padding has
-        position -1. Raises ValueError for rows longer than `n_positions`.
+        position -1. Raises ValueError for rows longer than `n_positions` or `sliding_window`.
         """
         L = input_ids.shape[1]
         positions = torch.arange(L, device=input_ids.device)
@@ -241,6 +258,9 @@ class GPT(nn.Module):
             raise ValueError(
                 f"rows of {length} tokens, but the model has {self.config.n_positions} positions"
             )
+        window = self.config.sliding_window
+        if window is not None and length > window:
+            raise ValueError(f"rows of {length} tokens, longer than the sliding_window of {window}")
         x = self.embed(input_ids)
         rotary = None
         if self.project_in is not None:
@@ -284,7 +304,7 @@ class GPT(nn.Module):
 
     def to_hf(self) -> dict[str, torch.Tensor]:
         """Copy the weights, under their Hugging Face names: the inverse of `from_hf`."""
-        return huggingface.state_dict_to_hf(self.config.model_type, self.state_dict())
+        return huggingface.state_dict_to_hf(vars(self.config), self.state_dict())
 
     def linear_layers(self) -> list[tuple[str, nn.Module, str]]:
         """List the linear layers of the blocks: DeepSpeed-Chat's name, block, attribute of it."""
@@ -307,10 +327,15 @@ def make_embedding(rows: int, width: int) -> nn.Embedding:
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
-def make_norm(config: GPTConfig) -> nn.Module:
+def make_norm(config: GPTConfig, width: int) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-    return nn.LayerNorm(config.n_embd, eps=config.norm_eps)
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps)
+
+
+def normalize_heads(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Apply `norm` to each head of x (..., H, D), in its own dtype: autocast has halved x's."""
+    return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
 def scaled_dot_product(q, k, v, dropout_p: float, **options) -> torch.Tensor:
@@ -342,11 +367,13 @@ def causal_mask(attention_mask: torch.Tensor) -> torch.Tensor:
 def rotary_tables(positions: torch.Tensor, config: GPTConfig, dtype: torch.dtype):
     """Return cos and sin of position * frequency (Su et al. 2021, RoFormer).
 
-    Each is (L, 1, D), to broadcast over heads.
+    Each is (L, 1, R), to broadcast over heads. R is how much of a head is turned; where the
+    fraction gives an odd number, it is rounded up, as in `transformers`.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).to(wide)
-    frequencies = 1.0 / config.rope_theta ** (exponents / config.head_dim)
+    width = int(config.head_dim * config.rotary_fraction)
+    exponents = torch.arange(0, width, 2, device=positions.device).to(wide)
+    frequencies = 1.0 / config.rope_theta ** (exponents / width)
     if scaling := config.rope_scaling:
         # Llama 3.1: wavelengths beyond the original context are stretched by `factor`, short ones
         # stay, and those between are blended (Dubey et al. 2024; the formula is that of Meta's
@@ -355,15 +382,18 @@ def rotary_tables(positions: torch.Tensor, config: GPTConfig, dtype: torch.dtype
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         blend = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = (1 - blend) * frequencies / scaling["factor"] + blend * frequencies
-    angles = positions.to(wide)[:, None] * frequencies  # (L, D / 2)
+    angles = positions.to(wide)[:, None] * frequencies  # (L, R / 2)
     angles = torch.cat((angles, angles), dim=-1)[:, None, :]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate the pairs (x[d], x[d + D/2]) of x (B, L, H, D).
+    """Rotate the pairs (x[d], x[d + R/2]) of x (B, L, H, D); the last D - R pass through.
 
-    The order is Hugging Face's; the paper pairs neighbours.
+    cos, sin: (L, 1, R). The order is Hugging Face's; the paper pairs neighbours.
     """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)

@@ -4,7 +4,11 @@ Tests of the packed layout are in parts/test_packed.py, tests of files in parts/
 """
 
 import json
+import sys
+import warnings
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -146,6 +150,33 @@ def test_trajectory(name):
 # --------------------------------------------------------------------------------------------------
 # transformers
 
+BIASES = {"qkv_bias": True, "attn_out_bias": True}
+SCALED = {"n_embd": 64, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}}
+
+
+class Float64:
+    """PyTorch with float64 under the name of float32."""
+
+    float = float32 = torch.float64
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
+@contextmanager
+def exact_transformers():
+    """Have transformers compute rotary tables and RMSNorm in float64: by itself, in float32."""
+    import transformers
+
+    modules = [transformers.modeling_rope_utils]
+    for family in FAMILIES.values():
+        model = getattr(transformers, family.classes + "Model")
+        modules.append(sys.modules[model.__module__])
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(mock.patch.object(module, "torch", Float64()))
+        yield
+
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(
@@ -157,7 +188,24 @@ def test_trajectory(name):
         ("opt", {"pre_norm": False, "embed_dim": 8}),
         ("llama", {}),
         ("llama", {"n_kv_head": 1, "head_dim": 6}),
-        ("llama", {"n_embd": 64, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}}),
+        ("llama", SCALED),
+        ("llama", BIASES),
+        ("llama", BIASES | {"mlp_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("mistral", {"n_kv_head": 2, "sliding_window": 12}),
+        ("mistral", {"head_dim": 6}),
+        ("qwen2", {"n_kv_head": 2}),
+        ("qwen2", {"head_dim": 6, "sliding_window": 12}),
+        ("qwen2", SCALED),
+        ("qwen3", {"n_kv_head": 2}),
+        ("qwen3", BIASES | {"head_dim": 6, "sliding_window": 13}),
+        ("gpt_neox", {}),  # a fraction of 1 / 4 of a head of 4: rounded up to a pair
+        ("gpt_neox", {"n_embd": 32}),
+        ("gpt_neox", {"n_embd": 32, "parallel_residual": False}),
+        ("gpt_neox", {"rotary_fraction": 1.0, "qkv_bias": False, "attn_out_bias": False}),
+        ("gpt_neox", {"n_embd": 24, "rotary_fraction": 0.5, "activation": "gelu_fast"}),
+        ("gpt_neox", SCALED),
+        ("gpt_neox", {"n_embd": 12, "rotary_fraction": 0.25}),  # of 3: nothing is turned
     ],
 )
 def test_same_hidden_states_as_transformers(model_type, overrides, dtype, tolerance):
@@ -169,18 +217,20 @@ def test_same_hidden_states_as_transformers(model_type, overrides, dtype, tolera
     for parameter in ours.parameters():  # biases and norms too: zeros and ones would hide mistakes
         torch.nn.init.normal_(parameter, std=0.5)
     config = transformers.AutoConfig.for_model(**ours.config.to_hf())
-    theirs = transformers.AutoModel.from_config(config, attn_implementation="sdpa").to(dtype).eval()
-    missing, unexpected = theirs.load_state_dict(ours.to_hf(), strict=False)
-    assert not unexpected and not [name for name in missing if "inv_freq" not in name]
-    ids, mask = left_padded()
-    meaningful = mask.bool() | (mask.cumsum(1) > 0)  # everything but left padding
-    positions = positions_of(model_type, ids)
-    expected = theirs(ids, attention_mask=mask, **positions).last_hidden_state
-    if model_type == "llama" and dtype == torch.float64:
-        tolerance = 1e-5  # transformers computes rotary angles and RMSNorm in float32 even then
-    close(ours(ids, mask)[meaningful], expected[meaningful], tolerance)
-    expected = theirs(ids, **positions).last_hidden_state
-    close(ours(ids), expected, tolerance)
+    with exact_transformers() if dtype == torch.float64 else ExitStack():
+        theirs = transformers.AutoModel.from_config(config, attn_implementation="sdpa")
+        theirs = theirs.to(dtype).eval()
+        missing, unexpected = theirs.load_state_dict(ours.to_hf(), strict=False)
+        assert not unexpected and not [name for name in missing if "inv_freq" not in name]
+        ids, mask = left_padded()
+        meaningful = mask.bool() | (mask.cumsum(1) > 0)  # everything but left padding
+        positions = positions_of(model_type, ids)
+        expected = theirs(ids, attention_mask=mask, **positions).last_hidden_state
+        if overrides.get("activation") == "gelu_fast":
+            tolerance = max(tolerance, 1e-9)  # transformers rounds its constant to ten digits
+        close(ours(ids, mask)[meaningful], expected[meaningful], tolerance)
+        expected = theirs(ids, **positions).last_hidden_state
+        close(ours(ids), expected, tolerance)
     assert ours(ids).dtype == dtype
 
 
@@ -276,6 +326,7 @@ def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
     [
         (lambda m: m(torch.tensor([[1, 2], [1, 50]])), ["row 1", "id 50", "column 1", "0 to 49"]),
         (lambda m: m(torch.ones(2, 40).long()), ["40 tokens", "32 positions"]),
+        (lambda m: m(data.pack([[[1] * 40, [2]]], 0)), ["40 tokens", "32 positions"]),
         (lambda m: m(torch.tensor([[0, 1], [1, 2]])), ["row 0", "left", "attention_mask"]),
         (
             lambda m: m.forward_value(torch.tensor([[1, 2]]), prompt_length=3),
@@ -286,7 +337,7 @@ def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
             ["row 0", "attention_mask"],
         ),
     ],
-    ids=["id", "length", "left", "prompt_length", "mask"],
+    ids=["id", "length", "length, packed", "left", "prompt_length", "mask"],
 )
 def test_bad_batches_are_refused(call, words):
     with pytest.raises(ValueError) as error:
@@ -294,8 +345,39 @@ def test_bad_batches_are_refused(call, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
-def test_rewards_of_a_half_precision_model_are_float32():
-    model = RewardModel(GPT(small("llama")), pad_id=0).bfloat16()
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_rows_longer_than_the_sliding_window_are_refused_in_both_layouts(model_type):
+    model = RewardModel(GPT(small(model_type, sliding_window=8)), pad_id=0)
+    model(torch.tensor([[1] * 8, [2] * 8]))
+    model(data.pack([[[1] * 8, [2] * 8]], 0))
+    longer = torch.tensor([[1] * 9, [2] * 8 + [0]])
+    for call in (
+        lambda: model(longer),
+        lambda: model(data.pack([[[1] * 9, [2] * 8]], 0)),
+        lambda: model.forward_value(longer, prompt_length=3),
+        lambda: model.backbone(longer),
+    ):
+        with pytest.raises(ValueError, match="rows of 9 tokens, .*sliding_window of 8"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"n_head": 4, "n_embd": 12}, {"head_dim": 3}], ids=["width", "head_dim"]
+)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_head_that_is_turned_as_a_whole_needs_an_even_width(model_type, overrides):
+    if FAMILIES[model_type].variant.get("rope_theta") is None or model_type == "gpt_neox":
+        GPT(small(model_type, **overrides))
+    else:
+        with pytest.raises(ValueError, match="even head width, not 3"):
+            small(model_type, **overrides)
+    with pytest.raises(ValueError, match="even head width, not 3"):
+        small("gpt_neox", rotary_fraction=1.0, **overrides)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_rewards_of_a_half_precision_model_are_float32(model_type):
+    model = RewardModel(GPT(small(model_type)), pad_id=0).bfloat16()
     out = model(torch.tensor([[1, 2, 3], [1, 4, 0]]))
     assert {value.dtype for value in out.values()} == {torch.float32}
 
@@ -309,14 +391,26 @@ def inputs_of(ids, layout):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_under_autocast_blocks_compute_in_half_precision_and_rewards_and_loss_do_not(layout):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_under_autocast_blocks_compute_in_half_precision_and_rewards_and_loss_do_not(
+    model_type, layout, monkeypatch
+):
     torch.manual_seed(0)
-    model = RewardModel(GPT(small("llama")), pad_id=0)
+    model = RewardModel(GPT(small(model_type)), pad_id=0)
     ids = torch.randint(1, 48, (8, 9))
     inputs = inputs_of(ids, layout)
     exact = model(inputs)
-    with torch.autocast("cpu", torch.bfloat16):
+    dtypes = set()
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, **options):
+        dtypes.update((q.dtype, k.dtype, v.dtype))
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings(action="error"):
         out = model(inputs)
+    assert dtypes == {torch.bfloat16}  # queries and keys, too, which norms and rotation leave so
     assert {value.dtype for value in out.values()} == {torch.float32}
     scores = torch.cat([out["chosen_mean_scores"], out["rejected_mean_scores"]])
     assert (scores.bfloat16().float() != scores).any()  # not rounded to half precision
@@ -324,10 +418,11 @@ def test_under_autocast_blocks_compute_in_half_precision_and_rewards_and_loss_do
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-def test_gradient_checkpointing_keeps_less_and_changes_no_bit(layout):
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradient_checkpointing_keeps_less_and_changes_no_bit(model_type, layout):
     """Use dropout: the blocks draw the same numbers when they are computed again."""
     torch.manual_seed(0)
-    model = RewardModel(GPT(small("gpt2", n_layer=4, dropout=0.3)), pad_id=0)
+    model = RewardModel(GPT(small(model_type, n_layer=4, dropout=0.3)), pad_id=0)
     ids = torch.randint(1, 48, (8, 9))
     inputs = inputs_of(ids, layout)
     kept, gradients = [], []

@@ -42,6 +42,7 @@ from conftest import (
 from model import GPT, GPTConfig
 from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
+from parts.test_huggingface import save_backbone
 
 
 def tiny_model(model_type="gpt2", vocab_size=9, **fields):
@@ -920,6 +921,19 @@ def test_model_and_flags_must_fit(monkeypatch, capsys, tmp_path, built_in_run):
     flags = ["--model_name_or_path", gpt2, "--tokenizer_path", tmp_path, "--max_seq_len 64"]
     line = complaint(monkeypatch, capsys, *flags)
     assert "96 token ids" in line and str(large.text_size) in line and "--tokenizer_path" in line
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
+def test_a_sliding_window_narrower_than_the_rows_is_refused_before_the_data(
+    model_type, monkeypatch, capsys, tmp_path
+):
+    data.train_tokenizer(["a few words"], 290).save(tmp_path)
+    shape = dict(n_layer=2, n_head=2, n_embd=16, n_positions=64, vocab_size=290)
+    save_backbone(GPT(GPTConfig(model_type, sliding_window=32, **shape)), tmp_path)
+    flags = ["--model_name_or_path", tmp_path, "--data_path", tmp_path / "missing.jsonl"]
+    line = complaint(monkeypatch, capsys, *flags, "--max_seq_len 33")
+    assert "--max_seq_len: found 33" in line and "sliding_window of 32" in line
+    assert "missing.jsonl" in complaint(monkeypatch, capsys, *flags, "--max_seq_len 32")
 
 
 def test_error_of_a_vocabulary_too_small_for_the_text_names_the_size_it_needs(

@@ -43,6 +43,7 @@ RESULT_FLAGS = (
     "only_optimize_lora",
     "lora_learning_rate",
 )
+LEARNED_POSITIONS = ("gpt2", "opt")  # families without rotary ones
 SCRATCH = {"model_type": "llama", "n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 8000}
 
 
@@ -319,7 +320,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
     heads = f"{args.n_head} for --n_embd {args.n_embd}"
     if args.n_embd % args.n_head:
         parser.error(f"argument --n_head: found {heads}; expected a divisor")
-    if args.model_type == "llama" and args.n_embd // args.n_head % 2:
+    if args.model_type not in LEARNED_POSITIONS and args.n_embd // args.n_head % 2:
         parser.error(f"argument --n_head: found {heads}; rotary positions need heads of even width")
     check_row_flags(args, parser)
     output_dir = Path(args.output_dir).resolve()

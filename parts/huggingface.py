@@ -10,7 +10,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +22,20 @@ from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
 # Families
 
 COMMON = dict(  # fields of most families
-    norm="layernorm", norm_eps=1e-5, gated=False, bias=True, pre_norm=True, position_offset=0
+    norm="layernorm",
+    norm_eps=1e-5,
+    gated=False,
+    qkv_bias=True,
+    attn_out_bias=True,
+    mlp_bias=True,
+    qk_norm=False,
+    parallel_residual=False,
+    pre_norm=True,
+    position_offset=0,
+    rotary_fraction=1.0,
 )
 REQUIRED = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd", "n_inner")
+FIXED = dict(is_causal=True, use_mrope=False, attn_logit_softcapping=None)  # of every family
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Family:
     variant: dict  # fields of GPTConfig that make a backbone one of this family
     config: dict[str, str]  # field of GPTConfig -> key of config.json
     fixed: dict  # key that would change the computation -> the only value that is supported
+    missing: dict  # key -> its value in transformers where config.json has none, unless it is ours
     names: dict[str, str]  # module of GPT -> Hugging Face's name
     layer_names: dict[str, str]  # module of Block -> Hugging Face's name, which several may share
     prefixes: tuple[str, ...]  # may stand before a name; first: the prefix of classifiers
@@ -41,8 +53,62 @@ class Family:
     required: tuple[str, ...] = REQUIRED  # fields whose key must be there
     bos_in_front: bool = True  # texts begin with bos
     transposed: bool = False  # weights of blocks are stored as (in, out)
+    interleaved: bool = False  # a weight that q, k and v share has them alternate, head by head
     ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry
 
+
+# What the rows of llama, mistral, qwen2 and qwen3 have in common.
+LLAMA = Family(
+    variant=COMMON
+    | dict(
+        norm="rmsnorm",
+        norm_eps=1e-6,
+        activation="silu",
+        gated=True,
+        qkv_bias=False,
+        attn_out_bias=False,
+        mlp_bias=False,
+        rope_theta=1e4,
+    ),
+    config=dict(
+        vocab_size="vocab_size",
+        n_positions="max_position_embeddings",
+        n_layer="num_hidden_layers",
+        n_head="num_attention_heads",
+        n_kv_head="num_key_value_heads",
+        n_embd="hidden_size",
+        head_dim="head_dim",
+        n_inner="intermediate_size",
+        activation="hidden_act",
+        norm_eps="rms_norm_eps",
+        rope_theta="rope_theta",
+        rope_scaling="rope_scaling",
+    ),
+    fixed=dict(partial_rotary_factor=1.0),
+    missing={},
+    names=dict(embed="embed_tokens", blocks="layers", norm="norm"),
+    layer_names=dict(
+        attn_norm="input_layernorm",
+        q="self_attn.q_proj",
+        k="self_attn.k_proj",
+        v="self_attn.v_proj",
+        q_norm="self_attn.q_norm",
+        k_norm="self_attn.k_norm",
+        attn_out="self_attn.o_proj",
+        mlp_norm="post_attention_layernorm",
+        mlp_gate="mlp.gate_proj",
+        mlp_in="mlp.up_proj",
+        mlp_out="mlp.down_proj",
+    ),
+    prefixes=("model.",),
+    classes="Llama",
+    ignored=("rotary_emb.inv_freq",),
+)
+WINDOW = dict(sliding_window="sliding_window")
+ATTENTION_BIAS = dict(qkv_bias="attention_bias", attn_out_bias="attention_bias")
+QWEN_MISSING = dict(
+    num_key_value_heads=32, sliding_window=4096, use_sliding_window=False, max_window_layers=28
+)
 
 # A family is a row. Its names are those of Hugging Face's class without a head.
 FAMILIES = {
@@ -63,6 +129,7 @@ FAMILIES = {
             scale_attn_by_inverse_layer_idx=False,
             add_cross_attention=False,
         ),
+        missing={},
         names=dict(embed="wte", pos_embed="wpe", blocks="h", norm="ln_f"),
         layer_names=dict(
             attn_norm="ln_1",
@@ -97,6 +164,7 @@ FAMILIES = {
         fixed=dict(
             _remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True
         ),
+        missing={},
         names=dict(
             embed="decoder.embed_tokens",
             pos_embed="decoder.embed_positions",
@@ -118,41 +186,65 @@ FAMILIES = {
         prefixes=("model.", "decoder."),
         classes="OPT",
     ),
-    "llama": Family(
+    "llama": replace(LLAMA, config=LLAMA.config | ATTENTION_BIAS | dict(mlp_bias="mlp_bias")),
+    "mistral": replace(
+        LLAMA,
+        config=LLAMA.config | WINDOW,
+        classes="Mistral",
+        missing=dict(num_key_value_heads=8, sliding_window=4096),
+    ),
+    "qwen2": replace(
+        LLAMA,
+        variant=LLAMA.variant | dict(qkv_bias=True),
+        config=LLAMA.config | WINDOW,
+        classes="Qwen2",
+        bos_in_front=False,
+        missing=QWEN_MISSING,
+    ),
+    "qwen3": replace(
+        LLAMA,
+        variant=LLAMA.variant | dict(qk_norm=True),
+        config=LLAMA.config | ATTENTION_BIAS | WINDOW,
+        classes="Qwen3",
+        bos_in_front=False,
+        missing=QWEN_MISSING | dict(head_dim=128),
+    ),
+    "gpt_neox": Family(
         variant=COMMON
-        | dict(
-            norm="rmsnorm", norm_eps=1e-6, activation="silu", gated=True, bias=False, rope_theta=1e4
-        ),
+        | dict(activation="gelu", parallel_residual=True, rope_theta=1e4, rotary_fraction=0.25),
         config=dict(
             vocab_size="vocab_size",
             n_positions="max_position_embeddings",
             n_layer="num_hidden_layers",
             n_head="num_attention_heads",
-            n_kv_head="num_key_value_heads",
             n_embd="hidden_size",
-            head_dim="head_dim",
             n_inner="intermediate_size",
             activation="hidden_act",
-            norm_eps="rms_norm_eps",
-            rope_theta="rope_theta",
+            norm_eps="layer_norm_eps",
+            parallel_residual="use_parallel_residual",
+            rope_theta="rotary_emb_base",
             rope_scaling="rope_scaling",
+            rotary_fraction="rotary_pct",
+            **ATTENTION_BIAS,
         ),
-        fixed=dict(attention_bias=False, mlp_bias=False),
-        names=dict(embed="embed_tokens", blocks="layers", norm="norm"),
+        fixed={},
+        missing={},
+        names=dict(embed="embed_in", blocks="layers", norm="final_layer_norm"),
         layer_names=dict(
             attn_norm="input_layernorm",
-            q="self_attn.q_proj",
-            k="self_attn.k_proj",
-            v="self_attn.v_proj",
-            attn_out="self_attn.o_proj",
+            q="attention.query_key_value",
+            k="attention.query_key_value",
+            v="attention.query_key_value",
+            attn_out="attention.dense",
             mlp_norm="post_attention_layernorm",
-            mlp_gate="mlp.gate_proj",
-            mlp_in="mlp.up_proj",
-            mlp_out="mlp.down_proj",
+            mlp_in="mlp.dense_h_to_4h",
+            mlp_out="mlp.dense_4h_to_h",
         ),
-        prefixes=("model.",),
-        classes="Llama",
-        ignored=("rotary_emb.inv_freq",),
+        prefixes=("gpt_neox.",),
+        classes="GPTNeoX",
+        bos_in_front=False,
+        interleaved=True,
+        ignored=(".attention.bias", ".attention.masked_bias", "rotary_emb.inv_freq"),
     ),
 }
 
@@ -178,9 +270,27 @@ SWITCH = ("true or false", lambda value: isinstance(value, bool))
 OBJECT = ("an object", lambda value: isinstance(value, dict))
 INTEGER = ("a whole number", lambda value: type(value) is int and value < 2**24)
 TOKEN_ID = ("a token id or null", lambda value: value is None or INTEGER[1](value))
+FRACTION = ("a number above 0, at most 1", lambda value: POSITIVE[1](value) and value <= 1)
+COUNT_OR_NULL = (f"{COUNT[0]}, or null", lambda value: value is None or COUNT[1](value))
+COUNT_FROM_0 = ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**31)
+LAYER_TYPES = ("full_attention", "sliding_attention")
+LAYERS = (
+    f"a list of {' and '.join(LAYER_TYPES)}, or null",
+    lambda value: value is None or all_of(value, LAYER_TYPES),
+)
 
 FIELD_KINDS = dict(  # of GPTConfig's fields; the others are counts
-    activation=NAME, norm_eps=POSITIVE, rope_theta=POSITIVE, rope_scaling=OBJECT, pre_norm=SWITCH
+    activation=NAME,
+    norm_eps=POSITIVE,
+    qkv_bias=SWITCH,
+    attn_out_bias=SWITCH,
+    mlp_bias=SWITCH,
+    parallel_residual=SWITCH,
+    rope_theta=POSITIVE,
+    rope_scaling=OBJECT,
+    rotary_fraction=FRACTION,
+    sliding_window=COUNT_OR_NULL,
+    pre_norm=SWITCH,
 )
 KEY_KINDS = dict(  # of keys that any config.json may have
     bos_token_id=TOKEN_ID,
@@ -188,7 +298,19 @@ KEY_KINDS = dict(  # of keys that any config.json may have
     num_padding_at_beginning=INTEGER,
     reward_bias=FINITE,
 )
+WINDOW_KINDS = dict(  # of keys that say which layers have a sliding window
+    sliding_window=COUNT_OR_NULL,
+    use_sliding_window=SWITCH,
+    max_window_layers=COUNT_FROM_0,
+    layer_types=LAYERS,
+)
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE = ("rope_type", "rope_theta", "partial_rotary_factor", *LLAMA_3)
+
+
+def all_of(value, names: tuple[str, ...]) -> bool:
+    """Tell whether a value is a list of these names alone."""
+    return isinstance(value, list) and all(item in names for item in value)
 
 
 def check(hf: dict, key: str, kind: tuple):
@@ -204,8 +326,8 @@ def config_fields(hf: dict) -> dict:
     Raises ValueError that names the key where a backbone cannot be computed, or a value is wrong.
     """
     family = family_of(hf.get("model_type"))
-    hf = hf | rope_keys(hf)
-    for key, value in family.fixed.items():
+    hf = family.missing | hf | rope_keys(family, hf)
+    for key, value in (FIXED | family.fixed).items():
         if hf.get(key, value) != value:
             raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
     if hf.get("quantization_config"):
@@ -226,44 +348,102 @@ def config_fields(hf: dict) -> dict:
         raise ValueError(f"{', '.join(missing)} missing")
     token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
     fields["token_ids"] = {key: hf[key] for key in token_ids if key in hf}
-    return fields
+    return fields | window_fields(family, hf)
 
 
-def rope_keys(hf: dict) -> dict:
-    """Return rope_theta and rope_scaling of a parsed config.json, None where it has none.
+def rope_keys(family: Family, hf: dict) -> dict:
+    """Return the rotary keys of a parsed config.json, under the family's names for them.
 
-    transformers 5 put these two top-level keys into one object; a "type" in there is an older
-    "rope_type". Raises ValueError for unknown kinds.
+    transformers 5 puts all of them into one object, rope_parameters; older versions have base and
+    fraction at the top, and only the scaling in an object, whose "rope_type" was once "type".
+    Raises ValueError for kinds and keys that are not supported, and where a key has two values.
     """
     rope = {}
-    for key in ("rope_scaling", "rope_parameters"):
-        if hf.get(key):
-            check(hf, key, OBJECT)
-            rope |= hf[key]
-    theta = hf.get("rope_theta", rope.get("rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return {"rope_theta": theta, "rope_scaling": None}
-    if kind != "llama3":
+    for place in ("rope_scaling", "rope_parameters"):
+        if hf.get(place):
+            check(hf, place, OBJECT)
+            found = dict(hf[place])
+            found.setdefault("rope_type", found.pop("type", "default"))
+            add_rope_keys(rope, found)
+    names = {}
+    for key, field in (("rope_theta", "rope_theta"), ("partial_rotary_factor", "rotary_fraction")):
+        names[key] = family.config.get(field, key)
+        add_rope_keys(rope, {key: hf.get(names[key])})
+        rope.setdefault(key, family.variant.get(field, hf.get(key)))
+        # gpt_neox has names of its own; transformers 4 wrote these beside them.
+        add_rope_keys(rope, {key: hf.get(key)})
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
-    for key in LLAMA_3:
-        check(rope, key, FINITE)
-    return {"rope_theta": theta, "rope_scaling": rope}
+    unknown = sorted(rope.keys() - set(ROPE))
+    if unknown:
+        raise ValueError(f"{unknown[0]} among the rotary keys; supported are {', '.join(ROPE)}")
+    scaling = None
+    if kind == "llama3":
+        add_rope_keys(rope, {LLAMA_3[-1]: hf.get(LLAMA_3[-1])})
+        scaling = {"rope_type": kind}
+        for key in LLAMA_3:
+            check(rope, key, FINITE)
+            scaling[key] = rope[key]
+    return {name: rope[key] for key, name in names.items()} | {"rope_scaling": scaling}
+
+
+def add_rope_keys(rope: dict, found: dict):
+    """Add keys that are not null. Raises ValueError where one is there with another value."""
+    for key, value in found.items():
+        if value is not None and rope.setdefault(key, value) != value:
+            raise ValueError(f"{key} is {rope[key]!r} in one place and {value!r} in another")
+
+
+def window_fields(family: Family, hf: dict) -> dict:
+    """Return the fields `sliding_window`, None where no layer uses one, and `window_keys`.
+
+    hf: a parsed config.json, in which the keys of the family's `missing` are filled in.
+    Raises ValueError for a wrong value, and for layer_types that contradict the other keys.
+    """
+    if "sliding_window" not in family.config:
+        return {}
+    keys = {}
+    for key, kind in WINDOW_KINDS.items():
+        if key in family.missing or (key == "layer_types" and key in hf):
+            check(hf, key, kind)
+            keys[key] = hf[key]
+    window = keys["sliding_window"]
+    if keys.get("use_sliding_window") is False:
+        window = None
+    n_layer = hf[family.config["n_layer"]]
+    is_used = keys.get("max_window_layers", 0) < n_layer
+    layer_types = keys.get("layer_types")
+    if layer_types is not None:
+        is_used = "sliding_attention" in layer_types
+        if len(layer_types) != n_layer or (is_used and window is None):
+            raise ValueError(
+                f"layer_types is {layer_types!r}, which does not fit {n_layer} layers and a "
+                f"sliding_window of {window}"
+            )
+    return {"sliding_window": window if is_used else None, "window_keys": keys}
 
 
 def config_to_hf(fields: dict) -> dict:
-    """Return the config.json of a GPTConfig with these fields: the inverse of `config_fields`."""
+    """Return the config.json of a GPTConfig with these fields: the inverse of `config_fields`.
+
+    Raises ValueError where two fields that share a key differ.
+    """
     family = family_of(fields["model_type"])
     hf = {"model_type": fields["model_type"], "architectures": [family.classes + "Model"]}
     for field, key in family.config.items():
-        hf[key] = fields[field]
-    return hf | {"tie_word_embeddings": False} | fields["token_ids"]
+        if hf.setdefault(key, fields[field]) != fields[field]:
+            raise ValueError(f"{field} is {fields[field]}, but another field makes {key} {hf[key]}")
+    if "use_sliding_window" in family.missing:
+        hf |= {"use_sliding_window": hf["sliding_window"] is not None, "max_window_layers": 0}
+    return hf | {"tie_word_embeddings": False} | fields["token_ids"] | fields["window_keys"]
 
 
 # --------------------------------------------------------------------------------------------------
 # Weights
 
-HEADS = ("lm_head.weight", "score.weight", "v_head.weight")  # no part of a backbone
+# No part of a backbone; embed_out is gpt_neox's lm_head before transformers 5.
+HEADS = ("lm_head.weight", "embed_out.weight", "score.weight", "v_head.weight")
 DEEPSPEED_CHAT = "rwtransformer."  # its prefix of a backbone's names
 DEEPSPEED_CHAT_PREFIXES = (DEEPSPEED_CHAT, "rwtranrsformer.")  # in both spellings
 
@@ -333,7 +513,12 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
         if transposed:
             weight = weight.t()
         # t() and float() copy no float32 weight: it stays in the file, mapped, until it is written.
-        parts = weight.float().split(rows)
+        weight = weight.float()
+        if family.interleaved and len(ours) > 1:
+            heads = weight.unflatten(0, (hf[family.config["n_head"]], len(ours), -1))
+            parts = [part.flatten(0, 1) for part in heads.unbind(1)]
+        else:
+            parts = weight.split(rows)
         if len(parts) > 1:
             parts = [part.clone(memory_format=torch.contiguous_format) for part in parts]
         state.update(zip(ours, parts))
@@ -347,11 +532,20 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
     return state
 
 
-def state_dict_to_hf(model_type: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy the weights of GPT, under Hugging Face's names: the inverse of `state_dict_to_ours`."""
+def state_dict_to_hf(fields: dict, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy the weights of GPT, under Hugging Face's names: the inverse of `state_dict_to_ours`.
+
+    fields: of its GPTConfig.
+    """
+    model_type = fields["model_type"]
     weights = {}
     for theirs, ours in weight_names(model_type, state).items():
-        weight = torch.cat([state[name] for name in ours])
+        parts = [state[name] for name in ours]
+        if family_of(model_type).interleaved and len(parts) > 1:
+            heads = [part.unflatten(0, (fields["n_head"], -1)) for part in parts]
+            weight = torch.stack(heads, dim=1).flatten(0, 2)
+        else:
+            weight = torch.cat(parts)
         if is_transposed(model_type, ours[0], weight.dim()):
             weight = weight.t().contiguous()
         weights[theirs] = weight

@@ -18,9 +18,9 @@ def normalize(model, scores: list[float]) -> str:
     """Change a reward model so that `scores`, which it gave, would have had mean 0 and deviation 1.
 
     The scale goes into v_head. The shift goes into the bias of the last norm where v_head reads its
-    output (gpt2, opt), so that every program which loads the checkpoint sees it. A last norm
-    without a bias (llama), or one with a projection after it (OPT-350m), cannot hold it: there it
-    becomes `reward_bias`, which is saved in config.json. Returns a line that says so.
+    output (gpt2, opt, gpt_neox), so that every program which loads the checkpoint sees it. A last
+    norm without a bias (RMSNorm), or one with a projection after it (OPT-350m), cannot hold it:
+    there it becomes `reward_bias`, which is saved in config.json. Returns a line that says so.
     Raises ValueError where all scores are the same.
     """
     values = torch.tensor(scores, dtype=torch.float64)

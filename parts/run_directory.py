@@ -30,7 +30,7 @@ from parts.metrics import Writer
 from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
-VERSION = 2  # of the facts in a checkpoint
+VERSION = 3  # of the facts in a checkpoint
 EXAMPLES = 20  # comparisons in examples.jsonl
 ANY = "any"  # the value of a fact that does not count, since another fact says so
 

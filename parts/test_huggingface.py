@@ -10,13 +10,14 @@ import pytest
 import torch
 
 import data
-from model import GPT
-from parts.huggingface import FAMILIES, LAYOUTS
+from model import GPT, GPTConfig
+from parts.huggingface import FAMILIES, LAYOUTS, config_to_hf, read_config
 from rm import RewardModel
 from test_model import LLAMA_3, close, left_padded, positions_of, small
 
 TESTDATA = Path(__file__).parent.parent / "testdata"
-PREFIXES = ("transformer.", "model.", "decoder.")
+PREFIXES = ("transformer.", "model.", "gpt_neox.", "decoder.")
+GROUPED = ("llama", "mistral", "qwen2", "qwen3")  # families with fewer key-value heads
 
 
 # --------------------------------------------------------------------------------------------------
@@ -27,8 +28,8 @@ def language_model(model_type):
     """Make a model of transformers with a head, grouped-query attention where the family has it."""
     import transformers
 
-    n_kv_head = 2 if model_type == "llama" else 4
-    hf = small(model_type, n_kv_head=n_kv_head).to_hf()
+    overrides = {"n_kv_head": 2, "head_dim": 6} if model_type in GROUPED else {}
+    hf = small(model_type, **overrides).to_hf()
     config = transformers.AutoConfig.for_model(**hf)
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
@@ -65,24 +66,34 @@ def without(name, *prefixes):
 def with_old_buffers(weights, model_type):
     weights = dict(weights)
     for i in range(2):
+        mask = torch.ones(1, 1, 32, 32).tril().bool()
         if model_type == "gpt2":
-            mask = torch.ones(1, 1, 32, 32).tril().bool()
             weights[f"transformer.h.{i}.attn.bias"] = mask
             weights[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
-        if model_type == "llama":
+        if model_type in GROUPED:
             weights[f"model.layers.{i}.self_attn.rotary_emb.inv_freq"] = torch.ones(2)
+        if model_type == "gpt_neox":
+            weights[f"gpt_neox.layers.{i}.attention.bias"] = mask
+            weights[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
+            weights[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.ones(2)
     return weights
+
+
+def with_untied_head(weights, model_type):
+    name = "embed_out.weight" if model_type == "gpt_neox" else "lm_head.weight"
+    weights = {name: w for name, w in weights.items() if name != "lm_head.weight"}
+    return weights | {name: torch.randn(50, 16)}
 
 
 VARIANTS = {  # one model in files of the hub: weights by a model with a head -> weights in the file
     "with prefix": lambda weights, model_type: weights,
     "without prefix": lambda weights, model_type: {
-        without(name, "transformer.", "model."): w for name, w in weights.items()
+        without(name, "transformer.", "model.", "gpt_neox."): w for name, w in weights.items()
     },
     "of the bare decoder": lambda weights, model_type: {
         without(name, *PREFIXES): w for name, w in weights.items()
     },
-    "untied head": lambda weights, model_type: weights | {"lm_head.weight": torch.randn(50, 16)},
+    "untied head": with_untied_head,
     "head of a classifier": lambda weights, model_type: (
         weights | {"score.weight": torch.randn(2, 16)}
     ),
@@ -125,31 +136,145 @@ def test_files_from_the_hub(model_type, variant, file, tmp_path):
     close(model.backbone(ids, mask)[mask.bool()], expected[mask.bool()])
 
 
+ROPE_5 = {"rope_type": "default", "rope_theta": 500.0}
+
+
 @pytest.mark.parametrize(
-    "keys",
+    "model_type, keys",
     [
-        {"rope_theta": 500.0},
-        {"rope_theta": 500.0, "rope_scaling": None},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-        {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}},
-        {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA_3}},
-        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, **LLAMA_3}},
-        {},
+        *((model_type, {"rope_theta": 500.0}) for model_type in GROUPED),
+        *((model_type, {"rope_parameters": ROPE_5}) for model_type in GROUPED),
+        *((model_type, {}) for model_type in (*GROUPED, "gpt_neox")),
+        ("llama", {"rope_theta": 500.0, "rope_scaling": None}),
+        ("llama", {"rope_theta": 500.0, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}}),
+        ("llama", {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA_3}}),
+        ("llama", {"rope_parameters": ROPE_5 | LLAMA_3 | {"rope_type": "llama3"}}),
+        ("llama", {"rope_theta": 500, "rope_parameters": ROPE_5}),
+        ("qwen2", {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA_3}}),
+        ("qwen3", {"rope_parameters": ROPE_5 | {"partial_rotary_factor": 1.0}}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 500}),
+        ("gpt_neox", {"rotary_pct": 1.0}),
+        ("gpt_neox", {"rotary_emb_base": 500}),
+        # transformers 4 wrote each number twice
+        (
+            "gpt_neox",
+            {
+                "rotary_pct": 0.5,
+                "partial_rotary_factor": 0.5,
+                "rotary_emb_base": 500,
+                "rope_theta": 500,
+                "rope_scaling": None,
+            },
+        ),
+        ("gpt_neox", {"rope_parameters": ROPE_5}),
+        ("gpt_neox", {"rope_parameters": ROPE_5 | {"partial_rotary_factor": 0.5}}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rope_scaling": {"type": "llama3", **LLAMA_3}}),
     ],
-    ids=lambda keys: ",".join(keys) or "none",
+    ids=str,
 )
-def test_rotary_keys_of_old_and_new_config_files(keys, tmp_path):
+def test_rotary_keys_of_old_and_new_config_files(model_type, keys, tmp_path):
     import transformers
 
     torch.manual_seed(0)
-    hf = small("llama", n_embd=64).to_hf()
-    hf = {key: value for key, value in hf.items() if "rope" not in key} | keys
+    hf = small(model_type, n_embd=64).to_hf()
+    hf = {key: value for key, value in hf.items() if "rope" not in key and "rot" not in key} | keys
     (tmp_path / "config.json").write_text(json.dumps(hf))
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     theirs = transformers.AutoModel.from_config(config).eval()
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
     ids = torch.randint(0, 50, (2, 32))
-    close(GPT.from_pretrained(tmp_path)(ids), theirs(ids).last_hidden_state)
+    expected = theirs(ids).last_hidden_state
+    ours = GPT.from_pretrained(tmp_path)
+    close(ours(ids), expected)
+    config = transformers.AutoConfig.for_model(**ours.config.to_hf())
+    again = transformers.AutoModel.from_config(config).eval()
+    again.load_state_dict(theirs.state_dict())
+    close(again(ids).last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("model_type", (*GROUPED, "gpt_neox"))
+def test_missing_keys_are_those_of_transformers(model_type, tmp_path):
+    """Grouped heads, a head's width, windows, biases: each family has defaults of its own."""
+    import transformers
+
+    torch.manual_seed(0)
+    hf = {
+        "model_type": model_type,
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32 if "qwen" in model_type else 8,
+        "max_position_embeddings": 32,
+    }
+    if model_type != "qwen3":  # whose heads are 128 wide
+        hf["hidden_size"] = 4 * hf["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoModel.from_config(config).eval()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ids = torch.randint(0, 50, (2, 32))
+    ours = GPT.from_pretrained(tmp_path)
+    close(ours(ids), theirs(ids).last_hidden_state)
+    assert ours.config.sliding_window == (4096 if model_type == "mistral" else None)
+
+
+WINDOWS = [  # family, keys, the window, in a model of two layers
+    ("mistral", {"sliding_window": 4}, 4),
+    ("mistral", {"sliding_window": None}, None),
+    ("mistral", {"sliding_window": 4, "layer_types": ["full_attention"] * 2}, None),
+    ("mistral", {"sliding_window": 4, "layer_types": ["full_attention", "sliding_attention"]}, 4),
+]
+for qwen in ("qwen2", "qwen3"):
+    used = {"sliding_window": 4, "use_sliding_window": True}
+    WINDOWS += [
+        (qwen, {}, None),
+        (qwen, {"sliding_window": 4}, None),
+        (qwen, used, None),  # max_window_layers is 28
+        (qwen, used | {"max_window_layers": 2}, None),
+        (qwen, used | {"max_window_layers": 1}, 4),
+        (qwen, used | {"max_window_layers": 0}, 4),
+        (qwen, used | {"max_window_layers": 0, "use_sliding_window": False}, None),
+        (qwen, used | {"max_window_layers": 0, "sliding_window": None}, None),
+        (qwen, used | {"max_window_layers": 0, "layer_types": ["full_attention"] * 2}, None),
+        (qwen, used | {"layer_types": ["sliding_attention", "full_attention"]}, 4),
+    ]
+
+
+@pytest.mark.parametrize("model_type, keys, window", WINDOWS, ids=str)
+def test_sliding_windows_load_and_are_saved_as_they_were(model_type, keys, window, tmp_path):
+    """Where no layer uses it, a row may be longer; saved, transformers computes the same."""
+    import transformers
+
+    torch.manual_seed(0)
+    hf = small(model_type, n_kv_head=2, vocab_size=48).to_hf()
+    names = ("sliding_window", "use_sliding_window", "max_window_layers")
+    hf = {key: value for key, value in hf.items() if key not in names} | keys
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    theirs = transformers.AutoModel.from_config(config).eval()
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ids = torch.randint(0, 48, (2, 12))
+    expected = theirs(ids).last_hidden_state
+    model = RewardModel.from_pretrained(tmp_path, pad_id=0)
+    assert model.backbone.config.sliding_window == window
+    close(model.backbone(ids[:, :4]), expected[:, :4])
+    if window is None:
+        close(model.backbone(ids), expected)
+    else:
+        with pytest.raises(ValueError, match="rows of 12 tokens, .*sliding_window of 4"):
+            model.backbone(ids)
+    for layout in LAYOUTS:
+        model.save_pretrained(tmp_path / layout, layout)
+        saved = read_config(tmp_path / layout)
+        assert {key: saved[key] for key in keys} == keys
+        again = GPT.from_pretrained(tmp_path / layout).config
+        assert again.sliding_window == window
+        assert again.window_keys == model.backbone.config.window_keys
+        config = transformers.AutoConfig.from_pretrained(tmp_path / layout)
+        loaded = transformers.AutoModel.from_config(config).eval()
+        loaded.load_state_dict(theirs.state_dict())
+        close(loaded(ids).last_hidden_state, expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +357,10 @@ def test_round_trip_with_a_tokenizer(model_type, layout, pad_id, tmp_path):
     assert (again.pad_id, again.num_padding_at_beginning) == (tokenizer.pad_id, 2)
     assert not again.has_fresh_head
     ours, saved = dict(model.named_parameters()), dict(again.named_parameters())
-    rows = 8 * math.ceil(len(transformers.AutoTokenizer.from_pretrained(tmp_path)) / 8)
+    kind = transformers.AutoTokenizer
+    if model_type == "qwen2":  # for which transformers 5 makes Qwen's tokenizer of any files
+        kind = transformers.PreTrainedTokenizerFast
+    rows = 8 * math.ceil(len(kind.from_pretrained(tmp_path)) / 8)
     embed = saved["backbone.embed.weight"]
     assert len(embed) == rows
     assert json.loads((tmp_path / "config.json").read_text())["vocab_size"] == rows
@@ -310,7 +438,12 @@ def save_backbone(backbone, directory):
         # a new id right after the vocabulary
         ("llama", {"bos_token_id": 1, "pad_token_id": None}, (48, 0)),
         ("llama", {"bos_token_id": 1, "pad_token_id": -1}, (48, 0)),  # Llama 1's way to say "none"
-        ("gpt2", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),  # gpt2 puts no bos in front
+        # these put no bos in front
+        ("gpt2", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),
+        ("qwen2", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),
+        ("qwen3", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),
+        ("gpt_neox", {"bos_token_id": 1, "pad_token_id": 1}, (1, 0)),
+        ("mistral", {"bos_token_id": 1, "pad_token_id": 1}, (1, 1)),
     ],
 )
 def test_padding_follows_from_the_directory(model_type, token_ids, expected, tmp_path):
@@ -424,6 +557,82 @@ def test_bad_configs_are_refused(config, words, tmp_path):
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(directory)
     assert all(word in str(error.value) for word in [str(directory), *words]), error.value
+
+
+ALL_OF_THEM = list(FAMILIES)
+ROTARY = [model_type for model_type in FAMILIES if model_type not in ("gpt2", "opt")]
+WITH_WINDOW = ["mistral", "qwen2", "qwen3"]
+REFUSED = [  # families, keys of config.json, words of the error
+    (ALL_OF_THEM, {"is_causal": False}, ["is_causal is False", "True"]),
+    (ALL_OF_THEM, {"use_mrope": True}, ["use_mrope is True", "False"]),
+    (ALL_OF_THEM, {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping is 50.0"]),
+    (ROTARY, {"hidden_act": "swish2"}, ["swish2", "silu"]),
+    (ROTARY, {"rope_scaling": {"type": "linear", "factor": 2.0}}, ["'linear'", "llama3"]),
+    (ROTARY, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["'dynamic'", "llama3"]),
+    (ROTARY, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "llama3"]),
+    (ROTARY, {"rope_parameters": {"rope_type": "longrope"}}, ["'longrope'", "llama3"]),
+    (ROTARY, {"rope_scaling": {"mrope_section": [1, 1]}}, ["mrope_section", "rotary"]),
+    (ROTARY, {"rope_parameters": {"full_attention": {}}}, ["full_attention", "rotary"]),
+    (GROUPED, {"rope_theta": 1.5, "rope_parameters": {"rope_theta": 2.5}}, ["1.5", "2.5"]),
+    (["gpt_neox"], {"rotary_pct": 0.5, "partial_rotary_factor": 1.0}, ["0.5", "1.0"]),
+    (GROUPED, {"rope_theta": "10"}, ["rope_theta is '10'", "above 0"]),
+    (["gpt_neox"], {"rotary_emb_base": "10"}, ["rotary_emb_base is '10'", "above 0"]),
+    (GROUPED, {"rope_theta": None, "rope_parameters": {"rope_theta": 0}}, ["is 0", "above 0"]),
+    (
+        ROTARY,
+        {"original_max_position_embeddings": 8, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}},
+        ["original_max_position_embeddings is 16", "8"],
+    ),
+    (GROUPED, {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5", "1.0"]),
+    (GROUPED, {"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
+    (["llama", "qwen3", "gpt_neox"], {"attention_bias": "no"}, ["attention_bias", "'no'"]),
+    (["llama"], {"mlp_bias": 1}, ["mlp_bias is 1", "true or false"]),
+    (
+        ["gpt_neox"],
+        {"use_parallel_residual": None, "rotary_pct": 2},
+        ["rotary_pct is 2", "at most 1"],
+    ),
+    (["gpt_neox"], {"use_parallel_residual": 0}, ["use_parallel_residual is 0"]),
+    (["gpt_neox"], {"rotary_emb_base": 500, "rope_theta": 10000}, ["rope_theta", "500", "10000"]),
+    # transformers takes 10000, the default of rotary_emb_base
+    (["gpt_neox"], {"rotary_emb_base": None, "rope_theta": 500}, ["rope_theta", "500"]),
+    (WITH_WINDOW, {"sliding_window": "4"}, ["sliding_window is '4'", "null"]),
+    (WITH_WINDOW, {"sliding_window": 0}, ["sliding_window is 0", "null"]),
+    (WITH_WINDOW, {"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
+    (WITH_WINDOW, {"layer_types": ["chunked_attention"] * 2}, ["layer_types", "sliding_attention"]),
+    (
+        WITH_WINDOW,
+        {"sliding_window": None, "layer_types": ["sliding_attention"] * 2},
+        ["layer_types", "sliding_window of None"],
+    ),
+    (["qwen2", "qwen3"], {"use_sliding_window": 1}, ["use_sliding_window is 1"]),
+    (["qwen2", "qwen3"], {"max_window_layers": -1}, ["max_window_layers is -1"]),
+]
+
+
+@pytest.mark.parametrize(
+    "model_type, keys, words",
+    [(model_type, keys, words) for types, keys, words in REFUSED for model_type in types],
+    ids=str,
+)
+def test_keys_that_would_change_the_computation_are_refused(model_type, keys, words):
+    with pytest.raises(ValueError) as error:
+        GPTConfig.from_hf(small(model_type).to_hf() | keys, "model")
+    assert all(word in str(error.value) for word in ["model/config.json", *words]), error.value
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3", "deberta-v2", "qwen2_moe", "qwen", None])
+def test_other_families_are_refused_with_the_list_of_those_that_are_supported(model_type):
+    with pytest.raises(ValueError) as error:
+        GPTConfig.from_hf(small("llama").to_hf() | {"model_type": model_type}, "model")
+    assert f"{model_type!r} is not supported; supported are {', '.join(FAMILIES)}" in str(
+        error.value
+    )
+
+
+def test_two_fields_that_config_json_cannot_tell_apart_are_not_saved():
+    with pytest.raises(ValueError, match="attn_out_bias is False, .* attention_bias True"):
+        config_to_hf(vars(small("llama", qkv_bias=True)))
 
 
 class Payload:

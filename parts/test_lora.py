@@ -23,7 +23,14 @@ VARIANTS = {
     "opt post-norm": {"pre_norm": False, "embed_dim": 8},
     "llama": {},
     "llama grouped": {"n_kv_head": 2},
+    "llama biases": {"qkv_bias": True, "attn_out_bias": True, "mlp_bias": True},
+    "mistral": {},
+    "qwen2": {"n_kv_head": 2},
+    "qwen3": {"head_dim": 6},
+    "gpt_neox": {},
+    "gpt_neox sequential": {"parallel_residual": False},
 }
+GATED = ("llama", "mistral", "qwen2", "qwen3")
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 3, 6]], [[7, 8], [7, 9, 10, 11, 12, 13]]]
 CHOSEN, REJECTED = zip(*GROUPS)
 INPUT_IDS, MASK = data.pad_rows([*CHOSEN, *REJECTED], 0)
@@ -75,7 +82,8 @@ def trainable(model):
 def test_a_fresh_lora_changes_no_bit_of_the_outputs(variant, dtype):
     model, batch = plain_model(variant, dtype), data.pack(GROUPS, 0)
     before = model(INPUT_IDS, MASK), model(batch)
-    assert add(model, 3) == len(layers_with_lora(model)) == (14 if "llama" in variant else 12)
+    layers = 14 if variant.split()[0] in GATED else 12
+    assert add(model, 3) == len(layers_with_lora(model)) == layers
     for out, expected in zip((model(INPUT_IDS, MASK), model(batch)), before):
         assert all(torch.equal(out[key], expected[key]) for key in expected)
 
@@ -185,6 +193,8 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32():
 
 
 MODULE_NAMES = "rwtransformer. decoder.layers. layers.1. q_proj self_attn c_attn fc h.0. mlp"
+MODULE_NAMES += " attention.query_key_value dense norm"
+FUSED = ("c_attn", "query_key_value")  # q, k and v in one, which are three layers of ours
 
 
 @pytest.mark.parametrize("module_name", [None, *MODULE_NAMES.split()])
@@ -202,7 +212,7 @@ def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type,
     theirs.rwtransformer = transformers.AutoModel.from_config(config)
     linear = (nn.Linear, transformers.pytorch_utils.Conv1D)
     expected = sum(
-        3 if "c_attn" in name else 1
+        3 if name.endswith(FUSED) else 1
         for name, module in theirs.named_modules()
         if isinstance(module, linear) and (module_name is None or module_name in name)
     )
@@ -225,6 +235,9 @@ def test_layers_are_chosen_by_the_names_that_transformers_gives_them(model_type,
         ("opt", "q_proj", ["blocks.0.q", "blocks.1.q"]),
         ("opt post-norm", "decoder.layers.0.fc", ["blocks.0.mlp_in", "blocks.0.mlp_out"]),
         ("llama", "gate", ["blocks.0.mlp_gate", "blocks.1.mlp_gate"]),
+        ("qwen3", "layers.1.self_attn.q", ["blocks.1.q"]),
+        ("gpt_neox", "layers.0.attention.query", ["blocks.0.q", "blocks.0.k", "blocks.0.v"]),
+        ("gpt_neox", "attention.dense", ["blocks.0.attn_out", "blocks.1.attn_out"]),
     ],
 )
 def test_other_layers_and_other_weights_stay_as_they_are(variant, module_name, expected):
@@ -241,11 +254,17 @@ def test_other_layers_and_other_weights_stay_as_they_are(variant, module_name, e
 
 @pytest.mark.parametrize(
     "model_type, weights",
-    [("gpt2", 12 * 16 * 16), ("opt", 12 * 16 * 16), ("llama", 4 * 16 * 16 + 3 * 16 * 48)],
+    [
+        ("gpt2", 12 * 16 * 16),
+        ("opt", 12 * 16 * 16),
+        ("llama", 4 * 16 * 16 + 3 * 16 * 48),
+        ("mistral", 4 * 16 * 16 + 3 * 16 * 48),
+        ("gpt_neox", 12 * 16 * 16),
+    ],
 )
 def test_numbers_of_trained_parameters(model_type, weights):
     """Expect dim * (in + out) for each layer, and the value head, or all but their weights."""
-    widths = 4 * (16 + 16) + (3 * (16 + 48) if model_type == "llama" else 2 * (16 + 64))
+    widths = 4 * (16 + 16) + (3 * (16 + 48) if model_type in GATED else 2 * (16 + 64))
     full = sum(p.numel() for p in plain_model(model_type).parameters())
     for dim in (1, 8):
         count = {}

@@ -20,6 +20,8 @@ KINDS = [
     ("opt", {}, True),
     ("opt", {"pre_norm": False, "embed_dim": 8}, False),
     ("llama", {}, False),
+    ("qwen3", {}, False),
+    ("gpt_neox", {}, True),
 ]
 
 

@@ -14,7 +14,7 @@ import data
 from model import GPT, scaled_dot_product
 from parts.packed import PackedAttention, packed_size
 from rm import RewardModel
-from test_model import LLAMA_3, small
+from test_model import BIASES, SCALED, small
 
 KINDS = [
     ("gpt2", {}),
@@ -22,7 +22,13 @@ KINDS = [
     ("opt", {"pre_norm": False, "embed_dim": 8}),
     ("llama", {}),
     ("llama", {"n_kv_head": 2}),
-    ("llama", {"n_embd": 64, "rope_scaling": {"rope_type": "llama3", **LLAMA_3}}),
+    ("llama", SCALED),
+    ("llama", BIASES | {"mlp_bias": True}),
+    ("mistral", {"sliding_window": 32}),
+    ("qwen2", {"n_kv_head": 2}),
+    ("qwen3", {"n_kv_head": 2, "head_dim": 6}),
+    ("gpt_neox", {"n_embd": 32}),
+    ("gpt_neox", {"n_embd": 32, "parallel_residual": False}),
 ]
 
 
@@ -221,7 +227,7 @@ def test_loss_scores_and_gradients_equal_those_of_the_padded_layout(
 
 
 @pytest.mark.parametrize("loss", ["divergent", "end"])
-@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
 def test_variants_of_the_loss_are_the_same_in_both_layouts(model_type, loss):
     """Use margins, targets, centering, on pairs and rankings; the ends alone need no padding."""
     model = lively(model_type).double()

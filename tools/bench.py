@@ -39,8 +39,7 @@ from parts.packed import packed_size
 from rm import RewardModel, pairwise_loss
 
 HERE = Path(__file__).resolve().parent
-# config.json of facebook/opt-350m, openai-community/gpt2, Llama 3.2 1B and TinyLlama 1.1B, then
-# smaller ones.
+# config.json of published models (a part of its keys), then smaller ones.
 SHAPES = json.loads((HERE / "shapes.json").read_text())
 
 

@@ -181,11 +181,13 @@ def score_program(argv: list[str]):
             f"{args.checkpoint}: the model has {config.vocab_size} token ids, "
             f"its tokenizer {tokenizer.text_size}; they don't belong together"
         )
-    max_seq_len = config.n_positions if args.max_seq_len is None else args.max_seq_len
-    if not 2 <= max_seq_len <= config.n_positions:
+    longest, limit = config.n_positions, "the positions that the model has"
+    if config.sliding_window is not None and config.sliding_window < longest:
+        longest, limit = config.sliding_window, "its sliding_window"
+    max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
+    if not 2 <= max_seq_len <= longest:
         parser.error(
-            f"argument --max_seq_len: found {max_seq_len}; "
-            f"expected 2 to {config.n_positions}, the positions that the model has"
+            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, {limit}"
         )
     rows = Rows(files_of([args.file]), row_reading(args))
     if args.html or args.show:

@@ -161,6 +161,8 @@ def test_peak_is_what_training_takes(tmp_path):
         {"model_type": "opt", "gradient_checkpointing": True, "dtype": "bf16"},
         {"model_type": "llama", "layout": "padded", "dtype": "bf16"},
         {"model_type": "llama", "micro_batch_tokens": 600, "lora_dim": 8},
+        {"model_type": "qwen3", "dtype": "bf16"},
+        {"model_type": "gpt_neox", "layout": "padded"},
     )
 
 
@@ -175,7 +177,17 @@ def test_peak_is_what_a_rank_of_two_takes(tmp_path):
     )
 
 
-@pytest.mark.parametrize("name, new_pad", [("OPT-350m", 0), ("llama 1B", 1)])
+@pytest.mark.parametrize(
+    "name, new_pad",
+    [
+        ("OPT-350m", 0),
+        ("llama 1B", 1),
+        ("Mistral 7B", 1),
+        ("Qwen2.5 0.5B", 1),
+        ("Qwen3 0.6B", 1),
+        ("Pythia 410M", 1),
+    ],
+)
 def test_parameters_are_those_of_transformers(name, new_pad, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = SHAPES[name]
@@ -319,14 +331,20 @@ def test_a_model_of_70_billion_parameters_is_not_allocated(tmp_path):
 
 
 def test_mistakes_are_named_in_one_line(tmp_path):
-    (tmp_path / "biased").mkdir()
+    for name in ("stretched", "windowed"):
+        (tmp_path / name).mkdir()
     directory = model_dir(tmp_path, **LLAMA_70B)
-    biased = model_dir(tmp_path / "biased", **LLAMA_70B, attention_bias=True)
+    stretched = {"rope_scaling": {"type": "linear", "factor": 2.0}}
+    stretched = model_dir(tmp_path / "stretched", **LLAMA_70B, **stretched)
+    mistral = LLAMA_70B | {"model_type": "mistral", "sliding_window": 32}
+    windowed = model_dir(tmp_path / "windowed", **mistral)
     too_long = f"--max_seq_len: found 4097; {directory} has 4096 positions"
+    too_wide = f"--max_seq_len: found 33; {windowed} has a sliding_window of 32 tokens"
     for case, message in (
         ({"model_name_or_path": "nowhere"}, "nowhere: no such directory"),
         ({"model_name_or_path": directory, "max_seq_len": 4097}, too_long),
-        ({"model_name_or_path": biased}, f"{biased}/config.json: attention_bias is True"),
+        ({"model_name_or_path": windowed, "max_seq_len": 33}, too_wide),
+        ({"model_name_or_path": stretched}, f"{stretched}/config.json: rope_type is 'linear'"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}[^\n]*$"):
             dry_run.report(flags(**case | NOT_FROM_SCRATCH), 1)

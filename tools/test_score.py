@@ -275,6 +275,27 @@ def test_a_backbone_without_a_value_head_is_not_scored_with(tmp_path, run_here):
     assert message.startswith("rm.py: error: ") and "no v_head.weight" in message and out == ""
 
 
+def test_rows_are_cut_to_a_sliding_window(trained, tmp_path, run_here):
+    tokenizer = data.load_tokenizer(trained)
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_embd=8, n_head=2, vocab_size=tokenizer.vocab_size, n_positions=64)
+    config = GPTConfig("mistral", sliding_window=16, **shape)
+    RewardModel(GPT(config), tokenizer.pad_id).save_pretrained(tmp_path, tokenizer=tokenizer)
+    file = write_rows(tmp_path / "rows.jsonl", 5)
+    outputs = []
+    for flags in ([], ["--max_seq_len", "16"], ["--layout", "padded"]):
+        status, out = run_here(tmp_path, file, *flags)
+        assert status is None
+        outputs.append([json.loads(line)["scores"] for line in out.splitlines()])
+    sequences = [data.tokenize(row, tokenizer, 64) for row in data.load_comparisons(file)]
+    assert all(len(text) > 16 for group in sequences for text in group)
+    assert outputs[1] == outputs[0]
+    for padded, packed in zip(outputs[2], outputs[0], strict=True):
+        assert padded == pytest.approx(packed, abs=1e-5)
+    message, _ = run_here(tmp_path, file, "--max_seq_len", "17")
+    assert "--max_seq_len: found 17; expected 2 to 16, its sliding_window" in message
+
+
 def test_an_interrupt_is_said_in_a_line(monkeypatch, run_here):
     def interrupted(checkpoint):
         raise KeyboardInterrupt
