@@ -17,6 +17,7 @@ from model import GPT, scaled_dot_product
 from parts.huggingface import read_checkpoint
 from parts.packed import PackedAttention
 from rm import RewardModel, pairwise_loss
+from test_model import exact_transformers
 from tools import check_vectors, make_vectors
 
 VECTORS = make_vectors.DIRECTORY
@@ -651,6 +652,15 @@ def test_model_packed_and_without_a_mask(name, models):
         ("gpt2", {"layer_norm_epsilon": 1e-6}),
         ("llama_rope_scaling", {"rope_scaling": None}),
         ("llama_rope_scaling", {"rope_scaling": LLAMA_3 | {"high_freq_factor": 3.0}}),
+        ("mistral", {"rope_theta": 500.0}),
+        ("qwen2", {"rope_theta": 500.0}),
+        ("qwen3", {"rms_norm_eps": 1e-5}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+        ("gpt_neox", {"rotary_pct": 0.5}),
+        ("gpt_neox", {"rotary_emb_base": 500.0, "rotary_pct": 1.0}),
+        ("gpt_neox", {"hidden_act": "gelu_new"}),
+        ("gpt_neox", {"layer_norm_eps": 1e-6}),
+        ("gpt_neox", {"num_attention_heads": 1}),
     ],
     ids=str,
 )
@@ -670,19 +680,14 @@ def test_hidden_states_are_those_of_transformers(name):
     import transformers
 
     expected = load(f"models/{name}/expected.json")
-    theirs = transformers.AutoModel.from_pretrained(
-        VECTORS / "models" / name, dtype=torch.float64, attn_implementation="sdpa"
-    ).eval()
     ids, mask = torch.tensor(expected["input_ids"]), torch.tensor(expected["attention_mask"])
-    got = theirs(ids, attention_mask=mask).last_hidden_state
-    tolerance = (
-        1e-5 if "llama" in name else 1e-12
-    )  # there transformers computes rotary angles and RMSNorm in float32 even then
+    with exact_transformers():
+        theirs = transformers.AutoModel.from_pretrained(
+            VECTORS / "models" / name, dtype=torch.float64, attn_implementation="sdpa"
+        ).eval()
+        got = theirs(ids, attention_mask=mask).last_hidden_state
     torch.testing.assert_close(
-        got,
-        torch.tensor(expected["last_hidden_state"], dtype=torch.float64),
-        atol=tolerance,
-        rtol=0,
+        got, torch.tensor(expected["last_hidden_state"], dtype=torch.float64), atol=1e-12, rtol=0
     )
 
 
