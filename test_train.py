@@ -936,6 +936,14 @@ def test_a_sliding_window_narrower_than_the_rows_is_refused_before_the_data(
     assert "missing.jsonl" in complaint(monkeypatch, capsys, *flags, "--max_seq_len 32")
 
 
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--tokenizer_path"])
+def test_a_name_of_the_hub_gets_the_command_that_downloads_it(flag, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    line = complaint(monkeypatch, capsys, flag, "Qwen/Qwen3-0.6B")
+    assert flag in line and "Qwen/Qwen3-0.6B: no such" in line
+    assert line.endswith("`hf download Qwen/Qwen3-0.6B --local-dir Qwen/Qwen3-0.6B`")
+
+
 def test_error_of_a_vocabulary_too_small_for_the_text_names_the_size_it_needs(
     monkeypatch, capsys, tmp_path
 ):

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
-from parts import guards, lora, metrics, report
+from parts import guards, huggingface, lora, metrics, report
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
 from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags, row_reading
 from parts.guards import counted
@@ -398,15 +398,14 @@ def prepare(args, process: Process):
     torch.manual_seed(args.seed)  # fresh weights are the same on every rank
     tokenizer, model, directory = None, None, args.model_name_or_path
     if directory and not Path(directory).is_dir():
-        raise ValueError(
-            f"--model_name_or_path {directory}: no such directory; expected a directory with "
-            "config.json and weights"
-        )
-    if args.tokenizer_path or directory:
+        raise ValueError(f"--model_name_or_path {huggingface.missing_directory(directory)}")
+    place = args.tokenizer_path or directory
+    if place:
         try:
-            tokenizer = data.load_tokenizer(args.tokenizer_path or directory, args.pad_id)
+            tokenizer = data.load_tokenizer(place, args.pad_id)
         except ValueError as error:
-            raise ValueError(f"{error}; --tokenizer_path names another place") from None
+            hint = huggingface.download_hint(place)
+            raise ValueError(f"{error}; --tokenizer_path names another place{hint}") from None
     if directory:
         model = load_model(args, tokenizer)
     for path in files_of([*(args.data_path or ()), *(args.eval_path or ())]):

@@ -7,6 +7,7 @@ business of parts/tokenizers.py.
 import json
 import math
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -573,13 +574,31 @@ WEIGHT_FILES = (  # in the order in which weights are looked for: whole, or an i
 )
 
 
+def download_hint(path) -> str:
+    """Return the command that downloads a model, as the end of an error about a missing path.
+
+    Returns "" where the path is not like a hub's OWNER/NAME. The command puts the files where the
+    path says, so that the user's own command then works.
+    """
+    looks_like_a_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path), re.ASCII)
+    if not looks_like_a_name or Path(path).exists():
+        return ""
+    return f"; a model of the Hugging Face hub comes by `hf download {path} --local-dir {path}`"
+
+
+def missing_directory(path) -> str:
+    """Word the error about a model's directory that does not exist."""
+    return (
+        f"{path}: no such directory; a model is a directory with config.json and its weights"
+        + download_hint(path)
+    )
+
+
 def read_config(path) -> dict:
     """Return the parsed config.json of a directory. Raises ValueError that names what is wrong."""
+    if not Path(path).is_dir():
+        raise ValueError(missing_directory(path))
     path = Path(path)
-    if not path.is_dir():
-        raise ValueError(
-            f"{path}: no such directory; a model is a directory with config.json and its weights"
-        )
     try:
         hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -710,3 +710,16 @@ def test_bad_files_are_refused(spoil, words, tmp_path, capfd):
 def test_missing_directory_is_named():
     with pytest.raises(ValueError, match="/no/such/model: no such directory"):
         GPT.from_pretrained("/no/such/model")
+
+
+@pytest.mark.parametrize("load", [GPT.from_pretrained, RewardModel.from_pretrained, read_config])
+def test_a_name_of_the_hub_that_is_no_directory_gets_the_command_that_downloads_it(load):
+    with pytest.raises(ValueError) as error:
+        load("Qwen/Qwen3-0.6B")
+    command = "`hf download Qwen/Qwen3-0.6B --local-dir Qwen/Qwen3-0.6B`"
+    assert str(error.value).startswith("Qwen/Qwen3-0.6B: no such directory; ")
+    assert str(error.value).endswith(command)
+    for path in ("/no/model", "no", "./no/model", "no/model/deep", "no/mo del"):
+        with pytest.raises(ValueError) as error:
+            load(path)
+        assert "no such directory" in str(error.value) and "hf download" not in str(error.value)
