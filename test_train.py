@@ -43,6 +43,7 @@ from model import GPT, GPTConfig
 from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
 from parts.test_huggingface import save_backbone
+from parts.test_tokenizers import byte_level, hub_files
 
 
 def tiny_model(model_type="gpt2", vocab_size=9, **fields):
@@ -921,6 +922,50 @@ def test_model_and_flags_must_fit(monkeypatch, capsys, tmp_path, built_in_run):
     flags = ["--model_name_or_path", gpt2, "--tokenizer_path", tmp_path, "--max_seq_len 64"]
     line = complaint(monkeypatch, capsys, *flags)
     assert "96 token ids" in line and str(large.text_size) in line and "--tokenizer_path" in line
+
+
+def backbone_beside_added_tokens(directory, names: list[str], missing: int):
+    """Write a qwen3, and a tokenizer with added tokens, `missing` of whose ids have no row."""
+    backend = byte_level()
+    backend.add_special_tokens(names)
+    config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>"}
+    hub_files(directory, backend=backend, config=config | {"pad_token": names[-1]})
+    torch.manual_seed(0)
+    shape = dict(n_layer=2, n_head=2, n_embd=16, n_positions=64)
+    size = backend.get_vocab_size()
+    backbone = GPT(GPTConfig("qwen3", vocab_size=size - missing, **shape))
+    save_backbone(backbone, directory)
+    return backbone, size
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_added_tokens_that_the_embedding_lacks_get_rows_of_zeros_and_a_line(
+    missing, monkeypatch, capsys, tmp_path
+):
+    directory = tmp_path / "model"
+    backbone, size = backbone_beside_added_tokens(directory, ["<|tool|>", "[PAD]"], missing)
+    data_path = write_rows(tmp_path / "rows.jsonl", 30)
+    flags = ["--model_name_or_path", directory, "--max_seq_len 64 --data_path", data_path]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words(flags)])
+    args = train.parse_flags(list(train.FAMILIES), train.LOSSES)
+    model, tokenizer, *_ = train.prepare(args, Process())
+    embed = model.backbone.embed.weight
+    assert len(embed) == size == tokenizer.vocab_size and tokenizer.pad_id == size - 1
+    assert torch.equal(embed[: size - missing], backbone.embed.weight)
+    assert not embed[size - missing :].any()
+    line = f"{missing} rows of zeros added to the embedding, for the added tokens"
+    assert (line in capsys.readouterr().out.splitlines()) == (missing > 0)
+
+
+@pytest.mark.parametrize("added, missing", [(2, 3), (1001, 1001)], ids=["its own", "too many"])
+def test_other_ids_that_the_embedding_lacks_are_refused(
+    added, missing, monkeypatch, capsys, tmp_path
+):
+    names = [f"<|{i}|>" for i in range(added)]
+    _, size = backbone_beside_added_tokens(tmp_path / "model", names, missing)
+    line = complaint(monkeypatch, capsys, "--model_name_or_path", tmp_path / "model")
+    assert f"has {size - missing} token ids, the tokenizer {size}" in line
+    assert "--tokenizer_path" in line
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])

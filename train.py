@@ -407,7 +407,7 @@ def prepare(args, process: Process):
             hint = huggingface.download_hint(place)
             raise ValueError(f"{error}; --tokenizer_path names another place{hint}") from None
     if directory:
-        model = load_model(args, tokenizer)
+        model = load_model(args, tokenizer, process)
     for path in files_of([*(args.data_path or ()), *(args.eval_path or ())]):
         file_hash(path)  # a missing file shows now
     try:
@@ -436,17 +436,21 @@ def prepare(args, process: Process):
     return model, tokenizer, training, evaluation
 
 
-def load_model(args, tokenizer: data.Tokenizer) -> RewardModel:
-    """Load the model of --model_name_or_path, whose ids must have all of the tokenizer's."""
+def load_model(args, tokenizer: data.Tokenizer, process: Process) -> RewardModel:
+    """Load the model of --model_name_or_path, which must have the tokenizer's ids, or get them."""
     directory = args.model_name_or_path
     leading = leading_pads(args.num_padding_at_beginning, tokenizer)
     model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective_of(args))
     rows = read_config(directory)["vocab_size"]
-    if tokenizer.text_size > rows:
+    missing = huggingface.rows_to_add(rows, tokenizer)
+    if missing is None:
         raise ValueError(
             f"--model_name_or_path {directory}: has {rows} token ids, the tokenizer "
             f"{tokenizer.text_size}; give the tokenizer of the model (--tokenizer_path)"
         )
+    if missing:
+        model.backbone.resize_embedding(tokenizer.vocab_size)
+        process.print(f"{missing} rows of zeros added to the embedding, for the added tokens")
     check_positions(model.backbone.config, args.max_seq_len, directory)
     return model
 

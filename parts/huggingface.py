@@ -677,6 +677,7 @@ def import_safetensors(what: str):
 # Reward models
 
 LAYOUTS = ("deepspeed-chat", "hf")  # of a saved model
+MOST_ADDED_ROWS = 1000  # of zeros, behind an embedding, for tokens that were added to a tokenizer
 
 
 def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple[int, int]:
@@ -695,6 +696,18 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
         is_bos = family_of(hf["model_type"]).bos_in_front and hf.get("bos_token_id") == pad_id
         leading = hf.get("num_padding_at_beginning", int(is_bos))
     return pad_id, leading
+
+
+def rows_to_add(rows: int, tokenizer) -> int | None:
+    """Count the rows of zeros that an embedding of `rows` rows needs for a tokenizer's ids.
+
+    Returns None where they are not the model's: other ids than those of added tokens have no row,
+    or more than MOST_ADDED_ROWS of them.
+    """
+    missing = max(0, tokenizer.text_size - rows)
+    if tokenizer.model_size > rows or missing > MOST_ADDED_ROWS:
+        return None
+    return missing
 
 
 def value_head(weights: dict[str, torch.Tensor], width: int, source) -> torch.Tensor | None:

@@ -11,7 +11,7 @@ import torch
 
 import data
 from model import GPT, GPTConfig
-from parts.huggingface import FAMILIES, LAYOUTS, config_to_hf, read_config
+from parts.huggingface import FAMILIES, LAYOUTS, config_to_hf, read_config, rows_to_add
 from rm import RewardModel
 from test_model import LLAMA_3, close, left_padded, positions_of, small
 
@@ -723,3 +723,31 @@ def test_a_name_of_the_hub_that_is_no_directory_gets_the_command_that_downloads_
         with pytest.raises(ValueError) as error:
             load(path)
         assert "no such directory" in str(error.value) and "hf download" not in str(error.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokens that were added to a tokenizer
+
+
+class Sizes:
+    """The two numbers of a tokenizer that `rows_to_add` reads."""
+
+    def __init__(self, model_size, text_size):
+        self.model_size, self.text_size = model_size, text_size
+
+
+@pytest.mark.parametrize(
+    "model_size, text_size, expected",
+    [
+        (90, 90, 0),
+        (100, 100, 0),
+        (90, 101, 1),
+        (100, 103, 3),
+        (100, 1100, 1000),
+        (100, 1101, None),
+        (101, 101, None),  # an id of the tokenizer's own vocabulary has no row
+        (101, 103, None),
+    ],
+)
+def test_rows_are_added_for_a_few_added_tokens_alone(model_size, text_size, expected):
+    assert rows_to_add(100, Sizes(model_size, text_size)) == expected

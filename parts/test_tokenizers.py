@@ -58,6 +58,7 @@ def test_trained_tokenizer_has_fixed_special_ids(tokenizer):
     assert [pieces.id_to_piece(i) for i in range(5)] == ["<pad>", "<s>", "</s>", "<unk>", "<0x00>"]
     assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.vocab_size == tokenizer.text_size == pieces.get_piece_size()
+    assert tokenizer.model_size == tokenizer.text_size
 
 
 @pytest.mark.parametrize("special", [0, 1, 2, 3, 400])
@@ -429,6 +430,7 @@ def test_files_beside_a_tokenizer_are_read(files, tmp_path, saved):
         and ours.text_size == len(theirs) <= ours.pad_id == again.pad_id
     )
     assert ours.bos_id is None is again.bos_id
+    assert ours.model_size == theirs.backend_tokenizer.get_vocab_size(with_added_tokens=False)
     for text in [*HARD_TEXTS, *TEXTS, "the cat<|im_end|>\n<|im_start|>x", "<|new|>"]:
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode(text) == ids == again.encode(text), text

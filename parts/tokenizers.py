@@ -62,6 +62,7 @@ class Tokenizer:
     config: special and added tokens by name, from CONFIG_FILES.
     pad_id: int. bos_id: int, or None where texts begin with none. eos_id: int or None.
     text_size: number of ids that the tokenizer came with.
+    model_size: number of ids before tokens were added to them.
     vocab_size: number of ids, a new pad id included.
     """
 
@@ -82,6 +83,7 @@ class Tokenizer:
             pad = named_pad
         if self.config.get("add_bos_token") is False:
             bos = None
+        self.model_size = self.pieces.get_piece_size()
         self.set_ids(max(self.names) + 1, pad, bos, eos, pad_id)
 
     def set_ids(
@@ -144,6 +146,8 @@ class HuggingFaceTokenizer(Tokenizer):
         eos = ids.get(config.get("eos_token"))
         has_unk = config.get("unk_token") in ids
         self.unk_token = config["unk_token"] if has_unk else None
+        own_ids = backend.get_vocab(with_added_tokens=False).values()
+        self.model_size = max(own_ids, default=-1) + 1
         begins_with_bos = config.get("add_bos_token")
         if begins_with_bos is None:
             begins_with_bos = bos is not None and backend.encode("a").ids[:1] == [bos]

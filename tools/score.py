@@ -33,7 +33,7 @@ from data import (
 from parts import metrics
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import counted
-from parts.huggingface import LAYOUTS
+from parts.huggingface import LAYOUTS, rows_to_add
 from parts.rows import Reading, files_of, note_lines, unused_lines
 from parts.token_cache import first_of_each
 from rm import RewardModel
@@ -176,11 +176,14 @@ def score_program(argv: list[str]):
     model = trained_model(args.checkpoint).to(device)
     tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
     config = model.backbone.config
-    if tokenizer.text_size > config.vocab_size:
+    missing = rows_to_add(config.vocab_size, tokenizer)
+    if missing is None:
         raise ValueError(
             f"{args.checkpoint}: the model has {config.vocab_size} token ids, "
             f"its tokenizer {tokenizer.text_size}; they don't belong together"
         )
+    if missing:
+        model.backbone.resize_embedding(tokenizer.vocab_size)
     longest, limit = config.n_positions, "the positions that the model has"
     if config.sliding_window is not None and config.sliding_window < longest:
         longest, limit = config.sliding_window, "its sliding_window"

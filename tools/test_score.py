@@ -17,6 +17,7 @@ import data
 import train
 from model import GPT, GPTConfig
 from parts.normalize import normalize
+from parts.test_tokenizers import byte_level, hub_files
 from rm import RewardModel
 from tools import score
 
@@ -294,6 +295,29 @@ def test_rows_are_cut_to_a_sliding_window(trained, tmp_path, run_here):
         assert padded == pytest.approx(packed, abs=1e-5)
     message, _ = run_here(tmp_path, file, "--max_seq_len", "17")
     assert "--max_seq_len: found 17; expected 2 to 16, its sliding_window" in message
+
+
+def test_added_tokens_without_a_row_are_scored_as_rows_of_zeros(tmp_path, run_here):
+    backend = byte_level()
+    backend.add_special_tokens([f"<|{i}|>" for i in range(12)])
+    config = {"eos_token": "<|endoftext|>", "pad_token": "<|11|>"}
+    directory = hub_files(tmp_path / "model", backend=backend, config=config)
+    rows = backend.get_vocab_size() - 4  # of which saving makes a multiple of 8
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_embd=8, n_head=2, vocab_size=rows, n_positions=64)
+    model = RewardModel(GPT(GPTConfig("qwen3", **shape)), pad_id=0)
+    model.save_pretrained(directory)
+    saved = len(RewardModel.from_pretrained(directory).backbone.embed.weight)
+    assert saved < backend.get_vocab_size()
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "the cat", "chosen": "<|10|> sat", "rejected": " on"}))
+    status, out = run_here(directory, file)
+    assert status is None
+    tokenizer = data.load_tokenizer(directory, 0)
+    model.backbone.resize_embedding(tokenizer.vocab_size)
+    (comparison,) = data.load_comparisons(file)
+    expected = score.end_scores(model.eval(), [data.tokenize(comparison, tokenizer, 64)], "padded")
+    assert json.loads(out)["scores"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
 def test_an_interrupt_is_said_in_a_line(monkeypatch, run_here):
