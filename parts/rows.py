@@ -69,6 +69,13 @@ def files_at(path: str) -> list[str]:
     return [str(Path(path) / name) for name in names]
 
 
+class SetupError(ValueError):
+    """An error that comes with a row but is no fault of it: a library is missing, for example.
+
+    It ends the program also where bad rows are skipped.
+    """
+
+
 def read_rows(path) -> Iterator[tuple[int, bytes]]:
     """Yield (line number, JSON) for every row of a file, and skip blank lines.
 
@@ -156,10 +163,37 @@ def parsed_rows(
 
 
 def bad_row(path, line: int, error: ValueError, bad_rows: list[str] | None):
-    """Raise ValueError that names file and line, or append "line: error" to `bad_rows`."""
+    """Raise ValueError that names file and line, or append "line: error" to `bad_rows`.
+
+    A SetupError is raised as it is.
+    """
+    if isinstance(error, SetupError):
+        raise error
     if bad_rows is None:
         raise ValueError(f"{path}:{line}: {error}") from None
     bad_rows.append(f"{line}: {error}")
+
+
+def convert_rows(
+    convert: Callable, comparisons: Iterable, bad_rows: list[str] | None = None
+) -> Iterator:
+    """Yield `convert` of each comparison of a file; its ValueErrors are errors of the row.
+
+    comparisons: each with "file:line" in `where`. bad_rows: collects errors, as in `bad_row`; only
+    where every row has one, ValueError is raised.
+    """
+    path, is_empty = "", True
+    for comparison in comparisons:
+        path, _, line = comparison.where.rpartition(":")
+        try:
+            converted = convert(comparison)
+        except ValueError as error:
+            bad_row(path, line, error, bad_rows)
+        else:
+            is_empty = False
+            yield converted
+    if is_empty and bad_rows:
+        raise nothing_left(path, bad_rows)
 
 
 def nothing_left(path, bad_rows: list[str]) -> ValueError:
