@@ -1,23 +1,24 @@
 """Comparisons in, token ids out; and a built-in data set with known rewards.
 
-File formats: parts/rows.py. Tokenizers and chat templates: parts/tokenizers.py. Token files on the
-disk: parts/token_cache.py.
+File formats: parts/rows.py. Tokenizers: parts/tokenizers.py. Chat templates: parts/chat.py. Token
+files on the disk: parts/token_cache.py.
 """
 
 import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 import torch
 
 # Names that nothing below uses, such as PackedBatch and load_tokenizer, are imported for callers.
+from parts.chat import encode_prompt, notes_on, without_ends
 from parts.packed import PackedBatch, pack, shared_prefix
 from parts.rows import TWICE, Reading, files_of, parse_row, parsed_rows, reading_of
 from parts.token_cache import Tokenized, TokenizedData, cut_sequences, rows_of, select, token_file
-from parts.tokenizers import Tokenizer, chat_text, has_tokenizer, load_tokenizer, train_tokenizer
+from parts.tokenizers import Tokenizer, has_tokenizer, load_tokenizer, train_tokenizer
 
 # --------------------------------------------------------------------------------------------------
 # Comparisons
@@ -30,13 +31,14 @@ class Comparison:
     Both are text, or chat messages {"role", "content"}: prompt + response is the whole dialogue.
     """
 
-    prompt: str | list[dict]
+    prompt: str | list[dict]  # [] is none
     responses: list[str] | list[list[dict]]  # best first
     rewards: list[float] | None = None  # their true rewards, where these are known
     margin: float = 0.0  # of a pair: by how much the first is to be better (Llama 2, eq. 2)
     target: float = 1.0  # of a pair: the probability that the first is preferred
     subset: str | None = None
     notes: tuple[str, ...] = ()  # what a reader of the file should know of this row
+    where: str = field(default="", compare=False)  # the file and the line that it is from
 
 
 def load_comparisons(
@@ -53,7 +55,8 @@ def load_comparisons(
     reading = reading_of(fields, ignore_fields, text_as)
     parse = partial(parse_comparison, reading=reading, min_responses=min_responses)
     for file in files_of([path]):
-        for _, comparison in parsed_rows(file, parse, bad_rows):
+        for line, comparison in parsed_rows(file, parse, bad_rows):
+            comparison.where = f"{file}:{line}"
             yield comparison
 
 
@@ -89,26 +92,30 @@ def tokenize(
     """Return the token ids of a comparison's sequences, best first.
 
     A sequence is bos, prompt + response encoded as one string, eos. bos stands where the tokenizer
-    has one, eos where it is not also the pad. Sequences over `max_seq_len` are truncated. "left"
-    keeps bos and eos and drops the same number of tokens from the start of every text, at most the
-    tokens that all texts share; the end of a text that is still too long is dropped, too. "right"
-    drops the end, eos included (DeepSpeed-Chat).
-    Raises ValueError where a sequence would have no token.
+    has one, eos where it is not also the pad; a text that has them already gets no second one.
+    Sequences over `max_seq_len` are truncated. "left" keeps bos and eos and drops the same number
+    of tokens from the start of every text, at most the tokens that all texts share; the end of a
+    text that is still too long is dropped, too. "right" drops the end, eos included
+    (DeepSpeed-Chat).
+    Raises ValueError where a sequence would have no token, or a template refuses the messages.
     """
-    texts = [tokenizer.encode(text) for text in texts_of(comparison)]
+    texts = [tokenizer.encode(text) for text in texts_of(comparison, tokenizer)]
     return sequences_of(texts, comparison.prompt, tokenizer, max_seq_len, truncation_side)
 
 
-def texts_of(comparison: Comparison, tokenizer=None) -> list[str]:
-    """Return the text of every sequence of a comparison. (A stub: CHAT's renders by a template.)"""
+def texts_of(comparison: Comparison, tokenizer: Tokenizer) -> list[str]:
+    """Return the text of every sequence of a comparison; a dialogue is rendered as a whole."""
     whole = [comparison.prompt + response for response in comparison.responses]
-    return [text if isinstance(text, str) else chat_text(text) for text in whole]
+    if isinstance(comparison.prompt, str):
+        return whole
+    return [tokenizer.render(messages) for messages in whole]
 
 
 def sequences_of(
-    texts: list[list[int]], prompt: str, tokenizer: Tokenizer, max_seq_len: int, side: str
+    texts: list[list[int]], prompt, tokenizer: Tokenizer, max_seq_len: int, side: str
 ) -> list[list[int]]:
     """Put bos and eos around encoded texts, and truncate them, as `tokenize` says."""
+    texts = [without_ends(text, tokenizer) for text in texts]
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     eos = [] if tokenizer.eos_id in (None, tokenizer.pad_id) else [tokenizer.eos_id]
     is_bare = not bos and not eos
@@ -123,16 +130,12 @@ def sequences_of(
     excess = max(map(len, texts)) - room
     if excess > 0:
         # A single response shares its prompt with the responses that it may be compared with.
-        sharing = texts if len(texts) > 1 else [*texts, tokenizer.encode(stub_text(prompt))]
+        sharing = texts if len(texts) > 1 else [*texts, encode_prompt(prompt, tokenizer)]
         cut = min(excess, shared_prefix(sharing))
         if is_bare:
             cut = min(cut, min(map(len, texts)) - 1)  # a sequence has a token
         texts = [text[cut : cut + room] for text in texts]
     return [bos + text + eos for text in texts]
-
-
-def stub_text(prompt) -> str:  # a stub: CHAT's sequences_of takes its place
-    return prompt if isinstance(prompt, str) else chat_text(prompt)
 
 
 def tokenized(comparison: Comparison, texts, tokenizer, max_seq_len: int, side: str) -> Tokenized:
@@ -196,6 +199,7 @@ def tokenize_rows(
     for row in rows:
         try:
             comparison = parse_comparison(row, reading)
+            comparison.notes += notes_on(comparison.prompt, tokenizer)
             texts += texts_of(comparison, tokenizer)
         except ValueError as error:
             comparison = error

@@ -107,6 +107,8 @@ def test_stages_are_disjoint_and_cover_everything(shares):
 class Letters:
     """A tokenizer with one token a letter, so that tests show the cuts: < is bos, > eos, _ pad."""
 
+    has_own_template = False
+
     def __init__(self, bos_id="<", eos_id=">", pad_id="_"):
         self.bos_id, self.eos_id, self.pad_id = (
             letter and ord(letter) for letter in (bos_id, eos_id, pad_id)
@@ -117,6 +119,9 @@ class Letters:
 
     def encode_batch(self, texts):
         return [self.encode(text) for text in texts]
+
+    def is_space(self, token_id):
+        return chr(token_id).isspace()
 
     def fingerprint(self):
         return repr(vars(self))

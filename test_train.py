@@ -12,11 +12,13 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 
 import data
 import rm
@@ -40,10 +42,11 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
+from parts.chat import chat_text
 from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
 from parts.test_huggingface import save_backbone
-from parts.test_tokenizers import byte_level, hub_files
+from parts.test_tokenizers import FAST, byte_level, hub_files
 
 
 def tiny_model(model_type="gpt2", vocab_size=9, **fields):
@@ -1008,3 +1011,171 @@ def test_bad_input_ends_the_program_with_one_line_and_no_traceback(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     expected = f"train.py: error: {tmp_path}/no.jsonl: no such file; "
     assert done.stderr.strip() == expected + "expected .jsonl, .jsonl.gz, .json or .parquet"
+
+
+# --------------------------------------------------------------------------------------------------
+# Chat templates
+
+TURNS = """{{ bos_token }}
+{%- for turn in messages %}
+    {%- if (turn.role == 'user') != (loop.index0 % 2 == 0) %}
+        {{- raise_exception('user and assistant take turns') }}
+    {%- endif %}
+    {%- if turn.role == 'user' %}
+        {{- '[INST] ' + turn.content + ' [/INST]' }}
+    {%- else %}
+        {{- ' ' + turn.content + eos_token }}
+    {%- endif %}
+{%- endfor %}
+"""
+
+
+def turns(*contents):
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+
+@pytest.fixture(scope="module")
+def dialogues(tmp_path_factory):
+    """Write 30 rows of messages."""
+    path = tmp_path_factory.mktemp("dialogues") / "rows.jsonl"
+    lines = []
+    for pair in itertools.islice(data.known_rewards(3), 30):
+        prompt = turns("Hi", "Hello.", pair.prompt)
+        chosen, rejected = ([turns("", text)[1]] for text in pair.responses)
+        lines.append(json.dumps({"prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    """Save a tiny llama with a tokenizer whose template is TURNS, and which puts a bos in front."""
+    config = {"bos_token": "<s>", "eos_token": "</s>", "chat_template": TURNS}
+    directory = tmp_path_factory.mktemp("chat") / "model"
+    backend = byte_level(["<s>", "</s>", "[INST]", "[/INST]"], "<s> $A")
+    hub_files(directory, backend=backend, config=FAST | config)
+    torch.manual_seed(0)
+    tiny = GPTConfig("llama", vocab_size=304, n_positions=300, n_layer=2, n_head=2, n_embd=32)
+    rm.RewardModel(GPT(tiny), 0).save_pretrained(directory)
+    return directory
+
+
+def test_messages_are_trained_on_by_the_models_own_template(dialogues, chat_model, tmp_path):
+    """What is saved has it, for transformers and for `python rm.py`, whose scores are by hand."""
+    output_dir = tmp_path / "out"
+    flags = ["--model_name_or_path", chat_model, "--data_path", dialogues, "--max_seq_len 300"]
+    done = run("train.py", *flags, "--output_dir", output_dir, "--layout padded")
+    assert done.returncode == 0, done.stderr
+    theirs = transformers.AutoTokenizer.from_pretrained(output_dir)
+    assert theirs.chat_template == TURNS
+    own = transformers.AutoTokenizer.from_pretrained(chat_model)
+    tokens, scores = 0, []
+    model = rm.RewardModel.from_pretrained(output_dir).eval()
+    for row in read_rows(dialogues):
+        sequences = []
+        for name in ("chosen", "rejected"):
+            dialogue = row["prompt"] + row[name]
+            ids = own.apply_chat_template(dialogue, tokenize=True, return_dict=False)
+            assert theirs.apply_chat_template(dialogue, tokenize=True, return_dict=False) == ids
+            assert ids[0] == own.bos_token_id != ids[1] and ids[-1] == own.eos_token_id
+            sequences.append(ids)
+        ids, mask = data.pad_rows(sequences, model.pad_id)
+        values = model.forward_value(ids, mask)
+        scores.append(values["chosen_end_scores"].tolist())
+        tokens += sum(map(len, sequences))
+    first, *steps, last = read_rows(output_dir / "metrics.jsonl")
+    assert tokens * 28 / 30 < sum(step["tokens"] for step in steps) < 1.5 * tokens
+    done = run("rm.py", output_dir, dialogues)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line)["scores"] for line in done.stdout.splitlines()]
+    assert np.allclose(found, scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", ["auto", "plain", "file"])
+@pytest.mark.parametrize("kind", ["own template", "no template", "from scratch"])
+def test_the_flag_decides_how_messages_become_text(
+    choice, kind, dialogues, chat_model, monkeypatch, tmp_path
+):
+    source = "{% for m in messages %}{{ m.role + '|' + m.content + eos_token }}{% endfor %}"
+    if choice == "file":
+        choice = tmp_path / "my.jinja"
+        choice.write_text(source)
+    flags = ["--data_path", dialogues, "--eval_path", dialogues, "--chat_template", choice]
+    tokenizer_path = chat_model
+    if kind == "no template":
+        tokenizer_path = tmp_path / "plain"
+        tokenizer_path.mkdir()
+        data.train_tokenizer(["some words"], 300).save(tokenizer_path)
+    if kind != "from scratch":
+        flags += ["--tokenizer_path", tokenizer_path]
+    args = parsed(monkeypatch, *flags, "--vocab_size 400 --max_seq_len 300")
+    _, tokenizer, training, _ = train.prepare(args, Process())
+    sequences = {found.where: found.sequences[0] for found in training}
+    for line, row in enumerate(read_rows(dialogues), start=1):
+        dialogue = row["prompt"] + row["chosen"]
+        if isinstance(choice, Path):
+            text = "".join(f"{turn['role']}|{turn['content']}</s>" for turn in dialogue)
+        elif choice == "auto" and kind == "own template":
+            text = "<s>"
+            for user, assistant in zip(dialogue[::2], dialogue[1::2]):
+                text += f"[INST] {user['content']} [/INST] {assistant['content']}</s>"
+        else:
+            text = chat_text(dialogue)
+        ids = tokenizer.encode(text)
+        if ids[0] != tokenizer.bos_id:
+            ids.insert(0, tokenizer.bos_id)
+        if ids[-1] != tokenizer.eos_id:
+            ids.append(tokenizer.eos_id)
+        assert sequences[f"{dialogues}:{line}"] == ids
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    rendered = theirs.apply_chat_template(dialogue, tokenize=False)
+    assert rendered == tokenizer.render(dialogue) == text
+
+
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("scratch", [False, True])
+def test_a_row_that_the_template_refuses_is_a_bad_row(
+    scratch, skips, dialogues, chat_model, monkeypatch, capsys, tmp_path
+):
+    rows = dialogues.read_text().splitlines()
+    wrong = json.loads(rows[0])
+    wrong["prompt"] = wrong["prompt"][:2]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join([rows[0], "", json.dumps(wrong), *rows[1:]]))
+    (tmp_path / "turns.jinja").write_text(TURNS)
+    flags = ["--data_path", path, "--eval_path", dialogues, "--max_seq_len 300"]
+    if scratch:
+        flags += ["--chat_template", tmp_path / "turns.jinja", "--vocab_size 400"]
+    else:
+        flags += ["--tokenizer_path", chat_model]
+    words = "does not take these messages: user and assistant take turns"
+    if skips:
+        args = parsed(monkeypatch, *flags, "--skip_bad_rows")
+        _, _, training, _ = train.prepare(args, Process())
+        assert len(training) == 30
+        said = capsys.readouterr().out
+        assert "1 rows skipped" in said and f"{path}:3: " in said and words in said
+    else:
+        line = complaint(monkeypatch, capsys, *flags, "--output_dir", tmp_path / "out")
+        assert line.startswith(f"train.py: error: {path}:3: ") and line.endswith(words)
+
+
+def test_a_wrong_chat_template_shows_before_any_file_is_read(monkeypatch, capsys, tmp_path):
+    (tmp_path / "bad.jinja").write_text("{% if %}")
+    for name, found in (("bad.jinja", "not a jinja template"), ("none", "no such file")):
+        flags = ["--chat_template", tmp_path / name, "--model_name_or_path no/model"]
+        line = complaint(monkeypatch, capsys, *flags, "--data_path no/data.jsonl")
+        assert line.startswith(f"train.py: error: --chat_template {tmp_path / name}: {found}")
+
+
+def test_the_tokenizer_of_another_template_is_another_run(dialogues, chat_model, monkeypatch):
+    flags = ["--tokenizer_path", chat_model, "--data_path", dialogues, "--eval_path", dialogues]
+    results = []
+    for choice in ("auto", "plain"):
+        args = parsed(monkeypatch, *flags, "--chat_template", choice)
+        model, tokenizer, training, _ = train.prepare(args, Process())
+        results.append(train.result_follows_from(args, model, tokenizer, training, 16, 9))
+    assert results[0]["tokenizer"] != results[1]["tokenizer"]
+    assert results[0]["training_data"] != results[1]["training_data"]

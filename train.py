@@ -37,12 +37,13 @@ from tqdm import tqdm
 
 import data
 from parts import guards, huggingface, lora, metrics, report
+from parts.chat import ChatTemplate, given_template
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
 from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags, row_reading
 from parts.guards import counted
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
-from parts.rows import files_of
+from parts.rows import convert_rows, files_of
 from parts.run_directory import ANY, RunDirectory, stop_signals
 from parts.token_cache import cached, file_hash, file_notes, hash_of
 from parts.tokenizers import sample_texts
@@ -396,13 +397,14 @@ def prepare(args, process: Process):
     cost of a mistake: the model directory, the data, and only then is a tokenizer trained.
     """
     torch.manual_seed(args.seed)  # fresh weights are the same on every rank
+    template = given_template(args.chat_template)
     tokenizer, model, directory = None, None, args.model_name_or_path
     if directory and not Path(directory).is_dir():
         raise ValueError(f"--model_name_or_path {huggingface.missing_directory(directory)}")
     place = args.tokenizer_path or directory
     if place:
         try:
-            tokenizer = data.load_tokenizer(place, args.pad_id)
+            tokenizer = data.load_tokenizer(place, args.pad_id, args.chat_template)
         except ValueError as error:
             hint = huggingface.download_hint(place)
             raise ValueError(f"{error}; --tokenizer_path names another place{hint}") from None
@@ -412,7 +414,7 @@ def prepare(args, process: Process):
         file_hash(path)  # a missing file shows now
     try:
         if tokenizer is None:
-            tokenizer = new_tokenizer(args)
+            tokenizer = new_tokenizer(args, template)
         training, evaluation = load_data(args, tokenizer, process)
     except OSError as error:
         raise ValueError(
@@ -499,11 +501,13 @@ def set_up(model: RewardModel, args) -> int:
     return lora.add(model, layers, args.lora_dim, args.lora_module_name, args.only_optimize_lora)
 
 
-def new_tokenizer(args) -> data.Tokenizer:
+def new_tokenizer(args, template: ChatTemplate) -> data.Tokenizer:
     """Train a tokenizer, once for the same files; every process gets the same tokenizer."""
 
-    def train_on(sources: list[Iterable[data.Comparison]]) -> bytes:
-        texts = sample_texts([map(data.texts_of, source) for source in sources])
+    to_texts = partial(data.texts_of, tokenizer=template)
+
+    def train_on(sources: list[Iterable[list[str]]]) -> bytes:
+        texts = sample_texts(sources)
         try:
             return data.train_tokenizer(texts, args.vocab_size).model_proto
         except ValueError as error:
@@ -511,18 +515,23 @@ def new_tokenizer(args) -> data.Tokenizer:
 
     def build(directory: Path):
         tqdm.write("training a tokenizer")
-        how = {**asdict(reading), "bad_rows": [] if args.skip_bad_rows else None}
-        sources = [data.load_comparisons(path, **how) for path in files]
+        bad_rows = [] if args.skip_bad_rows else None
+        how = {**asdict(reading), "bad_rows": bad_rows}
+        rows = [data.load_comparisons(path, **how) for path in files]
+        sources = [convert_rows(to_texts, file, bad_rows) for file in rows]
         (directory / "tokenizer.model").write_bytes(train_on(sources))
 
     if not args.data_path:
         pairs = itertools.islice(built_in_data(args.seed), TOKENIZER_PAIRS)
-        return data.Tokenizer(train_on([pairs]), args.pad_id)
+        return data.Tokenizer(train_on([map(to_texts, pairs)]), args.pad_id, template=template)
     files, reading = files_of(args.data_path), row_reading(args)
     hashes = [file_hash(path) for path in files]
-    key = hash_of("tokenizer 2", hashes, args.vocab_size, args.skip_bad_rows, reading)
+    key = hash_of(
+        "tokenizer 3", hashes, args.vocab_size, args.skip_bad_rows, reading, template.source
+    )
     directory = cached(Path(args.data_output_path) / key, build)
-    return data.Tokenizer((directory / "tokenizer.model").read_bytes(), args.pad_id)
+    model_proto = (directory / "tokenizer.model").read_bytes()
+    return data.Tokenizer(model_proto, args.pad_id, template=template)
 
 
 def built_in_data(seed: int) -> Iterator[data.Comparison]:

@@ -177,6 +177,8 @@ def add_data_flags(flag: Callable):
     flag("--truncation_side", ("left", "right"), "left", "right is DeepSpeed-Chat's (left)")
     text = "a tokenizer (default: the model's; from scratch, one trained on the data)"
     flag("--tokenizer_path", str, None, text, "PATH")
+    text = "of chat messages: auto (the tokenizer's own, else plain), plain, or a jinja file (auto)"
+    flag("--chat_template", str, "auto", text)
     text = "padding's id (default: the tokenizer's own, or a new one)"
     flag("--pad_id", number(int, 0, 2**24), None, text)
     text = "leading pad ids that belong to a text (default: 1 where bos is pad, else 0)"

@@ -689,7 +689,7 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
     if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
         pad_id = hf.get("pad_token_id")
     if pad_id is None and has_tokenizer(path):
-        pad_id = load_tokenizer(path).pad_id
+        pad_id = load_tokenizer(path, chat_template="plain").pad_id
     if pad_id is None:
         pad_id = hf["vocab_size"]
     if leading is None:

@@ -12,7 +12,7 @@ import transformers
 import data
 import parts.tokenizers
 from data import Comparison
-from parts.tokenizers import chat_text
+from parts.chat import chat_text
 
 # --------------------------------------------------------------------------------------------------
 # sentencepiece
@@ -474,33 +474,177 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
         ours.encode("a cat<|im_end|>")
         == theirs("a cat<|im_end|>", add_special_tokens=False)["input_ids"]
     )
-    # Then sentencepiece alone; the special ids are the same, and none is taken for padding.
-    (directory / "tokenizer.json").unlink()
-    ours = data.load_tokenizer(directory)
-    assert (ours.bos_id, ours.eos_id, ours.pad_id, ours.vocab_size) == (1, n, 0, n + 2)
-    assert_transformers_agrees(ours, saved)
-    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 400}')
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(model_type="unigram"))
-    unigram = data.load_tokenizer(tmp_path)
-    (tmp_path / "unigram").mkdir()
-    unigram.save(tmp_path / "unigram")
-    again = data.load_tokenizer(tmp_path / "unigram")
-    assert (
-        (again.bos_id, again.eos_id, again.pad_id)
-        == (unigram.bos_id, unigram.eos_id, unigram.pad_id)
-        == (1, 400, 0)
-    )
-    # Saved tokenizers are read without the library.
+    # Without the library nothing is read, since sentencepiece has other ids for such texts.
     monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
-    for tokenizer, directory in ((ours, saved), (unigram, tmp_path / "unigram")):
-        again = data.load_tokenizer(directory)
-        assert (again.bos_id, again.eos_id, again.pad_id, again.vocab_size) == (
-            tokenizer.bos_id,
-            tokenizer.eos_id,
-            tokenizer.pad_id,
-            tokenizer.vocab_size,
-        )
+    with pytest.raises(ValueError, match="tokenizer.json: reading it needs `pip install"):
+        data.load_tokenizer(directory)
+
+
+LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>"}
+IDENTITY = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
+FLAGS = [
+    *(dict(special=special) for special in (True, False)),
+    *(dict(special=True, **{flag: True}) for flag in ("lstrip", "rstrip", "single_word")),
+    *(dict(special=False, normalized=normalized) for normalized in (True, False)),
+    dict(special=False, lstrip=True, rstrip=True, single_word=True),
+]
+SPLIT_TEXTS = [
+    "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\na dog <|im_end|>\n",
+    "the cat <|im_end|> a dog",
+    "the<|im_end|>cat  <|im_end|>\n\na",
+    "<|im_end|><|im_end|> <|im_start|>",
+    "<s>[INST] a [/INST] b</s> <unk><pad>",
+    "<|im_end|",
+]
+
+
+def added_tokens(flags: dict) -> dict:
+    return {str(i): {"content": name, **flags} for i, name in enumerate(CHATML, start=300)}
+
+
+@pytest.mark.parametrize(
+    "config, added",
+    [
+        ({}, {"<|im_end|>": 300, "<|im_start|>": 301}),
+        ({"legacy": True}, {"<|im_end|>": 300, "<|im_start|>": 301}),
+        ({"legacy": False}, {"<|im_end|>": 300, "<|im_start|>": 301}),
+        ({"add_prefix_space": False}, {"<|im_end|>": 300, "<|im_start|>": 301}),
+        ({"tokenizer_class": "LlamaTokenizerFast"}, {"<|im_end|>": 300}),
+        ({"eos_token": "</s>", "unk_token": "<unk>"}, None),
+        ({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"], "eos_token": "</s>"}, None),
+        *(({"added_tokens_decoder": added_tokens(flags)}, None) for flags in FLAGS),
+    ],
+    ids=str,
+)
+def test_sentencepiece_texts_are_split_at_added_tokens(tmp_path, saved, config, added):
+    """Without a tokenizer.json, ids are those of transformers' LlamaTokenizer, also when saved."""
+    directory = hub_files(
+        tmp_path / "hub",
+        sentencepiece_proto=sentencepiece_model(**IDENTITY),
+        config=LLAMA | config,
+        added=added,
+    )
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    assert type(theirs) is transformers.LlamaTokenizer
+    ours = data.load_tokenizer(directory)
+    ours.save(saved)
+    again, again_theirs = (
+        data.load_tokenizer(saved),
+        transformers.AutoTokenizer.from_pretrained(saved),
+    )
+    assert (ours.bos_id, ours.eos_id, ours.text_size) == (1, theirs.eos_token_id, len(theirs))
+    assert ours.pad_id == again.pad_id == again_theirs.pad_token_id == len(theirs)
+    for text in [*SPLIT_TEXTS, *HARD_TEXTS, *TEXTS]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids == again.encode(text), text
+        assert again_theirs(text, add_special_tokens=False)["input_ids"] == ids, text
+
+
+def test_a_chatml_text_has_as_many_ids_as_in_transformers(tmp_path):
+    directory = hub_files(
+        tmp_path / "hub",
+        sentencepiece_proto=sentencepiece_model(**IDENTITY),
+        config=LLAMA,
+        added={"<|im_end|>": 300, "<|im_start|>": 301},
+    )
+    text = "<|im_start|>user\nthe cat<|im_end|>\n<|im_start|>assistant\n dog<|im_end|>\n"
+    assert len(data.load_tokenizer(directory).encode(text)) == 26
+    spelled = data.Tokenizer(sentencepiece_model(**IDENTITY))
+    assert len(spelled.encode(text)) == 65  # as sentencepiece alone has it
+
+
+@pytest.mark.parametrize("flags", FLAGS, ids=str)
+@pytest.mark.parametrize("in_own_file", [False, True])
+def test_flags_of_added_tokens_are_those_of_transformers(tmp_path, saved, flags, in_own_file):
+    """tokenizer_config.json has the last word about a token that is in tokenizer.json, too."""
+    backend = byte_level()
+    if in_own_file:
+        backend.add_tokens(list(CHATML))
+    decoder = {str(i): {"content": name, **flags} for name, i in CHATML.items()}
+    config = {"added_tokens_decoder": decoder, "eos_token": "<|endoftext|>", **FAST}
+    directory = hub_files(tmp_path / "hub", backend=backend, config=config)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(directory),
+        data.load_tokenizer(directory),
+    )
+    ours.save(saved)
+    again = data.load_tokenizer(saved)
+    for text in [*SPLIT_TEXTS, *HARD_TEXTS]:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids == again.encode(text), text
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_names_of_special_tokens_are_text_where_the_files_say_so(tmp_path, saved, splits):
+    directory = hub_files(
+        tmp_path / "hub", backend=byte_level(), config=FAST | {"split_special_tokens": splits}
+    )
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(directory),
+        data.load_tokenizer(directory),
+    )
+    ours.save(saved)
+    again = data.load_tokenizer(saved)
+    ids = theirs("a<|endoftext|>", add_special_tokens=False)["input_ids"]
+    assert (len(ids) > 2) == splits
+    assert ours.encode("a<|endoftext|>") == ids == again.encode("a<|endoftext|>")
+
+
+TEMPLATE = {"chat_template": "{{ bos_token }}{{ messages[0]['content'] }}"}
+REFUSED = {  # name: (options of the model, tokenizer_config.json, are tokens added, model type)
+    "unigram": (dict(model_type="unigram"), LLAMA, True, "llama"),
+    "normalizes": ({}, LLAMA, True, "llama"),
+    "no bytes": (dict(byte_fallback=False, **IDENTITY), LLAMA, True, "llama"),
+    "another class": (IDENTITY, LLAMA | FAST, True, "llama"),
+    "no class": (IDENTITY, None, True, "llama"),
+    "another model": (IDENTITY, LLAMA, True, "mistral"),
+    "added_tokens_decoder": (
+        IDENTITY,
+        FAST | {"added_tokens_decoder": added_tokens({"special": True})},
+        None,
+        "llama",
+    ),
+    "a name that is no piece": (IDENTITY, FAST | {"eos_token": "<|im_end|>"}, None, "llama"),
+    "additional": (IDENTITY, FAST | {"additional_special_tokens": ["<|a|>"]}, None, "llama"),
+    "a template": (IDENTITY, FAST | TEMPLATE, None, "llama"),
+}
+
+
+@pytest.mark.parametrize("options, config, added, model_type", REFUSED.values(), ids=REFUSED.keys())
+def test_sentencepiece_that_cannot_split_as_transformers_does(
+    tmp_path, options, config, added, model_type
+):
+    """It is refused, and what the message says to do helps."""
+    proto = sentencepiece_model(**options)
+    size = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
+    directory = hub_files(
+        tmp_path / "hub",
+        sentencepiece_proto=proto,
+        config=config,
+        added={"<|im_end|>": size} if added else None,
+        model_type=model_type,
+    )
+    with pytest.raises(
+        ValueError, match=f"^{directory}/tokenizer.model: sentencepiece splits no"
+    ) as error:
+        data.load_tokenizer(directory)
+    code = str(error.value).partition('python -c "')[2].rstrip('"')
+    exec(code)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(directory),
+        data.load_tokenizer(directory),
+    )
+    for text in SPLIT_TEXTS:
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"], text
+
+
+def test_llama_tokenizer_model_needs_the_library(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
+    directory = hub_files(
+        tmp_path / "hub", sentencepiece_proto=sentencepiece_model(**IDENTITY), config=LLAMA
+    )
+    with pytest.raises(ValueError, match="tokenizer.model: reading it needs `pip install -r"):
+        data.load_tokenizer(directory)
 
 
 def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
@@ -514,7 +658,7 @@ def test_an_appended_eos_is_not_a_bos_in_front(tmp_path):
 
 
 def test_without_the_tokenizers_library(gpt2, monkeypatch, tokenizer):
-    """The message says what to install; sentencepiece beside tokenizer.json needs nothing."""
+    """The message says what to install, also where there is a sentencepiece model, too."""
     monkeypatch.setattr(parts.tokenizers, "tokenizers", None)
     with pytest.raises(
         ValueError,
@@ -522,7 +666,8 @@ def test_without_the_tokenizers_library(gpt2, monkeypatch, tokenizer):
     ):
         data.load_tokenizer(gpt2)
     (gpt2 / "tokenizer.model").write_bytes(tokenizer.model_proto)
-    assert data.load_tokenizer(gpt2).encode("a cat") == tokenizer.encode("a cat")
+    with pytest.raises(ValueError, match=f"^{gpt2}/tokenizer.json: reading it needs"):
+        data.load_tokenizer(gpt2)
 
 
 @pytest.mark.parametrize(
@@ -556,6 +701,21 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Saving
+
+
+def one_bos_one_eos(ids: list[int], theirs, bos: int | None, eos: int | None) -> list[int]:
+    """Put a bos in front of a text's ids and an eos behind, where it has none: the contract's rule.
+
+    theirs: the tokenizer of transformers, which knows the tokens of white space.
+    """
+    text = ids[1:] if bos is not None and ids[0:1] == [bos] else ids
+    words = []  # positions of the tokens that are not white space alone
+    for position, name in enumerate(theirs.convert_ids_to_tokens(text)):
+        if not theirs.convert_tokens_to_string(["a", name])[1:].isspace():
+            words.append(position)
+    if eos is not None and words and text[words[-1]] == eos:
+        text = text[: words[-1]]
+    return [i for i in [bos, *text, eos] if i is not None]
 
 
 def assert_transformers_agrees(tokenizer, directory):
@@ -604,10 +764,11 @@ def assert_transformers_agrees(tokenizer, directory):
             text
         )
         if ids or tokenizer.bos_id or tokenizer.eos_id:
-            assert (
-                theirs(text)["input_ids"]
-                == data.tokenize(Comparison("", [text]), tokenizer, 10**6)[0]
-            ), text
+            (sequence,) = data.tokenize(Comparison("", [text]), tokenizer, 10**6)
+            eos = None if tokenizer.eos_id == tokenizer.pad_id else tokenizer.eos_id
+            assert sequence == one_bos_one_eos(ids, theirs, tokenizer.bos_id, eos), text
+            if tokenizer.bos_id not in ids and tokenizer.eos_id not in ids:
+                assert sequence == theirs(text)["input_ids"], text
     chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
     messages = [{"role": role, "content": content} for role, content in chat]
     assert theirs.apply_chat_template(messages, tokenize=False) == chat_text(messages)

@@ -1,6 +1,7 @@
-"""Tokenizers and the plain chat template: load, train, save.
+"""Tokenizers: load, train, save; and what they know of their ids and their chat template.
 
 It knows no comparisons: which text becomes a sequence, and where bos and eos stand, is in data.py.
+How dialogues become text: parts/chat.py.
 
 Two kinds: sentencepiece models, and the formats of Hugging Face (tokenizer.json, or vocab.json and
 merges.txt), which need the `tokenizers` library. Both are saved with a tokenizer.json, if it can
@@ -12,10 +13,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
 
+from parts.chat import TEMPLATE_DIRECTORY, TEMPLATE_FILE, ChatTemplate, find_template
+from parts.guards import listed, visible
 from parts.rows import json_type
 from parts.token_cache import hash_of
 
@@ -29,28 +33,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # The files beside it; a later one overrides an earlier one.
 CONFIG_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
-
-# --------------------------------------------------------------------------------------------------
-# The plain chat template, that of Anthropic's hh-rlhf dialogues
-
-
-def chat_text(messages: list[dict]) -> str:
-    """Render chat messages, each {"role", "content"}, as text.
-
-    A system message's content stands as it is; a turn is "\\n\\nHuman: " or "\\n\\nAssistant: "
-    and its content.
-    """
-    starts = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    return "".join(starts[message["role"]] + message["content"] for message in messages)
-
-
-# The same in jinja, for transformers; a test holds the two together.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'system': '', 'user': '\\n\\nHuman: ', 'assistant': '\\n\\nAssistant: '}"
-    "[message['role']] + message['content'] }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
+# How a text is searched for an added token; `AddedToken` in the library `tokenizers`.
+TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 # --------------------------------------------------------------------------------------------------
 # Two kinds of tokenizers
@@ -59,14 +43,20 @@ CHAT_TEMPLATE = (
 class Tokenizer:
     """A sentencepiece model, with the special ids that a sequence needs.
 
-    config: special and added tokens by name, from CONFIG_FILES.
+    config: special and added tokens by name, from CONFIG_FILES. template: for chat messages.
     pad_id: int. bos_id: int, or None where texts begin with none. eos_id: int or None.
     text_size: number of ids that the tokenizer came with.
     model_size: number of ids before tokens were added to them.
     vocab_size: number of ids, a new pad id included.
     """
 
-    def __init__(self, model_proto: bytes, pad_id: int | None = None, config: dict | None = None):
+    def __init__(
+        self,
+        model_proto: bytes,
+        pad_id: int | None = None,
+        config: dict | None = None,
+        template: ChatTemplate = ChatTemplate(),
+    ):
         self.model_proto = model_proto
         self.config = config or {}
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
@@ -81,10 +71,14 @@ class Tokenizer:
         named_pad = ids.get(self.config.get("pad_token"))
         if named_pad not in (None, bos, eos):
             pad = named_pad
+        named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        texts = {name: self.names[i] for name, i in named.items() if i is not None}
+        texts |= special_texts(self.config, ids)
         if self.config.get("add_bos_token") is False:
             bos = None
         self.model_size = self.pieces.get_piece_size()
         self.set_ids(max(self.names) + 1, pad, bos, eos, pad_id)
+        self.set_template(template, texts, ids)
 
     def set_ids(
         self, size: int, own_pad: int | None, bos: int | None, eos: int | None, pad_id: int | None
@@ -98,9 +92,49 @@ class Tokenizer:
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
         self.text_size, self.vocab_size = size, max(size, pad_id + 1)
 
+    def set_template(self, template: ChatTemplate, texts: dict[str, str], ids: dict[str, int]):
+        """Give the template the texts of special tokens; ids: those of all tokens by their text.
+
+        The texts are those that transformers gives to it. `save` names the pad id that is used, so
+        a template that reads another pad token would not stay the same.
+        """
+        is_replaced = ids.get(texts.get("pad_token")) != self.pad_id
+        replaced = ("pad_token",) if is_replaced else ()
+        self.template = replace(template, special_tokens=texts, replaced=replaced)
+        self.spaces: dict[int, bool] = {}  # answers of `is_space`
+
+    @property
+    def has_own_template(self) -> bool:
+        """Tell whether a jinja template renders messages, and not the plain one."""
+        return not self.template.is_plain
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
+        """Render chat messages as text, as `ChatTemplate.render` says."""
+        return self.template.render(messages, add_generation_prompt)
+
+    def facts(self) -> tuple:
+        """List what token ids follow from besides the model of the tokenizer."""
+        template = self.template.source, self.template.special_tokens
+        return self.pad_id, self.bos_id, self.eos_id, *template
+
     def fingerprint(self) -> str:
         """Return a hash of everything that token ids follow from."""
-        return hash_of(self.model_proto, self.pad_id, self.bos_id, self.eos_id)
+        return hash_of(self.model_proto, *self.facts())
+
+    def is_space(self, token_id: int) -> bool:
+        """Tell whether the text of a token is white space alone; special tokens have no text."""
+        if token_id not in self.spaces:
+            # Behind a letter, because decoders leave out a space in front.
+            before = self.encode("a")
+            text = self.decode([*before, token_id])[len(self.decode(before)) :]
+            self.spaces[token_id] = text.isspace()
+        return self.spaces[token_id]
+
+    def special_names(self) -> dict[int, str]:
+        """Return the texts of the tokens that `decode` leaves out, by id."""
+        size = self.pieces.get_piece_size()
+        special = [i for i in range(size) if self.pieces.is_control(i) or self.pieces.is_unknown(i)]
+        return {i: name for i, name in self.names.items() if i in special or i >= size}
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text, without special tokens."""
@@ -122,39 +156,48 @@ class Tokenizer:
         Raises ValueError where the directory has a file of another tokenizer.
         """
         directory = Path(directory)
-        files = {"tokenizer_config.json": self.config | {"pad_token_id": self.pad_id}}
+        # Names of special tokens are text, here and, with split_special_tokens, in transformers.
+        config = self.config | {"pad_token_id": self.pad_id, "split_special_tokens": True}
+        files = {"tokenizer_config.json": config | {"chat_template": self.template.source}}
         files |= sentencepiece_files(self)
         others = [name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)]
         refuse_others("tokenizer", [directory / name for name in others])
+        refuse_templates(directory)
         (directory / "tokenizer.model").write_bytes(self.model_proto)
         write_json(directory, files)
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """The tokenizer of a tokenizer.json, or of a vocab.json and the merges.txt beside it."""
+    """A tokenizer of the library `tokenizers`, with the tokens and settings of CONFIG_FILES."""
 
-    def __init__(self, file: Path, config: dict, pad_id: int | None = None):
+    def __init__(
+        self,
+        backend: "tokenizers.Tokenizer",
+        config: dict,
+        pad_id: int | None = None,
+        template: ChatTemplate = ChatTemplate(),
+    ):
         default = None
         if config.get("tokenizer_class", "GPT2").startswith("GPT2"):
             default = "<|endoftext|>"  # GPT-2's files do not name it
-        config = {"bos_token": default, "eos_token": default} | config
-        backend = self.backend = read_backend(file)
+        config = {"bos_token": default, "eos_token": default, "unk_token": default} | config
+        self.backend = backend
         add_tokens(backend, config)
+        self.splits_special = backend.encode_special_tokens
         ids = backend.get_vocab()
         pad = ids.get(config.get("pad_token"))
         bos = ids.get(config.get("bos_token"))
         eos = ids.get(config.get("eos_token"))
-        has_unk = config.get("unk_token") in ids
-        self.unk_token = config["unk_token"] if has_unk else None
         own_ids = backend.get_vocab(with_added_tokens=False).values()
         self.model_size = max(own_ids, default=-1) + 1
         begins_with_bos = config.get("add_bos_token")
         if begins_with_bos is None:
             begins_with_bos = bos is not None and backend.encode("a").ids[:1] == [bos]
         self.set_ids(max(ids.values()) + 1, pad, bos if begins_with_bos else None, eos, pad_id)
+        self.set_template(template, special_texts(config, ids), ids)
 
     def fingerprint(self) -> str:
-        return hash_of(self.backend.to_str(), self.pad_id, self.bos_id, self.eos_id)
+        return hash_of(self.backend.to_str(), self.splits_special, *self.facts())
 
     def encode(self, text: str) -> list[int]:
         return self.backend.encode(text, add_special_tokens=False).ids
@@ -166,11 +209,25 @@ class HuggingFaceTokenizer(Tokenizer):
         text_ids = [int(i) for i in ids if i != self.pad_id]
         return self.backend.decode(text_ids, skip_special_tokens=True)
 
+    def special_names(self) -> dict[int, str]:
+        added = self.backend.get_added_tokens_decoder()
+        return {i: token.content for i, token in added.items() if token.special}
+
     def save(self, directory):
         refuse_others("tokenizer", [Path(directory) / "tokenizer.model"])
+        refuse_templates(Path(directory))
         spec = json.loads(self.backend.to_str())
-        config = {"unk_token": self.unk_token} if self.unk_token else {}
+        config = {"split_special_tokens": self.splits_special}
         write_json(directory, transformers_files(self, spec, self.backend.id_to_token, config))
+
+
+def special_texts(config: dict, ids: dict[str, int]) -> dict[str, str]:
+    """Return the special tokens that a config names, {"bos_token": text}, if they have an id."""
+    texts = {}
+    for name, text in config.items():
+        if name.endswith("_token") and isinstance(text, str) and text in ids:
+            texts[name] = text
+    return texts
 
 
 def read_backend(file: Path) -> "tokenizers.Tokenizer":
@@ -188,23 +245,53 @@ def read_backend(file: Path) -> "tokenizers.Tokenizer":
 
 
 def add_tokens(backend: "tokenizers.Tokenizer", config: dict):
-    """Add the tokens and settings of CONFIG_FILES that a tokenizer's own file lacks."""
+    """Add the tokens and settings of CONFIG_FILES that a tokenizer's own file lacks.
+
+    Flags of tokens in tokenizer_config.json hold over those in tokenizer.json, as in transformers.
+    """
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for i, token in sorted(config.get("added_tokens_decoder", {}).items()):
         name = token["content"]
-        if backend.token_to_id(name) is None:
-            backend.add_special_tokens([name])
+        if name not in known or config.get("flags_hold"):
+            backend.add_tokens([tokenizers.AddedToken(**token)])
         own_id = backend.token_to_id(name)
         if own_id != i:
             found = f"has id {i} by the files beside it, {own_id} by its own"
             raise ValueError(f"the added token {name!r} {found}")
-    special = [config.get(key) for key in SPECIAL_TOKENS]
+        known.add(name)
+    special = [text for name, text in config.items() if name.endswith("_token")]
     for name in special + config.get("additional_special_tokens", []):
         is_missing_default = name == "<|endoftext|>" and backend.token_to_id(name) is None
-        if name and not is_missing_default:
+        if isinstance(name, str) and name and name not in known and not is_missing_default:
             backend.add_special_tokens([name])
+    backend.encode_special_tokens = bool(config.get("split_special_tokens"))
     add_prefix_space = config.get("add_prefix_space")
     if hasattr(backend.pre_tokenizer, "add_prefix_space") and isinstance(add_prefix_space, bool):
         backend.pre_tokenizer.add_prefix_space = add_prefix_space
+
+
+def llama_backend(file: Path, config: dict) -> "tokenizers.Tokenizer | None":
+    """Make of a tokenizer.model what transformers' LlamaTokenizer makes of it.
+
+    It splits texts at special and added tokens, as sentencepiece does not. Only the first of the
+    parts, or with `legacy` each, gets a space in front. Returns None for a model which is no BPE
+    with bytes, or normalizes text.
+    """
+    has_prefix = config.get("add_prefix_space") is not False
+    spec = bpe_spec(Tokenizer(file.read_bytes()), has_prefix)
+    if spec is None or not spec["model"]["byte_fallback"]:
+        return None
+    scheme = "always" if config.get("legacy") else "first"
+    if not has_prefix:
+        scheme = "never"
+    spec["normalizer"] = None
+    spec["pre_tokenizer"] = {
+        "type": "Metaspace",
+        "replacement": SPACE,
+        "prepend_scheme": scheme,
+        "split": False,
+    }
+    return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -215,12 +302,14 @@ def has_tokenizer(directory) -> bool:
     return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
 
 
-def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
+def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto") -> Tokenizer:
     """Load the tokenizer in a directory, or in one of these files; `pad_id` overrides its own.
 
-    tokenizer.model: sentencepiece. tokenizer.json, or vocab.json beside merges.txt (byte-level
-    BPE: GPT-2, OPT): the `tokenizers` library. CONFIG_FILES beside any of these are read, too.
-    Raises ValueError that names the file.
+    tokenizer.json, or vocab.json beside merges.txt (byte-level BPE: GPT-2, OPT): the `tokenizers`
+    library. tokenizer.model: sentencepiece where `save` wrote it, or where no text is split at
+    special or added tokens; else that library, too. CONFIG_FILES beside any of these are read.
+    chat_template: as `find_template` says.
+    Raises ValueError that names the file. Ids never depend on what is installed.
     """
     path = Path(path)
     files = [path / name for name in TOKENIZER_FILES] if path.is_dir() else [path]
@@ -231,54 +320,142 @@ def load_tokenizer(path, pad_id: int | None = None) -> Tokenizer:
         raise ValueError(f"{path}: no {missing}; expected {expected}")
     file = files[0]
     config = tokenizer_config(file.parent)
-    # tokenizer.model needs no library. A tokenizer.json beside it may add tokens, but not where
-    # `save` wrote both, which split_special_tokens shows.
+    template = find_template(chat_template, file.parent, config.get("chat_template"))
+    # `save` writes which pad id was chosen; files of Hugging Face have no such key.
+    is_ours = bool(config.get("split_special_tokens")) and "pad_token_id" in config
     model_file = path / "tokenizer.model"
-    if model_file in files and (config.get("split_special_tokens") or tokenizers is None):
-        file = model_file
-    if file.suffix == ".json" and tokenizers is None:
+    if model_file in files and is_ours:
+        file = model_file  # it needs no library
+    is_json = file.suffix == ".json"
+    is_llama = not is_json and not is_ours and is_llama_tokenizer(file.parent, config)
+    if tokenizers is None and (is_json or is_llama):
         raise ValueError(f"{file}: reading it needs `pip install -r requirements-hf.txt`")
     if pad_id is None:
         pad_id = config.get("pad_token_id")
     try:
-        if file.suffix == ".json":
-            return HuggingFaceTokenizer(file, config, pad_id)
-        model_proto = file.read_bytes()
-        if model_proto:  # sentencepiece takes an empty one
-            return Tokenizer(model_proto, pad_id, config)
+        if is_json:
+            return HuggingFaceTokenizer(read_backend(file), config, pad_id, template)
+        if is_llama:
+            config = LLAMA_DEFAULTS | config
+            backend = llama_backend(file, config)
+            if backend is not None:
+                return HuggingFaceTokenizer(backend, config, pad_id, template)
+        tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
-    raise ValueError(f"{file}: not a sentencepiece model, or damaged")
+    if not is_ours:
+        check_no_splits(file, tokenizer)
+    return tokenizer
+
+
+def sentencepiece_tokenizer(file: Path, config: dict, pad_id: int | None, template) -> Tokenizer:
+    model_proto = file.read_bytes()
+    if not model_proto:  # sentencepiece takes an empty one
+        raise ValueError("the file is empty")
+    return Tokenizer(model_proto, pad_id, config, template)
+
+
+# What transformers' LlamaTokenizer takes for granted.
+LLAMA_DEFAULTS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+}
+
+
+def is_llama_tokenizer(directory: Path, config: dict) -> bool:
+    """Tell whether transformers reads a tokenizer.model in this directory as a LlamaTokenizer."""
+    class_name = config.get("tokenizer_class")
+    if class_name not in ("LlamaTokenizer", "LlamaTokenizerFast"):
+        return False
+    file = directory / "config.json"  # of a model; other types have other tokenizers
+    if not file.is_file():
+        return True
+    return read_object(file).get("model_type") == "llama"
+
+
+def check_no_splits(file: Path, tokenizer: Tokenizer):
+    """Raise ValueError where transformers would split texts at tokens, which sentencepiece reads.
+
+    Those are tokens beside the model's own pieces, and any that a chat template writes.
+    """
+    pieces = tokenizer.pieces
+    known = {pieces.id_to_piece(i) for i in range(pieces.get_piece_size())}
+    config = tokenizer.config
+    names = [token["content"] for token in config.get("added_tokens_decoder", {}).values()]
+    names += [config.get(name) for name in SPECIAL_TOKENS if name != "pad_token"]
+    names += config.get("additional_special_tokens", [])
+    added = sorted({visible(name) for name in names if name and name not in known})
+    if added or tokenizer.has_own_template:
+        written = f"added tokens ({listed(added)})" if added else "the tokens of a chat template"
+        code = (
+            "from transformers import AutoTokenizer as A; "
+            f"A.from_pretrained({str(file.parent)!r}).save_pretrained({str(file.parent)!r})"
+        )
+        raise ValueError(
+            f"{file}: sentencepiece splits no text at {written}, as transformers does; "
+            f'make a tokenizer.json beside it: python -c "{code}"'
+        )
 
 
 def tokenizer_config(directory: Path) -> dict:
     """Read CONFIG_FILES as one dictionary, {} where there is none.
 
-    Special tokens become their text; "added_tokens_decoder" has all added tokens, by id.
+    Special tokens become their text; "added_tokens_decoder" has all added tokens, by id, with their
+    flags; "flags_hold" tells whether these hold over those of tokenizer.json.
     Raises ValueError that names the file.
     """
-    config, added = {}, {}
+    config, legacy = {}, {}
     files = [directory / name for name in CONFIG_FILES]
     for file in filter(Path.is_file, files):
         found = read_config(file)
         try:
             if file.name == "added_tokens.json":
-                decoder = {i: {"content": name} for name, i in found.items()}
-                found = {"added_tokens_decoder": decoder}
-            for key in [key for key in SPECIAL_TOKENS if key in found]:
-                found[key] = token_text(found[key])
-                if not isinstance(found[key], str | None):
-                    raise ValueError(f"{key} is {found[key]!r}; expected the text of a token")
-            for i, token in found.get("added_tokens_decoder", {}).items():
-                added[int(i)] = {"content": token["content"]}
-            special = [token_text(token) for token in found.get("additional_special_tokens") or []]
-            found["additional_special_tokens"] = [name for name in special if isinstance(name, str)]
-        except (ValueError, TypeError, AttributeError) as error:
+                legacy = {int(i): name for name, i in found.items()}
+                continue
+            read_names(found)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{file}: {error}") from None
         config |= found
-    if config:
-        config["added_tokens_decoder"] = added
+    if not config and not legacy:
+        return {}
+    config["flags_hold"] = "added_tokens_decoder" in config
+    # transformers takes the tokens of added_tokens.json for text unless something names them.
+    named = {text for name, text in config.items() if name.endswith("_token")}
+    named.update(config.get("additional_special_tokens", []))
+    added = config.get("added_tokens_decoder", {})
+    for i, name in legacy.items():
+        is_special = name in named
+        flags = {"special": is_special, "normalized": not is_special}
+        added.setdefault(i, {"content": name, **flags})
+    config["added_tokens_decoder"] = added
     return config
+
+
+def read_names(config: dict):
+    """Turn tokens of a config, in place, into text, and added tokens into {id: token}.
+
+    Raises ValueError, or another error of a wrong type, that says what was found.
+    """
+    more = config.get("extra_special_tokens")
+    if isinstance(more, dict):  # {"image_token": ...}
+        config |= more
+        more = None
+    for key in [key for key in config if key.endswith("_token")]:
+        config[key] = token_text(config[key])
+        if key in SPECIAL_TOKENS and not isinstance(config[key], str | None):
+            raise ValueError(f"{key} is {config[key]!r}; expected the text of a token")
+        if isinstance(config[key], list | dict):
+            del config[key]
+    added = {}
+    for i, token in config.get("added_tokens_decoder", {}).items():
+        flags = {name: bool(token[name]) for name in TOKEN_FLAGS if name in token}
+        added[int(i)] = {"content": token["content"], **flags}
+    if "added_tokens_decoder" in config:
+        config["added_tokens_decoder"] = added
+    special = [token_text(token) for token in config.get("additional_special_tokens") or more or []]
+    config["additional_special_tokens"] = [name for name in special if isinstance(name, str)]
 
 
 def token_text(token):
@@ -287,14 +464,19 @@ def token_text(token):
 
 def read_config(file: Path) -> dict:
     """Read the object in one of CONFIG_FILES. Raises ValueError that names the file."""
+    config = read_object(file)
+    pad_id = config.get("pad_token_id", 0)
+    if pad_id is not None and not (type(pad_id) is int and 0 <= pad_id < 2**24):
+        raise ValueError(f"{file}: pad_token_id is {pad_id!r}; expected a token id")
+    return config
+
+
+def read_object(file: Path) -> dict:
+    """Read the object in a file of JSON. Raises ValueError that names the file."""
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(config, dict):
             raise ValueError(f"expected an object, found {json_type(config)}")
-        # `save` writes which pad id was chosen; files of Hugging Face have no such key.
-        pad_id = config.get("pad_token_id", 0)
-        if pad_id is not None and not (type(pad_id) is int and 0 <= pad_id < 2**24):
-            raise ValueError(f"pad_token_id is {pad_id!r}; expected a token id")
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from None
     return config
@@ -367,6 +549,12 @@ def refuse_others(kind: str, files: Iterable[Path]):
             raise ValueError(f"{file}: {found}; move it, or give another directory")
 
 
+def refuse_templates(directory: Path):
+    """Raise ValueError where a file has a chat template that would hide the saved one."""
+    others = [directory / TEMPLATE_FILE, *directory.glob(f"{TEMPLATE_DIRECTORY}/*.jinja")]
+    refuse_others("chat template", others)
+
+
 def write_json(directory, files: dict[str, dict]):
     for name, content in files.items():
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -408,13 +596,15 @@ def transformers_files(
         "pair": templates[0] + templates[1],
         "special_tokens": ids,
     }
-    config = config | {name: names.get(i) for name, i in named.items()}
+    # The chat template may write special tokens that no sequence begins or ends with.
+    config = config | tokenizer.template.special_tokens
     config |= {
+        "pad_token": names.get(named["pad_token"]),
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": bool(in_front),
         "add_eos_token": bool(behind),
         "pad_token_id": pad_id,
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": tokenizer.template.source,
     }
     return {"tokenizer.json": spec, "tokenizer_config.json": config}
 
@@ -427,37 +617,60 @@ def added_token(i: int, name: str) -> dict:
 def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
     """Return tokenizer.json and tokenizer_config.json of a sentencepiece BPE model.
 
-    Returns {} for other models, and for BPE that normalizes text or has pieces of a user.
+    Returns {} for a model that `bpe_spec` cannot describe.
+    """
+    dummy_prefix = tokenizer.pieces.normalize("a")[:-1]
+    spec = bpe_spec(tokenizer, bool(dummy_prefix))
+    if spec is None:
+        return {}
+    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
+    if dummy_prefix:
+        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
+    spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
+    # transformers takes the name of a special token in a text for the token, sentencepiece for
+    # text. With split_special_tokens both take it for text.
+    size = tokenizer.pieces.get_piece_size()
+    added = {token["id"]: token for token in spec["added_tokens"] if token["id"] >= size}
+    config = {"added_tokens_decoder": added, "split_special_tokens": True}
+    return transformers_files(tokenizer, spec, tokenizer.names.get, config)
+
+
+SPACE = "\u2581"  # sentencepiece's sign for a space
+
+
+def bpe_spec(tokenizer: Tokenizer, has_prefix: bool) -> dict | None:
+    """Return a tokenizer.json of a sentencepiece BPE model, without what prepares a text.
+
+    has_prefix: a space is put in front of texts, which decoding takes off.
+    Returns None for other models, and for BPE that normalizes text or has pieces of a user.
     """
     pieces, names = tokenizer.pieces, tokenizer.names
     size = pieces.get_piece_size()
     special = [i for i in range(size) if pieces.is_control(i) or pieces.is_unknown(i)]
     ordinary = [i for i in range(size) if i not in special and not pieces.is_byte(i)]
-    space = "\u2581"  # sentencepiece's sign for a space
     dummy_prefix = pieces.normalize("a")[:-1]
     not_normal = "A  \ufb01 \u2460\n"  # text that every way to normalize changes
-    if dummy_prefix not in ("", space):
-        return {}
-    if pieces.normalize(not_normal) != dummy_prefix + not_normal.replace(" ", space):
-        return {}
+    if dummy_prefix not in ("", SPACE):
+        return None
+    if pieces.normalize(not_normal) != dummy_prefix + not_normal.replace(" ", SPACE):
+        return None
     # The scores of BPE are the ranks of merges.
     if [pieces.get_score(i) for i in ordinary] != [-rank for rank in range(len(ordinary))]:
-        return {}
-    added = {i: added_token(i, name) for i, name in sorted(names.items()) if i >= size}
-    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": space}]
+        return None
+    added = [added_token(i, name) for i, name in sorted(names.items()) if i >= size]
     decoders = [
-        {"type": "Replace", "pattern": {"String": space}, "content": " "},
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if dummy_prefix:
-        normalizers.insert(0, {"type": "Prepend", "prepend": space})
+    if has_prefix:
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    spec = {
+    return {
         "version": "1.0",
-        "added_tokens": [*(added_token(i, names[i]) for i in special), *added.values()],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "added_tokens": [*(added_token(i, names[i]) for i in special), *added],
+        "normalizer": None,
         "pre_tokenizer": None,
+        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
@@ -468,10 +681,6 @@ def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
             "byte_fallback": any(pieces.is_byte(i) for i in range(size)),
         },
     }
-    # transformers takes the name of a special token in a text for the token, sentencepiece for
-    # text. With split_special_tokens both take it for text.
-    config = {"added_tokens_decoder": added, "split_special_tokens": True}
-    return transformers_files(tokenizer, spec, names.get, config)
 
 
 def merges(names: list[str]) -> list[list[str]]:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import pad_rows, shared_prefix, stub_text, tokenize
+from data import pad_rows, shared_prefix, tokenize
+from parts.chat import encode_prompt
 from parts.guards import counted, visible
 from parts.metrics import accuracy, in_words
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
-from parts.rows import files_of, read_rows
+from parts.rows import convert_rows, files_of, read_rows
 from rm import divergent_region, pair_loss
 
 # LEVELS of the page's shades, as 256 terminal colours, under black text
@@ -56,6 +57,7 @@ class Row:
     prompt: int  # tokens in front of the responses
     cut: int  # tokens of the prompt that truncation took off, in front of them
     lost: list[int]  # tokens that truncation took off each response
+    marks: frozenset[str]  # what stands for special tokens
     margin: float = 0.0  # by how much the data wants a pair to differ
     target: float = 1.0  # the probability, in the data, that the first of two is preferred
 
@@ -109,8 +111,18 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
     A comparison may have one response.
     """
     rows, device = [], model.v_head.weight.device
-    for comparison in tqdm(itertools.islice(comparisons, count), unit=" rows", leave=False):
-        sequences = tokenize(comparison, tokenizer, max_seq_len)
+    marks = frozenset(shown_names(tokenizer).values())
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+
+    def tokenized(comparison) -> tuple:
+        """Return the comparison, its sequences, and texts that begin alike: uncut, and prompt."""
+        begin_alike = tokenize(comparison, tokenizer, 2**31)
+        if comparison.prompt or len(begin_alike) == 1:
+            begin_alike.append(bos + encode_prompt(comparison.prompt, tokenizer))
+        return comparison, tokenize(comparison, tokenizer, max_seq_len), begin_alike
+
+    converted = convert_rows(tokenized, itertools.islice(comparisons, count))
+    for comparison, sequences, begin_alike in tqdm(converted, unit=" rows", leave=False):
         input_ids, mask = pad_rows(sequences, model.pad_id)
         rewards = model.token_rewards(input_ids.to(device), mask.to(device)).cpu()
         length = len(input_ids[0])
@@ -120,30 +132,33 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
             texts.append(token_texts(tokenizer, sequence) + padding[: length - len(sequence)])
         # The prompt reaches as far as all texts have its tokens; in whole dialogues, as far as
         # these are equal. Truncation takes tokens off its start.
-        whole = tokenize(comparison, tokenizer, 2**31)
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        begin_alike = list(whole)
-        if comparison.prompt or len(whole) == 1:
-            begin_alike.append(bos + tokenizer.encode(stub_text(comparison.prompt)))
         prompt = shared_prefix(begin_alike)
-        lost = [len(a) - len(b) for a, b in zip(whole, sequences)]
+        lost = [len(a) - len(b) for a, b in zip(begin_alike, sequences)]
         cut = min(*lost, prompt - len(bos))
         # The last token, where the score is, is the response's.
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]
         variants = comparison.margin, comparison.target
-        rows.append(Row(sequences, texts, rewards, prompt, cut, lost, *variants))
+        rows.append(Row(sequences, texts, rewards, prompt, cut, lost, marks, *variants))
     return rows
 
 
+def shown_names(tokenizer) -> dict[int, str]:
+    """Return what stands on a page for special tokens, which have no text, by id."""
+    names = {}
+    for i, name in tokenizer.special_names().items():
+        names[i] = f"⟨{visible(name.strip('<>'))}⟩"  # ⟨|im_start|⟩
+    return names | {tokenizer.pad_id: "⟨pad⟩", tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
+
+
 def token_texts(tokenizer, sequence: list[int]) -> list[str]:
-    """Split the text of a sequence into those of its tokens; bos, eos and pad get names.
+    """Split the text of a sequence into those of its tokens; special tokens get names.
 
     Tokens cannot be decoded one by one: a character may be several of them (bytes), and
     sentencepiece leaves out the space in front of the first. So the text of a token is what it adds
     to the tokens before it; the text of a token that completes no character is "".
     """
-    names = {tokenizer.pad_id: "⟨pad⟩", tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
+    names = shown_names(tokenizer)
     texts = [""] * len(sequence)
     before, start = 0, 0  # tokens from `start` on have no text yet, those from `before` on context
     for t, token in enumerate(sequence):
@@ -260,7 +275,7 @@ def spans(row: Row, i: int, scale: Scale, first: int, last: int, shade_from: int
         kind = f"s{round(scale.level(reward) * LEVELS)}" if t >= shade_from else "off"
         if text == "":
             kind += " empty"
-        if text in ("⟨bos⟩", "⟨eos⟩", "⟨pad⟩"):
+        if text in row.marks:
             kind += " name"
         if t >= row.ends[i]:
             kind += " pad"

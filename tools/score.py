@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ from data import (
     tokenize,
 )
 from parts import metrics
+from parts.chat import notes_on
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import counted
 from parts.huggingface import LAYOUTS, rows_to_add
-from parts.rows import Reading, files_of, note_lines, unused_lines
+from parts.rows import Reading, convert_rows, files_of, note_lines, unused_lines
 from parts.token_cache import first_of_each
 from rm import RewardModel
 from tools import pairs_page
@@ -192,7 +194,7 @@ def score_program(argv: list[str]):
         parser.error(
             f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, {limit}"
         )
-    rows = Rows(files_of([args.file]), row_reading(args))
+    rows = Rows(files_of([args.file]), row_reading(args), tokenizer)
     if args.html or args.show:
         shown = pairs_page.scored_rows(model, tokenizer, rows, args.rows or 100, max_seq_len)
         if args.html:
@@ -217,8 +219,8 @@ def score_program(argv: list[str]):
 class Rows:
     """The comparisons of files, and what a user should know of the rows that were read."""
 
-    def __init__(self, files: list[str], reading: Reading):
-        self.files, self.reading = files, reading
+    def __init__(self, files: list[str], reading: Reading, tokenizer):
+        self.files, self.reading, self.tokenizer = files, reading, tokenizer
         self.labels = {}  # a Counter of notes for each file that was read from
         self.sizes = Counter()  # how many rows were read of each
         self.is_whole = False  # whether all rows were read
@@ -229,6 +231,7 @@ class Rows:
             self.labels[file] = Counter()
             for comparison in load_comparisons(file, **asdict(self.reading), min_responses=1):
                 self.labels[file].update(comparison.notes)
+                self.labels[file].update(notes_on(comparison.prompt, self.tokenizer))
                 self.sizes[file] += 1
                 yield comparison
         self.is_whole = True
@@ -281,10 +284,11 @@ class Counts:
 def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:
     """Write a line of JSON for every comparison, with a score for every response as written."""
     counts, rows = Counts(), iter(comparisons)
+    to_sequences = partial(tokenize, tokenizer=tokenizer, max_seq_len=max_seq_len)
     with tqdm(unit=" rows", file=sys.stderr) as bar:
         # Batches are of similar lengths within a window of the file.
         while window := list(itertools.islice(rows, 64 * batch_size)):
-            groups = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
+            groups = list(convert_rows(to_sequences, window))
             results = score(model, groups, batch_size, layout)
             for comparison, sequences, scores in zip(window, groups, results):
                 counts.add(comparison, sequences, scores)

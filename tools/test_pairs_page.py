@@ -26,6 +26,7 @@ from parts.test_report import (
     check_whole,
 )
 from tools import pairs_page, score
+from tools.test_score import chat_checkpoint  # noqa: F401
 
 
 @pytest.fixture(scope="module")
@@ -449,6 +450,41 @@ def test_a_text_of_a_thousand_tokens_is_decoded_a_few_tokens_at_a_time(checkpoin
         and len(ids) > 1000
     )
     assert max(windows) < 10  # a few tokens are decoded at a time, not all up to here
+
+
+def test_special_tokens_of_a_template_have_names_and_no_text(chat_checkpoint, tmp_path, capsys):
+    """Names stand apart from a user's text; the prompt reaches up to the answer."""
+    user = [{"role": "user", "content": "the cat <b>"}]
+    answers = [[{"role": "assistant", "content": text}] for text in ("a mat", "a log")]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": user, "chosen": answers[0], "rejected": answers[1]}]
+    rows.append({"prompt": user, "response": answers[0]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_program([chat_checkpoint, file, "--html", tmp_path / "page.html"])
+    start = "⟨|im_start|⟩user\nthe cat <b>⟨eos⟩\n⟨|im_start|⟩assistant\n"
+    for row, expected in zip(
+        rows_of((tmp_path / "page.html").read_text()),
+        ([start, "a mat⟨eos⟩", "a log⟨eos⟩"], [start, "a mat⟨eos⟩"]),
+        strict=True,
+    ):
+        shown = [re.sub("[◆■·]|⟨pad⟩", "", node.text()) for node in row.of_class("text")]
+        assert [text.replace("↵", "") for text in shown] == expected
+        names = [node.text() for node in row.of_class("name")]
+        assert set(names) <= {"⟨|im_start|⟩", "⟨eos⟩", "⟨pad⟩"}
+        assert names.count("⟨|im_start|⟩") == 2
+        assert row.of_class("empty") == []
+    run_program([chat_checkpoint, file, "--show"])
+    assert start.replace("\n", "↵\n") in capsys.readouterr().out
+
+
+def test_token_texts_of_a_dialogue_join_to_what_the_template_renders(chat_checkpoint):
+    tokenizer = data.load_tokenizer(chat_checkpoint)
+    contents = ["", " a  b", HOSTILE, "🙂日本", "\n\n"]
+    dialogue = [{"role": "user", "content": content} for content in contents]
+    text = tokenizer.render(dialogue)
+    texts = pairs_page.token_texts(tokenizer, tokenizer.encode(text))
+    shown = text.replace("<|im_start|>", "⟨|im_start|⟩").replace("<|im_end|>", "⟨eos⟩")
+    assert "".join(texts) == shown
 
 
 # --------------------------------------------------------------------------------------------------

@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import data
 import train
 from model import GPT, GPTConfig
 from parts.normalize import normalize
-from parts.test_tokenizers import byte_level, hub_files
+from parts.test_tokenizers import FAST, byte_level, hub_files
 from rm import RewardModel
 from tools import score
 
@@ -72,8 +73,84 @@ def run_here(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def chat_checkpoint(tmp_path_factory):
+    """Save a small reward model whose tokenizer has a chat template of its own."""
+    directory = tmp_path_factory.mktemp("chat")
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    special = ["<|im_start|>", "<|im_end|>"]
+    config = {"eos_token": "<|im_end|>", "chat_template": template, **FAST}
+    hub_files(directory / "hub", backend=byte_level(special), config=config)
+    tokenizer = data.load_tokenizer(directory / "hub")
+    torch.manual_seed(0)
+    tiny = GPTConfig("llama", vocab_size=301, n_positions=200, n_layer=2, n_head=2, n_embd=16)
+    model = RewardModel(GPT(tiny), tokenizer.pad_id)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    model.save_pretrained(directory / "model", tokenizer=tokenizer)
+    return directory / "model"
+
+
 # --------------------------------------------------------------------------------------------------
 # Scores
+
+
+def messages(*contents, first="user"):
+    """Make messages of user and assistant in turn."""
+    roles = ["user", "assistant"] if first == "user" else ["assistant", "user"]
+    return [{"role": role, "content": c} for role, c in zip(itertools.cycle(roles), contents)]
+
+
+def test_messages_are_scored_by_the_checkpoints_template(chat_checkpoint, tmp_path, run_here):
+    """Ids are those of transformers, but for the newline behind the last <|im_end|>."""
+    theirs = transformers.AutoTokenizer.from_pretrained(chat_checkpoint)
+    prompt = messages("the cat", "a dog", "and?")
+    answers = [messages(text, first="assistant") for text in ("a mat", "a log", "a log", "")]
+    rows = [
+        {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]},
+        {"prompt": prompt, "responses": answers},
+        {"prompt": prompt, "response": answers[0]},
+        {"chosen": prompt + answers[0], "rejected": prompt + answers[1]},
+        {"prompt": "the cat", "chosen": " a", "rejected": " b"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, printed = run_here(chat_checkpoint, file)
+    assert status is None
+    lines = [json.loads(line) for line in printed.splitlines()]
+    by_hand = []
+    model = score.trained_model(chat_checkpoint)
+    for answer in answers:
+        ids = theirs.apply_chat_template(prompt + answer, tokenize=True, return_dict=False)
+        assert theirs.decode(ids[-2:]) == "<|im_end|>\n"
+        ids = torch.tensor([ids[:-1]])
+        by_hand.append(model.forward_value(ids)["chosen_end_scores"].item())
+    close = pytest.approx(by_hand, abs=1e-5)
+    assert lines[1]["scores"] == close and len(set(by_hand)) == 3
+    assert lines[0]["scores"] == pytest.approx(by_hand[:2], abs=1e-5)
+    assert lines[3]["scores"] == pytest.approx(by_hand[:2], abs=1e-5)
+    assert lines[2]["score"] == pytest.approx(by_hand[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", [[], ["--show"], ["--html"]], ids=str)
+def test_a_row_that_the_template_refuses_is_named(chat_checkpoint, tmp_path, run_here, flags):
+    system = [{"role": "system", "content": "Be brief."}, *messages("the cat")]
+    answer = messages("a", first="assistant"), messages("b", first="assistant")
+    rows = [
+        {"prompt": prompt, "chosen": answer[0], "rejected": answer[1]}
+        for prompt in (messages("the cat"), system)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    if flags == ["--html"]:
+        flags = ["--html", tmp_path / "page.html"]
+    message, printed = run_here(chat_checkpoint, file, *flags)
+    assert message.startswith(f"rm.py: error: {file}:3: the chat template of {chat_checkpoint}/")
+    assert message.endswith("does not take these messages: no system")
 
 
 def test_scores_of_comparisons_and_of_single_rows(trained, tmp_path, run_here):
