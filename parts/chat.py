@@ -90,8 +90,9 @@ class ChatTemplate:
         for name in self.replaced:
             if name in variables:
                 raise SetupError(
-                    f"{self.origin} reads {name}, which padding changes here: its own is none, or "
-                    "eos or bos; give its id as --pad_id, or another --chat_template"
+                    f"{self.origin} reads {name}, which is going to be a new token: the "
+                    "tokenizer's own is missing, or is eos or bos; give --pad_id, which keeps it, "
+                    "or another --chat_template"
                 )
         try:
             text = template.render(
@@ -103,7 +104,7 @@ class ChatTemplate:
             )
             check_text("the rendered text", text)
         except Exception as error:  # a template may do anything
-            found = visible(str(error) or type(error).__name__)[:300]
+            found = words_of(error)
             raise ValueError(f"{self.origin} does not take these messages: {found}") from None
         return text
 
@@ -122,8 +123,14 @@ class ChatTemplate:
             return compile_template(self.source)
         except (jinja2.TemplateError, RecursionError) as error:
             line = getattr(error, "lineno", 1)
-            found = f"line {line}: {visible(str(error))}"
+            found = f"line {line}: {words_of(error)}"
             raise SetupError(f"{self.origin}: not a jinja template ({found})") from None
+
+
+def words_of(error: Exception) -> str:
+    """Return the message of an error in one line that may be shown, at most 300 characters."""
+    message = getattr(error, "message", None) or str(error) or type(error).__name__
+    return visible(" ".join(message.split())[:300])
 
 
 def version_of(module) -> tuple[int, ...]:
@@ -197,9 +204,9 @@ def raise_exception(message):
     raise jinja2.TemplateError(message)
 
 
-def strftime_now(form: str) -> str:
+def strftime_now(format: str) -> str:
     """Write today's date, as Llama 3.1's template does."""
-    return datetime.now().strftime(form)
+    return datetime.now().strftime(format)
 
 
 class Dictionary:

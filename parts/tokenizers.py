@@ -158,7 +158,9 @@ class Tokenizer:
         directory = Path(directory)
         # Names of special tokens are text, here and, with split_special_tokens, in transformers.
         config = self.config | {"pad_token_id": self.pad_id, "split_special_tokens": True}
-        files = {"tokenizer_config.json": config | {"chat_template": self.template.source}}
+        config["chat_template"] = self.template.source
+        config.pop("flags_hold", None)
+        files = {"tokenizer_config.json": config}
         files |= sentencepiece_files(self)
         others = [name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)]
         refuse_others("tokenizer", [directory / name for name in others])
@@ -376,9 +378,9 @@ def is_llama_tokenizer(directory: Path, config: dict) -> bool:
 
 
 def check_no_splits(file: Path, tokenizer: Tokenizer):
-    """Raise ValueError where transformers would split texts at tokens, which sentencepiece reads.
+    """Raise ValueError where transformers splits texts at tokens, as sentencepiece does not.
 
-    Those are tokens beside the model's own pieces, and any that a chat template writes.
+    Such tokens are no pieces of the model, or a chat template writes them.
     """
     pieces = tokenizer.pieces
     known = {pieces.id_to_piece(i) for i in range(pieces.get_piece_size())}
@@ -387,7 +389,7 @@ def check_no_splits(file: Path, tokenizer: Tokenizer):
     names += [config.get(name) for name in SPECIAL_TOKENS if name != "pad_token"]
     names += config.get("additional_special_tokens", [])
     added = sorted({visible(name) for name in names if name and name not in known})
-    if added or tokenizer.has_own_template:
+    if added or (config and tokenizer.has_own_template):
         written = f"added tokens ({listed(added)})" if added else "the tokens of a chat template"
         code = (
             "from transformers import AutoTokenizer as A; "
