@@ -24,10 +24,10 @@ from parts.test_tokenizers import (
     TEXTS,
     byte_level,
     hub_files,
+    metaspace_json,
     one_bos_one_eos,
     sentencepiece_model,
 )
-from parts.tokenizers import sentencepiece_files
 
 # --------------------------------------------------------------------------------------------------
 # Templates in the manner of well-known ones
@@ -137,13 +137,18 @@ DIALOGUES = {
 
 
 def sentencepiece_with_json(directory, config):
-    """A sentencepiece BPE as tokenizer.json, as Llama 2's; every text begins with a space."""
-    proto = sentencepiece_model(**IDENTITY)
-    spec = sentencepiece_files(data.Tokenizer(proto, pad_id=0))["tokenizer.json"]
-    spec["post_processor"] = None
-    backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
+    """A sentencepiece BPE as tokenizer.json; every part of a text begins with a space."""
+    backend = metaspace_json()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     backend.add_special_tokens(NAMES)
-    return hub_files(directory, backend=backend, config=FAST | {"add_bos_token": True} | config)
+    return hub_files(directory, backend=backend, config=FAST | config)
+
+
+def llama_2(directory, config):
+    """The same as a LlamaTokenizer, for which only the first part of a text begins with a space."""
+    return sentencepiece_with_json(directory, {"tokenizer_class": "LlamaTokenizer"} | config)
 
 
 def sentencepiece_alone(directory, config):
@@ -170,6 +175,7 @@ def bytes_without_bos(directory, config):
 KINDS = {
     "sentencepiece, tokenizer.json": sentencepiece_with_json,
     "sentencepiece, tokenizer.model": sentencepiece_alone,
+    "LlamaTokenizer, tokenizer.json": llama_2,
     "bytes": special_bytes,
     "bytes without bos": bytes_without_bos,
 }

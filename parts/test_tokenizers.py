@@ -255,12 +255,12 @@ HUB = {
 }
 
 
-def byte_level(special=("<|endoftext|>",), template=None):
+def byte_level(special=("<|endoftext|>",), template=None, texts=TEXTS):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        TEXTS,
+        texts,
         tokenizers.trainers.BpeTrainer(
             vocab_size=300,
             special_tokens=list(special),
@@ -588,6 +588,58 @@ def test_names_of_special_tokens_are_text_where_the_files_say_so(tmp_path, saved
     ids = theirs("a<|endoftext|>", add_special_tokens=False)["input_ids"]
     assert (len(ids) > 2) == splits
     assert ours.encode("a<|endoftext|>") == ids == again.encode("a<|endoftext|>")
+
+
+def metaspace_json() -> tokenizers.Tokenizer:
+    """Make a tokenizer.json as transformers 4 wrote it for Llama 2: each part gets a space."""
+    files = parts.tokenizers.sentencepiece_files(data.Tokenizer(sentencepiece_model(**IDENTITY)))
+    return tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+
+
+def digits_json() -> tokenizers.Tokenizer:
+    """Make a tokenizer.json as SmolLM's: each digit is a token, and some numbers are pieces."""
+    numbers = ["2024 and 2025 are 20 24"] * 20
+    backend = byte_level(texts=numbers)
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    return backend
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "gpt2", "qwen3", "gpt_neox", None])
+@pytest.mark.parametrize(
+    "kind, config",
+    [
+        ("spaces", {"tokenizer_class": "LlamaTokenizer"}),
+        ("spaces", {"tokenizer_class": "LlamaTokenizer", "legacy": True}),
+        ("spaces", {"tokenizer_class": "LlamaTokenizerFast", "add_prefix_space": False}),
+        ("spaces", FAST),
+        ("digits", {"tokenizer_class": "LlamaTokenizer"}),
+        ("digits", {"tokenizer_class": "GPT2Tokenizer"}),
+        ("digits", {"tokenizer_class": "GPT2TokenizerFast", "add_prefix_space": True}),
+        ("digits", {"tokenizer_class": "GPTNeoXTokenizer"}),
+        ("digits", FAST),
+    ],
+    ids=str,
+)
+def test_texts_are_prepared_as_by_the_class_that_transformers_takes(
+    tmp_path, saved, config, kind, model_type
+):
+    """tokenizer.json does not decide alone. What is saved gives the same ids as what was read."""
+    directory = hub_files(tmp_path / "hub", config=config)
+    backend = {"spaces": metaspace_json, "digits": digits_json}[kind]()
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if model_type is None:
+        (directory / "config.json").unlink()
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    ours = data.load_tokenizer(directory)
+    ours.save(saved)
+    again = data.load_tokenizer(saved), transformers.AutoTokenizer.from_pretrained(saved)
+    texts = ["in 2024</s> e\u0301 2025<|endoftext|> 20<s>a", "\u2581a ", " a", *HARD_TEXTS]
+    for text in texts:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids == again[0].encode(text), text
+        assert again[1](text, add_special_tokens=False)["input_ids"] == ids, text
 
 
 TEMPLATE = {"chat_template": "{{ bos_token }}{{ messages[0]['content'] }}"}

@@ -35,6 +35,7 @@ CONFIG_FILES = ("added_tokens.json", "special_tokens_map.json", "tokenizer_confi
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # How a text is searched for an added token; `AddedToken` in the library `tokenizers`.
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+SPACE = "\u2581"  # sentencepiece's sign for a space
 
 # --------------------------------------------------------------------------------------------------
 # Two kinds of tokenizers
@@ -180,7 +181,7 @@ class HuggingFaceTokenizer(Tokenizer):
         template: ChatTemplate = ChatTemplate(),
     ):
         default = None
-        if config.get("tokenizer_class", "GPT2").startswith("GPT2"):
+        if (config.get("tokenizer_class") or "GPT2").startswith("GPT2"):
             default = "<|endoftext|>"  # GPT-2's files do not name it
         config = {"bos_token": default, "eos_token": default, "unk_token": default} | config
         self.backend = backend
@@ -272,28 +273,46 @@ def add_tokens(backend: "tokenizers.Tokenizer", config: dict):
         backend.pre_tokenizer.add_prefix_space = add_prefix_space
 
 
-def llama_backend(file: Path, config: dict) -> "tokenizers.Tokenizer | None":
-    """Make of a tokenizer.model what transformers' LlamaTokenizer makes of it.
+def bpe_backend(file: Path) -> "tokenizers.Tokenizer | None":
+    """Make a tokenizer, which splits texts at special tokens, of a tokenizer.model.
 
-    It splits texts at special and added tokens, as sentencepiece does not. Only the first of the
-    parts, or with `legacy` each, gets a space in front. Returns None for a model which is no BPE
-    with bytes, or normalizes text.
+    Returns None for a model which is no BPE with bytes, or normalizes text.
     """
-    has_prefix = config.get("add_prefix_space") is not False
-    spec = bpe_spec(Tokenizer(file.read_bytes()), has_prefix)
+    spec = bpe_spec(Tokenizer(file.read_bytes()))
     if spec is None or not spec["model"]["byte_fallback"]:
         return None
-    scheme = "always" if config.get("legacy") else "first"
-    if not has_prefix:
-        scheme = "never"
-    spec["normalizer"] = None
-    spec["pre_tokenizer"] = {
-        "type": "Metaspace",
-        "replacement": SPACE,
-        "prepend_scheme": scheme,
-        "split": False,
-    }
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+
+def prepare_as(class_name: str, backend: "tokenizers.Tokenizer", config: dict) -> dict:
+    """Have texts prepared as a class of transformers 5 does, whatever tokenizer.json says.
+
+    LlamaTokenizer puts a space in front of the first part of a text that is split at special
+    tokens, or with `legacy` of each part; files of transformers 4 say that it is always each part.
+    The classes of GPT-2 and GPT-NeoX don't split numbers into digits.
+    Returns the special tokens that the class has where its files do not name them.
+    """
+    pre_tokenizers, decoders = tokenizers.pre_tokenizers, tokenizers.decoders
+    prefix = config.get("add_prefix_space")
+    is_bytes = "ByteLevel" in f"{backend.pre_tokenizer} {backend.decoder}"
+    if class_name in ("GPT2Tokenizer", "GPTNeoXTokenizer") and is_bytes:
+        backend.normalizer = None
+        if class_name == "GPTNeoXTokenizer":
+            backend.normalizer = tokenizers.normalizers.NFC()
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(prefix))
+        backend.decoder = decoders.ByteLevel()
+    elif class_name == "LlamaTokenizer" and not is_bytes:
+        steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+        scheme = "always" if config.get("legacy") else "first"
+        if prefix is False:
+            scheme = "never"
+        else:
+            steps.append(decoders.Strip(" ", 1, 0))
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
+        backend.decoder = decoders.Sequence(steps)
+        return {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return {}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -329,19 +348,22 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     if model_file in files and is_ours:
         file = model_file  # it needs no library
     is_json = file.suffix == ".json"
-    is_llama = not is_json and not is_ours and is_llama_tokenizer(file.parent, config)
+    class_name = class_of(file.parent, config)
+    is_llama = not is_json and not is_ours and class_name == "LlamaTokenizer"
     if tokenizers is None and (is_json or is_llama):
         raise ValueError(f"{file}: reading it needs `pip install -r requirements-hf.txt`")
     if pad_id is None:
         pad_id = config.get("pad_token_id")
     try:
+        backend = None
         if is_json:
-            return HuggingFaceTokenizer(read_backend(file), config, pad_id, template)
-        if is_llama:
-            config = LLAMA_DEFAULTS | config
-            backend = llama_backend(file, config)
-            if backend is not None:
-                return HuggingFaceTokenizer(backend, config, pad_id, template)
+            backend = read_backend(file)
+        elif is_llama:
+            config = {"add_bos_token": True} | config
+            backend = bpe_backend(file)
+        if backend is not None:
+            config = prepare_as(class_name, backend, config) | config
+            return HuggingFaceTokenizer(backend, config, pad_id, template)
         tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
@@ -357,24 +379,15 @@ def sentencepiece_tokenizer(file: Path, config: dict, pad_id: int | None, templa
     return Tokenizer(model_proto, pad_id, config, template)
 
 
-# What transformers' LlamaTokenizer takes for granted.
-LLAMA_DEFAULTS = {
-    "bos_token": "<s>",
-    "eos_token": "</s>",
-    "unk_token": "<unk>",
-    "add_bos_token": True,
-}
+def class_of(directory: Path, config: dict) -> str:
+    """Name the class by which transformers 5 reads the tokenizer in a directory.
 
-
-def is_llama_tokenizer(directory: Path, config: dict) -> bool:
-    """Tell whether transformers reads a tokenizer.model in this directory as a LlamaTokenizer."""
-    class_name = config.get("tokenizer_class")
-    if class_name not in ("LlamaTokenizer", "LlamaTokenizerFast"):
-        return False
-    file = directory / "config.json"  # of a model; other types have other tokenizers
-    if not file.is_file():
-        return True
-    return read_object(file).get("model_type") == "llama"
+    Returns "" where tokenizer.json alone decides, as it does for some types of models.
+    """
+    file = directory / "config.json"
+    if file.is_file() and read_object(file).get("model_type") in ("mistral", "qwen2"):
+        return ""
+    return (config.get("tokenizer_class") or "").removesuffix("Fast")
 
 
 def check_no_splits(file: Path, tokenizer: Tokenizer):
@@ -621,14 +634,9 @@ def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
 
     Returns {} for a model that `bpe_spec` cannot describe.
     """
-    dummy_prefix = tokenizer.pieces.normalize("a")[:-1]
-    spec = bpe_spec(tokenizer, bool(dummy_prefix))
+    spec = bpe_spec(tokenizer)
     if spec is None:
         return {}
-    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    if dummy_prefix:
-        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
-    spec["normalizer"] = {"type": "Sequence", "normalizers": normalizers}
     # transformers takes the name of a special token in a text for the token, sentencepiece for
     # text. With split_special_tokens both take it for text.
     size = tokenizer.pieces.get_piece_size()
@@ -637,13 +645,9 @@ def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
     return transformers_files(tokenizer, spec, tokenizer.names.get, config)
 
 
-SPACE = "\u2581"  # sentencepiece's sign for a space
+def bpe_spec(tokenizer: Tokenizer) -> dict | None:
+    """Return the tokenizer.json of a sentencepiece BPE model.
 
-
-def bpe_spec(tokenizer: Tokenizer, has_prefix: bool) -> dict | None:
-    """Return a tokenizer.json of a sentencepiece BPE model, without what prepares a text.
-
-    has_prefix: a space is put in front of texts, which decoding takes off.
     Returns None for other models, and for BPE that normalizes text or has pieces of a user.
     """
     pieces, names = tokenizer.pieces, tokenizer.names
@@ -660,19 +664,20 @@ def bpe_spec(tokenizer: Tokenizer, has_prefix: bool) -> dict | None:
     if [pieces.get_score(i) for i in ordinary] != [-rank for rank in range(len(ordinary))]:
         return None
     added = [added_token(i, name) for i, name in sorted(names.items()) if i >= size]
+    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
     decoders = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if has_prefix:
+    if dummy_prefix:
+        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
         decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
         "version": "1.0",
         "added_tokens": [*(added_token(i, names[i]) for i in special), *added],
-        "normalizer": None,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
         "pre_tokenizer": None,
-        "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": decoders},
         "model": {
             "type": "BPE",
