@@ -497,7 +497,7 @@ def test_a_template_that_tries_to_leave_the_sandbox_is_refused(source, tmp_path)
         ours.render(CHAT)
     assert json.dumps(CHAT) == before
     file = tmp_path / "rows.jsonl"
-    row = {"prompt": CHAT[:2], "chosen": CHAT[2:], "rejected": CHAT[:1]}
+    row = {"prompt": CHAT[:2], "chosen": CHAT[2:], "rejected": messages("a:no")}
     file.write_text(json.dumps({"prompt": "", "chosen": "a", "rejected": "b"}) + "\n")
     with open(file, "a") as out:
         out.write(json.dumps(row) + "\n")

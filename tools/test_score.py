@@ -291,7 +291,7 @@ def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here)
     assert "a.jsonl, which is the file to score" in message
     page = tmp_path / "page.html"
     done = run(trained, folder, *flags, "--html", page)
-    assert done.returncode == 0 and "All 3 rows" in page.read_text()
+    assert done.returncode == 0 and "all 3 rows" in page.read_text()
     assert f'{folder}/b.jsonl: field "more" is not read (1 row)' in done.stderr
     assert '--ignore_fields other: no row has a field "other"' in done.stderr
     done = run(trained, folder, *flags, "--html", page, "--rows", 1)
