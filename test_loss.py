@@ -828,9 +828,9 @@ def test_large_differences_stay_finite_with_a_target(difference, loss):
     "options, words",
     [
         ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
-        ({"margins": [1.0]}, ["margins", "found 1 numbers", "each of 2"]),
+        ({"margins": [1.0]}, ["margins", "found 1 number", "each of 2"]),
         ({"margins": [0.0, math.nan]}, ["margins", "nan for pair 1"]),
-        ({"targets": [1.0]}, ["targets", "found 1 numbers", "from 0 to 1 for each of 2"]),
+        ({"targets": [1.0]}, ["targets", "found 1 number", "from 0 to 1 for each of 2"]),
         ({"targets": [1.0, 0.5, 1.0]}, ["targets", "found 3 numbers", "from 0 to 1 for each of 2"]),
         ({"targets": [1.0, math.nan]}, ["targets", "nan for pair 1", "from 0 to 1"]),
         ({"targets": [1.0, math.inf]}, ["targets", "inf for pair 1", "from 0 to 1"]),

@@ -42,7 +42,7 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
-from parts.chat import chat_text
+from parts.chat import chat_text, given_template
 from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
 from parts.test_huggingface import save_backbone
@@ -603,7 +603,7 @@ def test_evaluation_without_a_preferred_response(tmp_path):
     for event in events_of(tmp_path / "out")["eval"]:
         assert (event["accuracy"], event["ece"], event["pairs"]) == (None, None, 8)
         assert event["by"] == {"x": {"accuracy": None, "pairs": 8}}
-    assert re.search(r"step 0: loss [0-9.]+, accuracy none, .* truncated 0\n", said)
+    assert re.search(r"step 0: accuracy none on 8 pairs, loss [0-9.]+, .* error none\n", said)
     assert "  x: none before, none after (8 pairs)" in said
     assert "accuracy on 8 eval pairs, 8 of target 0.5 left out: none before, none after" in said
     assert "none: every target is 0.5" in (tmp_path / "out" / "report.html").read_text()
@@ -617,7 +617,7 @@ def test_truncated_comparisons_are_counted(files, tmp_path):
         said = forked_ok(tmp_path / f"{length}", *arguments, f"--max_seq_len {length}")
         for event in events_of(tmp_path / f"{length}")["eval"]:
             assert (event["truncated"], event["pairs"]) == (truncated, 23)
-        assert f", truncated {truncated}\n" in said
+        assert (f"; {truncated} truncated to --max_seq_len" in said) == (truncated > 0)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -714,6 +714,10 @@ def test_the_cached_tokenizer_follows_from_how_rows_are_read(ours_and_theirs, mo
         keys[flags] = directory.name
         return cached(directory, build)
 
+    def new(flags):
+        args = parsed(monkeypatch, "--vocab_size 400", flags)
+        train.new_tokenizer(args, given_template(args.chat_template))
+
     monkeypatch.setattr(train, "cached", watched)
     a, b = ours_and_theirs / "parquet" / "a.parquet", ours_and_theirs / "parquet" / "b.parquet"
     swap = "--fields prompt=question chosen=bad rejected=good"
@@ -727,11 +731,11 @@ def test_the_cached_tokenizer_follows_from_how_rows_are_read(ours_and_theirs, mo
         f"--data_path {a} {b} {FIELDS} --skip_bad_rows",
         f"--data_path {a} {b} {FIELDS} --vocab_size 390",
     ):
-        train.new_tokenizer(parsed(monkeypatch, "--vocab_size 400", flags))
+        new(flags)
     assert len(set(keys.values())) == len(keys) == 8
     flags = f"--data_path {a} {b} {FIELDS}"
     before = keys[flags]
-    train.new_tokenizer(parsed(monkeypatch, "--vocab_size 400", flags))
+    new(flags)
     assert keys[flags] == before
 
 
@@ -1156,7 +1160,8 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(
         _, _, training, _ = train.prepare(args, Process())
         assert len(training) == 30
         said = capsys.readouterr().out
-        assert "1 rows skipped" in said and f"{path}:3: " in said and words in said
+        assert "skipped 1 row without a comparison" in said
+        assert f"{path}:3: " in said and words in said
     else:
         line = complaint(monkeypatch, capsys, *flags, "--output_dir", tmp_path / "out")
         assert line.startswith(f"train.py: error: {path}:3: ") and line.endswith(words)
