@@ -22,8 +22,8 @@ SCHEDULES = (
     "constant_with_warmup",
 )
 DTYPES = ("fp32", "bf16", "fp16")
-# Defaults on the built-in data
-BUILT_IN = {"per_device_train_batch_size": 32, "max_steps": 2000, "eval_interval": 200}
+# Defaults on the built-in data; with step 0 and the last step these are ten evaluations.
+BUILT_IN = {"per_device_train_batch_size": 32, "max_steps": 2000, "eval_interval": 225}
 # Flags that the weights of a run follow from; train.py knows what else they follow from.
 RESULT_FLAGS = (
     "seed",
@@ -263,7 +263,7 @@ def add_training_flags(flag: Callable, losses: tuple[str, ...]):
     )
     flag("--num_train_epochs", count, 1, "(1)")
     flag("--max_steps", count, None, "optimizer steps, in place of epochs (built-in data: 2000)")
-    text = "optimizer steps between evaluations; 0: only before and after (0; built-in data: 200)"
+    text = "optimizer steps between evaluations; 0: only before and after (0; built-in data: 225)"
     flag("--eval_interval", count_from_0, None, text)
     flag("--eval_iters", count_from_0, 0, "batches per evaluation and process (0: all)")
     flag("--seed", number(int, 0, 2**32 - 1), 1234, "(1234)")

@@ -49,10 +49,10 @@ def test_help_lists_every_flag(monkeypatch, capsys):
 @pytest.mark.parametrize(
     "flags, expected",
     [
-        ("", dict(batch=32, steps=2000, warmup=100, tokens=32 * 1024, rate=1e-3, evaluate=200)),
+        ("", dict(batch=32, steps=2000, warmup=100, tokens=32 * 1024, rate=1e-3, evaluate=225)),
         (
             "--max_steps 50",
-            dict(batch=32, steps=50, warmup=2, tokens=32 * 1024, rate=1e-3, evaluate=200),
+            dict(batch=32, steps=50, warmup=2, tokens=32 * 1024, rate=1e-3, evaluate=225),
         ),
         (
             "--eval_interval 0",
@@ -76,6 +76,12 @@ def test_defaults_that_depend_on_other_flags(flags, expected, monkeypatch):
     assert args.micro_batch_tokens == expected["tokens"]
     assert args.learning_rate == expected["rate"]
     assert args.eval_interval == expected["evaluate"]
+
+
+def test_run_on_built_in_data_evaluates_ten_times(monkeypatch):
+    args = parsed(monkeypatch)
+    evaluated = {0, *range(0, args.max_steps, args.eval_interval), args.max_steps}
+    assert len(evaluated) == 10
 
 
 def test_torchrun_that_starts_again_means_resume(monkeypatch):
