@@ -1,4 +1,4 @@
-"""The directory of a run, --output_dir: checkpoints, metrics.jsonl, files of earlier runs; signals.
+"""The directory of a run, --output_dir: checkpoints, metrics, examples, earlier runs; signals.
 
 It knows neither the loop (train.py) nor what a model's files hold (parts/huggingface.py). A
 checkpoint, checkpoints/step-N, is whole or not there.
@@ -285,11 +285,11 @@ class RunDirectory:
                 file.write(json.dumps(row) + "\n")
         return path
 
-    def what_to_do_next(self, files: list) -> str:
-        """Name the files of a finished run, and the commands that score with its model.
+    def last_lines(self, files: list) -> str:
+        """Write the last lines of a finished run: its files, and commands that score with it.
 
-        The commands work in the current directory, on the first of `files` that is there still (an
-        earlier run's have moved); without one, the user has to fill in a file.
+        The commands work in the current directory, on the first of `files` that is still there (an
+        earlier run's examples may have been moved). Without one, the user has to fill in a file.
         """
         program = "rm.py" if Path.cwd() == REPOSITORY else str(REPOSITORY / "rm.py")
         there = [str(file) for file in files if Path(file).exists()]

@@ -122,7 +122,7 @@ def test_next_commands_are_quoted_and_name_rm_py_as_seen_from_here(tmp_path, mon
     run = RunDirectory("it's out", 2, {}, Process())
     for directory, program in ((HERE, "rm.py"), (tmp_path, f"{HERE}/rm.py")):
         monkeypatch.chdir(directory)
-        text = run.what_to_do_next([tmp_path / "missing.jsonl", tmp_path / "a b.jsonl"])
+        text = run.last_lines([tmp_path / "missing.jsonl", tmp_path / "a b.jsonl"])
         shared = ["python", program, "it's out", f"{tmp_path}/a b.jsonl"]
         assert [shlex.split(command) for command in commands(text)] == [
             [*shared, "--show"],
@@ -130,7 +130,7 @@ def test_next_commands_are_quoted_and_name_rm_py_as_seen_from_here(tmp_path, mon
             [*shared, "--out", "it's out/scores.jsonl"],
         ]
     # Where no file can be scored, the user fills in one.
-    assert shlex.split(commands(run.what_to_do_next([]))[0])[3] == "FILE.jsonl"
+    assert shlex.split(commands(run.last_lines([]))[0])[3] == "FILE.jsonl"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
