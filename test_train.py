@@ -1138,6 +1138,18 @@ def test_the_flag_decides_how_messages_become_text(
     assert rendered == tokenizer.render(dialogue) == text
 
 
+def test_a_tokenizer_is_trained_on_what_the_template_renders(dialogues, monkeypatch, tmp_path):
+    """Of the same files, each template has a tokenizer of its own in the cache."""
+    (tmp_path / "my.jinja").write_text("{% for m in messages %}qq {{ m.content }}{% endfor %}")
+    ids = []
+    for choice in (tmp_path / "my.jinja", "plain"):
+        flags = ["--data_path", dialogues, "--chat_template", choice, "--vocab_size 400"]
+        args = parsed(monkeypatch, *flags)
+        tokenizer = train.new_tokenizer(args, given_template(str(choice)))
+        ids.append(tokenizer.encode("qq "))
+    assert len(ids[0]) < len(ids[1])
+
+
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("scratch", [False, True])
 def test_a_row_that_the_template_refuses_is_a_bad_row(

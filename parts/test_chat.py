@@ -436,6 +436,7 @@ SNIPPETS = [
     "{{ messages[9].role }}",
     "{{ messages[0].content + 1 }}",
     "{{ 1 / 0 }}",
+    "{{ dict.get({'a': 1}, 'a') }}",
 ]
 # Each tries to reach or change what is no business of a template.
 ESCAPES = [
@@ -811,7 +812,7 @@ def test_half_of_a_surrogate_pair_is_no_text():
         ChatTemplate(r"{{ '\ud800' }}", "the template").render(CHAT)
 
 
-def test_text_rows_of_a_tokenizer_with_a_template_get_a_note(tmp_path, rows):
+def test_text_rows_of_a_tokenizer_with_a_template_get_a_note(tmp_path, rows, monkeypatch):
     words = (
         "text, which the tokenizer's chat template is not applied to; --text_as messages applies it"
     )
@@ -822,6 +823,15 @@ def test_text_rows_of_a_tokenizer_with_a_template_get_a_note(tmp_path, rows):
     assert parts.chat.notes_on(text.prompt, ours) == (words,)
     assert parts.chat.notes_on(dialogue.prompt, ours) == ()
     assert parts.chat.notes_on(text.prompt, plain) == ()
+    read, parse = [], data.parse_comparison
+
+    def watched(*arguments):
+        read.append(parse(*arguments))
+        return read[-1]
+
+    monkeypatch.setattr(data, "parse_comparison", watched)
+    data.tokenize_file(rows, ours, 64, "left", tmp_path / "cache")
+    assert [comparison.notes for comparison in read] == [(), (words,), ()]
 
 
 @pytest.mark.parametrize("version", [None, "3.1.5", "2.11.3"])

@@ -574,6 +574,35 @@ def test_flags_of_added_tokens_are_those_of_transformers(tmp_path, saved, flags,
         assert ours.encode(text) == ids == again.encode(text), text
 
 
+@pytest.mark.parametrize("in_own_file", [False, True])
+@pytest.mark.parametrize("is_named", [False, True])
+def test_tokens_of_added_tokens_json_are_those_of_transformers(
+    tmp_path, saved, in_own_file, is_named
+):
+    """Flags are those of tokenizer.json, if it has the token; else one that is named is special,
+    and others are looked for in normalized text."""
+    backend, token = byte_level(), "<|Im_End|>"
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    if in_own_file:
+        backend.add_tokens([tokenizers.AddedToken(token, lstrip=True, normalized=False)])
+    config = FAST | {"eos_token": token if is_named else "<|endoftext|>"}
+    added = {token: backend.token_to_id(token) or backend.get_vocab_size()}
+    directory = hub_files(tmp_path / "hub", backend=backend, config=config, added=added)
+    theirs, ours = (
+        transformers.AutoTokenizer.from_pretrained(directory),
+        data.load_tokenizer(directory),
+    )
+    ours.save(saved)
+    again = data.load_tokenizer(saved)
+    found = set()
+    for text in ("A  <|Im_End|> b", "a <|im_end|>", "<|IM_END|>"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids == again.encode(text), text
+        found.add(added[token] in ids)
+    is_exact = in_own_file or is_named  # capital letters count
+    assert found == ({True, False} if is_exact else {True})
+
+
 @pytest.mark.parametrize("splits", [False, True])
 def test_names_of_special_tokens_are_text_where_the_files_say_so(tmp_path, saved, splits):
     directory = hub_files(
