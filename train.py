@@ -312,7 +312,7 @@ def finish(
         files = [file.path for file in evaluation.files if not file.bad_rows]
     else:
         files = [run.write_examples(data.known_rewards(EVAL_SEED))]
-    print(run.last_lines(files))
+    print(run.last_lines(files, row_reading(args).as_flags()))
 
 
 def plain_model(model: RewardModel, lora_dim: int, process: Process) -> RewardModel:

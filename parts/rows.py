@@ -223,6 +223,17 @@ class Reading:
     ignore_fields: tuple[str, ...] = ()
     text_as: str = "text"
 
+    def as_flags(self) -> list[str]:
+        """Return the flags of train.py and rm.py, word by word, that read rows like this."""
+        flags = []
+        if self.fields:
+            flags += ["--fields", *(f"{ours}={theirs}" for ours, theirs in self.fields)]
+        if self.ignore_fields:
+            flags += ["--ignore_fields", *self.ignore_fields]
+        if self.text_as != "text":
+            flags += ["--text_as", self.text_as]
+        return flags
+
 
 def reading_of(fields=None, ignore_fields: Iterable[str] = (), text_as: str = "text") -> Reading:
     """Make a Reading. fields: {ours: theirs}, or pairs of them.

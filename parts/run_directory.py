@@ -285,16 +285,17 @@ class RunDirectory:
                 file.write(json.dumps(row) + "\n")
         return path
 
-    def last_lines(self, files: list) -> str:
+    def last_lines(self, files: list, flags: list[str]) -> str:
         """Write the last lines of a finished run: its files, and commands that score with it.
 
         The commands work in the current directory, on the first of `files` that is still there (an
         earlier run's examples may have been moved). Without one, the user has to fill in a file.
+        flags: say how the rows of the file are read.
         """
         program = "rm.py" if Path.cwd() == REPOSITORY else str(REPOSITORY / "rm.py")
         there = [str(file) for file in files if Path(file).exists()]
         file = there[0] if there else "FILE.jsonl"
-        score = shlex.join(["python", program, str(self.path), file])
+        score = shlex.join(["python", program, str(self.path), file, *flags])
         page, scores = (
             shlex.quote(str(self.path / name)) for name in ("pairs.html", "scores.jsonl")
         )

@@ -94,12 +94,15 @@ def test_torchrun_that_starts_again_means_resume(monkeypatch):
 def test_flags_of_rows(monkeypatch):
     """A flag that is given twice adds to the first; --eval_by is --fields subset=FIELD."""
     reading = row_reading(parsed(monkeypatch, "--data_path x"))
+    assert reading.as_flags() == []
     assert reading == Reading()
     flags = "--data_path x --fields prompt=q chosen=a=b --ignore_fields label x"
     flags += " --fields rejected=worse --ignore_fields y --text_as messages --eval_by kind"
     args = parsed(monkeypatch, flags)
     fields = {"prompt": "q", "chosen": "a=b", "rejected": "worse", "subset": "kind"}
     assert row_reading(args) == reading_of(fields, ["label", "x", "y"], "messages")
+    again = parsed(monkeypatch, "--data_path x", *row_reading(args).as_flags())
+    assert row_reading(again) == row_reading(args)
     for flags in ("--eval_by kind", "--fields subset=kind"):
         args = parsed(monkeypatch, "--data_path x", flags)
         assert row_reading(args) == Reading(fields=(("subset", "kind"),))

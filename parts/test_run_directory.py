@@ -122,15 +122,18 @@ def test_next_commands_are_quoted_and_name_rm_py_as_seen_from_here(tmp_path, mon
     run = RunDirectory("it's out", 2, {}, Process())
     for directory, program in ((HERE, "rm.py"), (tmp_path, f"{HERE}/rm.py")):
         monkeypatch.chdir(directory)
-        text = run.last_lines([tmp_path / "missing.jsonl", tmp_path / "a b.jsonl"])
+        text = run.last_lines([tmp_path / "missing.jsonl", tmp_path / "a b.jsonl"], [])
         shared = ["python", program, "it's out", f"{tmp_path}/a b.jsonl"]
         assert [shlex.split(command) for command in commands(text)] == [
             [*shared, "--show"],
             [*shared, "--html", "it's out/pairs.html"],
             [*shared, "--out", "it's out/scores.jsonl"],
         ]
+    flags = ["--fields", "prompt=the question", "--text_as", "messages"]
+    for command in commands(run.last_lines([tmp_path / "a b.jsonl"], flags)):
+        assert shlex.split(command)[4:8] == flags
     # Where no file can be scored, the user fills in one.
-    assert shlex.split(commands(run.last_lines([]))[0])[3] == "FILE.jsonl"
+    assert shlex.split(commands(run.last_lines([], []))[0])[3] == "FILE.jsonl"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
