@@ -148,7 +148,10 @@ def shown_names(tokenizer) -> dict[int, str]:
     names = {}
     for i, name in tokenizer.special_names().items():
         names[i] = f"⟨{visible(name.strip('<>'))}⟩"  # ⟨|im_start|⟩
-    return names | {tokenizer.pad_id: "⟨pad⟩", tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
+    names[tokenizer.pad_id] = "⟨pad⟩"
+    names[tokenizer.eos_id] = "⟨eos⟩"
+    names[tokenizer.bos_id] = "⟨bos⟩"
+    return names
 
 
 def token_texts(tokenizer, sequence: list[int]) -> list[str]:
