@@ -664,7 +664,7 @@ def run_page(
         "is.</p>"
         f'{facts(numbers)}<div class="cols">{charts}</div>'
         "<div class='cols' style='margin-top:20px'><div class='card'><h2>Evaluation</h2>"
-        f"{table(head, metric_rows(first, last))}<p class='small soft'>"
+        f"{table(head, metric_rows(first, last), 'names')}<p class='small soft'>"
         f"Training took {duration(sum(event['seconds'] for event in steps))}, for "
         f"{counted(sum(event['pairs'] for event in steps), 'pair')} and "
         f"{counted(sum(event['tokens'] for event in steps), 'token')}.</p></div>"

@@ -381,7 +381,7 @@ def explained_ranking(row: Row) -> str:
         cells.append(
             [
                 f"{row.names[p.i]} &gt; {row.names[p.j]}",
-                p.region,
+                p.region.partition(" ")[2],
                 f"{p.margin:+.4f}",
                 f"{probability(p.margin):.4f}",
                 f'<span data-pair-loss="{p.loss!r}">{p.loss:.4f}</span>',
@@ -393,7 +393,7 @@ def explained_ranking(row: Row) -> str:
         "<code>−logsigmoid(r_better − r_worse)</code> over the positions from where the two "
         "responses diverge to where the longer one ends. P is the model's probability that the "
         "better response is preferred.</p>"
-        + table(["pair", "read by the loss", "margin", "P", "loss"], cells)
+        + table(["pair", "positions", "margin", "P", "loss"], cells)
     )
 
 
