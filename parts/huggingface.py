@@ -6,7 +6,6 @@ business of parts/tokenizers.py.
 
 import json
 import math
-import os
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from parts.files import replacing
 from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -529,13 +529,12 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
     weights = {prefix + name: weight.cpu() for name, weight in weights.items()}
     weights[head_name] = model.v_head.weight.detach().cpu().clone()
     # The model may be mapped from the file that it replaces: nothing is written into that.
-    part = file.with_name(file.name + ".part")
-    if layout == "hf":
-        safetensors.save_file(weights, part, metadata={"format": "pt"})
-    else:
-        torch.save(weights, part)
-    (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
-    os.replace(part, file)
+    with replacing(file) as part:
+        if layout == "hf":
+            safetensors.save_file(weights, part, metadata={"format": "pt"})
+        else:
+            torch.save(weights, part)
+        (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
     if tokenizer:
         tokenizer.save(path)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from parts.distributed import lost_process
+from parts.files import replacing, sync
 from parts.huggingface import WEIGHT_FILES
 from parts.metrics import Writer
 from parts.token_cache import file_hash
@@ -164,9 +165,8 @@ class RunDirectory:
                 kept += json.dumps(event) + "\n"
                 if event["event"] == "eval":
                     self.evaluated.add(event["step"])
-        part = self.path / "metrics.jsonl.part"
-        part.write_text(kept)
-        part.rename(path)
+        with replacing(path) as part:
+            part.write_text(kept)
         self.metrics_file = open(path, "a")
 
     # ----------------------------------------------------------------------------------------------
@@ -333,13 +333,6 @@ def discard_old(directory: Path, step: int, keep: int):
         (directory / f"step-{old}").rename(directory / f".step-{old}.old")
     for old in directory.glob(".step-*.old"):
         shutil.rmtree(old)
-
-
-def sync(path: Path):
-    """Flush the content of a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def hashes(checkpoint: Path) -> dict[str, str]:

@@ -13,13 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from data import has_tokenizer, load_comparisons, load_tokenizer, pack, pad_rows, tokenize
+from parts.files import replacing
 from parts.huggingface import LAYOUTS
 from rm import RewardModel
 from tools import pairs_page
@@ -165,12 +165,11 @@ def score_program(argv: list[str]):
             return
     comparisons = load_comparisons(args.file, min_responses=1)
     settings = args.batch_size, args.layout, max_seq_len
-    # An earlier --out stays until there is a whole new one.
-    part = f"{args.out}.part"
-    with open(part, "w") if args.out else nullcontext(sys.stdout) as out:
-        margins = write_scores(out, comparisons, model, tokenizer, *settings)
     if args.out:
-        os.replace(part, args.out)
+        with replacing(args.out) as part, open(part, "w") as out:
+            margins = write_scores(out, comparisons, model, tokenizer, *settings)
+    else:
+        margins = write_scores(sys.stdout, comparisons, model, tokenizer, *settings)
     if margins:
         accuracy = sum(margin > 0 for margin in margins) / len(margins)
         print(
