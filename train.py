@@ -38,6 +38,7 @@ from tqdm import tqdm
 import data
 from parts import guards, lora, metrics, report
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
+from parts.files import outlive_readers
 from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
@@ -638,6 +639,7 @@ def result_follows_from(
 
 
 def main():
+    outlive_readers()
     args = parse_flags(FAMILIES, LOSSES)
     complaint = None
     try:
