@@ -39,10 +39,13 @@ class Process:
 
     @classmethod
     def start(cls, is_sharded: bool, timeout: float) -> "Process":
-        """Find this process's device and join the others; sharding needs a group even for one."""
+        """Find this process's device and join the others; sharding needs a group even for one.
+
+        Raises ValueError where this machine has fewer GPUs than ranks.
+        """
         device = cls.device
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
             torch.cuda.set_device(device)
         if "RANK" not in os.environ and not is_sharded:
             return cls(device=device)
@@ -197,6 +200,21 @@ def whole_state(model) -> dict[str, torch.Tensor]:
 
 # --------------------------------------------------------------------------------------------------
 # How processes meet and leave
+
+
+def own_gpu(count: int) -> int:
+    """Return the number of this rank's GPU on this machine, which has `count`.
+
+    Raises ValueError where torchrun has started more ranks here.
+    """
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if ranks > count:
+        raise ValueError(
+            f"--nproc_per_node: found {ranks} ranks on this machine, which has {count} GPUs "
+            "(CUDA_VISIBLE_DEVICES counts); give at most that"
+        )
+    return number
 
 
 def meet(device: torch.device, timeout: float) -> tuple[int, int]:

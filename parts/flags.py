@@ -283,6 +283,13 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
             f"argument --output_dir: found {args.output_dir!r}; expected a directory, and not that "
             "of --model_name_or_path"
         )
+    tokenizer = args.tokenizer_path and Path(args.tokenizer_path).resolve()
+    if tokenizer and tokenizer.is_relative_to(output_dir):
+        parser.error(
+            f"argument --output_dir: found {args.output_dir!r}, which is or holds --tokenizer_path "
+            f"{args.tokenizer_path!r}; files of an earlier run are moved away there, so give "
+            "another directory"
+        )
     if args.offload and not args.zero_stage:
         parser.error(
             "argument --offload: found with --zero_stage 0, which has nothing to offload; "

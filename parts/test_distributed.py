@@ -37,7 +37,14 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
-from parts.distributed import Process, cut_into_micro_batches, share_of, size_of, split_over_ranks
+from parts.distributed import (
+    Process,
+    cut_into_micro_batches,
+    own_gpu,
+    share_of,
+    size_of,
+    split_over_ranks,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Shares and micro-batches
@@ -243,6 +250,23 @@ def test_torchrun_starts_again_after_a_killed_rank_and_passes_signals_on(two, tm
     assert f"stopped after step {step} of 12" in said, said
     forked_ok(output_dir, *two[1], "--resume", processes=2)
     same_bits(output_dir, two[0])
+
+
+@pytest.mark.parametrize(
+    "variables, gpus",
+    [
+        ({"LOCAL_RANK": "2"}, 2),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 2),
+        ({"LOCAL_RANK": "0"}, 0),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused_on_each_of_them(variables, gpus, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ranks = gpus + 1
+    with pytest.raises(ValueError, match=f"found {ranks} ranks on this machine.* has {gpus} GPUs"):
+        own_gpu(gpus)
+    assert own_gpu(ranks) == int(variables["LOCAL_RANK"])
 
 
 # --------------------------------------------------------------------------------------------------
