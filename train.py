@@ -37,12 +37,13 @@ from tqdm import tqdm
 
 import data
 from parts import guards, lora, metrics, report
+from parts.agreement import ANY
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
 from parts.files import outlive_readers
 from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
-from parts.run_directory import ANY, RunDirectory, stop_signals
+from parts.run_directory import RunDirectory, stop_signals
 from parts.token_cache import cached, file_hash, hash_of
 from parts.tokenizers import sample_texts
 from rm import GPT, LOSSES, GPTConfig, RewardModel

@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from parts.agreement import differences
 from parts.distributed import lost_process
 from parts.files import replacing, sync
 from parts.huggingface import WEIGHT_FILES
@@ -28,20 +29,6 @@ from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
 VERSION = 2  # of the facts in a checkpoint
-ANY = "any"  # the value of a fact that does not count, since another fact says so
-
-# How an error calls what a result follows from; everything else is a flag of its name.
-DESCRIPTIONS = {
-    "global_batch": "the batch of all processes (--per_device_train_batch_size, "
-    "--gradient_accumulation_steps)",
-    "total_steps": "the number of steps (--max_steps, --num_train_epochs)",
-    "config": "the model's config (--model_name_or_path, --model_type, --n_layer, --n_head, "
-    "--n_embd)",
-    "padding": "the pad id (--pad_id, --num_padding_at_beginning)",
-    "tokenizer": "the tokenizer (--tokenizer_path, --vocab_size)",
-    "training_data": "the training data (--data_path, --data_split, --eval_path, --eval_fraction)",
-}
-
 # PyTorch says so at every checkpoint of a single process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -263,23 +250,6 @@ class RunDirectory:
                 f"{self.what_is_left()}. Make room; the same command with --resume then continues, "
                 "or starts anew"
             ) from None
-
-
-def differences(before: dict, now: dict) -> list[str]:
-    """List the differences between the facts of two runs, names missing on one side included."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        part, _, field = name.partition(".")
-        called = DESCRIPTIONS.get(part, f"--{name}")
-        if field:
-            called = f"{field} of {called}"
-        if name not in now:
-            found.append(f"{called} is unknown to this version of train.py")
-        elif name not in before:
-            found.append(f"{called} was not recorded and is {now[name]!r}")
-        elif before[name] != now[name] and ANY not in (before[name], now[name]):
-            found.append(f"{called} was {before[name]!r} and is {now[name]!r}")
-    return found
 
 
 def training_state(model, optimizer, process) -> dict:
