@@ -31,7 +31,6 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -649,7 +648,7 @@ def main():
         if args.dry_run:
             hand_over("dry_run", sys.argv[1:], "--dry_run")
         train(args, Process.start(args.zero_stage > 0, args.process_timeout))
-    except (Exception, KeyboardInterrupt, CheckpointException) as error:  # the last is no Exception
+    except (Exception, KeyboardInterrupt) as error:
         complaint = complaint_about(error, args.process_timeout)
     leave(complaint)
 

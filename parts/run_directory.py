@@ -10,16 +10,14 @@ import math
 import os
 import shutil
 import signal
-import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from parts import tensor_files
 from parts.agreement import differences
 from parts.distributed import lost_process
 from parts.files import replacing, sync
@@ -28,9 +26,7 @@ from parts.metrics import Writer
 from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
-VERSION = 2  # of the facts in a checkpoint
-# PyTorch says so at every checkpoint of a single process.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
+VERSION = 3  # of the facts in a checkpoint
 
 
 class RunDirectory:
@@ -197,35 +193,33 @@ class RunDirectory:
         """
         facts = {"version": VERSION, "step": step, "result": self.result, **facts}
         facts["processes"] = [self.process.world_size, self.process.device.type]
+        shared, own = named(*get_state_dict(model, optimizer)), random_states(self.process)
         with self.writing():
             if self.process.rank == 0:
                 os.fsync(self.metrics_file.fileno())  # its lines belong to the checkpoint
-            state = training_state(model, optimizer, self.process)
+            state = shared, own
             save_checkpoint(self.checkpoints, step, state, facts, self.keep, self.process)
 
     def load(self, facts: dict, model, optimizer, seed: int):
         """Give model, optimizer and random states the values of the checkpoint with these facts.
 
         With another number or kind of processes random states begin anew, from `seed` and the step.
+        Raises ValueError that names the file of the checkpoint which does not fit.
         """
         process, step = self.process, facts["step"]
-        state = training_state(model, optimizer, process)
-        is_same = facts["processes"] == [process.world_size, process.device.type]
-        if not is_same:
-            del state["random"]
         path = self.checkpoints / f"step-{step}"
         process.print(f"resuming after step {step}, from {path}")
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        is_same = facts["processes"] == [process.world_size, process.device.type]
+        state, optimizer_state = get_state_dict(model, optimizer)
+        own = random_states(process) if is_same else {}
+        tensor_files.load(path, process.rank, named(state, optimizer_state), own)
+        set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
         if not is_same:
             torch.manual_seed(seed + process.rank + step * process.world_size)
             return
-        random = state["random"][f"rank {process.rank}"]
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"])
+        torch.set_rng_state(own["random.cpu"])
+        if "random.cuda" in own:
+            torch.cuda.set_rng_state(own["random.cuda"])
 
     def what_is_left(self) -> str:
         """Say which checkpoint a run can resume from."""
@@ -239,9 +233,7 @@ class RunDirectory:
         """Turn an error of writing into a ValueError that says what is left."""
         try:
             yield
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if isinstance(error, CheckpointException):  # of several ranks
-                error, _ = next(iter(error.failures.values()))
+        except (OSError, RuntimeError) as error:
             if lost_process(error) or isinstance(error, torch.OutOfMemoryError):
                 raise error
             reason = str(error).partition("\n")[0]
@@ -252,44 +244,69 @@ class RunDirectory:
             ) from None
 
 
-def training_state(model, optimizer, process) -> dict:
-    """Collect the tensors of a checkpoint: this rank's shards of them, where they are sharded."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    random = {"cpu": torch.get_rng_state()}
+def named(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
+    """Name the tensors of `get_state_dict`: all that changes in training.
+
+    The other values of an optimizer, such as the learning rate, follow from the flags.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model_state.items()}
+    for name, values in optimizer_state["state"].items():
+        for key, tensor in values.items():
+            tensors[f"optimizer.{name}.{key}"] = tensor
+    return tensors
+
+
+def random_states(process) -> dict[str, torch.Tensor]:
+    """Return the states of this rank's random number generators."""
+    states = {"random.cpu": torch.get_rng_state()}
     if process.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": model_state,
-        "optimizer": optimizer_state,
-        "random": {f"rank {process.rank}": random},
-    }
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: int, process):
+@contextmanager
+def together(process) -> Iterator[None]:
+    """Wait for all ranks at the end of the block. Where one raises OSError there, all do."""
+    failures = []
+    try:
+        yield
+    except OSError as error:
+        failures.append(str(error))
+    failures = process.join(failures)[0]
+    if failures:
+        raise OSError(failures[0])
+
+
+def save_checkpoint(directory: Path, step: int, state, facts: dict, keep: int, process):
     """Write directory/step-N under another name, and rename it when all of it is on the disk.
 
-    Keeps the newest `keep` checkpoints. Raises OSError or CheckpointException.
+    state: tensors that ranks share, and those of this rank. Keeps the newest `keep` checkpoints.
+    Raises OSError, on all ranks.
     """
     whole, part = directory / f"step-{step}", directory / f".step-{step}.part"
-    if process.rank == 0:
-        for left_over in directory.glob(".step-*"):  # of a run that was killed while it saved
-            shutil.rmtree(left_over)
-        part.mkdir(parents=True)
-    process.wait()
-    # Each rank writes its shards and syncs them to the disk.
-    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
-    process.wait()
-    if process.rank == 0:
-        (part / "facts.json").write_text(json.dumps(facts))
-        (part / "sha256.json").write_text(json.dumps(hashes(part)))
-        for path in (part / "facts.json", part / "sha256.json", part):
-            sync(path)
-        if whole.exists():  # a damaged one
-            whole.rename(directory / f".step-{step}.old")
-        part.rename(whole)
-        sync(directory)
-        discard_old(directory, step, keep)
-    process.wait()
+    try:
+        with together(process):
+            if process.rank == 0:
+                for left_over in directory.glob(".step-*"):  # of a killed run
+                    shutil.rmtree(left_over)
+                part.mkdir(parents=True)
+        with together(process):
+            tensor_files.save(part, process.rank, *state)
+        with together(process):
+            if process.rank == 0:
+                (part / "facts.json").write_text(json.dumps(facts))
+                (part / "sha256.json").write_text(json.dumps(hashes(part)))
+                for path in (part / "facts.json", part / "sha256.json", part):
+                    sync(path)
+                if whole.exists():  # a damaged one
+                    whole.rename(directory / f".step-{step}.old")
+                part.rename(whole)
+                sync(directory)
+                discard_old(directory, step, keep)
+    except OSError:
+        if process.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def discard_old(directory: Path, step: int, keep: int):

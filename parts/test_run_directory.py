@@ -1,9 +1,11 @@
 """A run's directory: nothing is lost when a run is killed, a file damaged, or the disk full."""
 
 import functools
+import io
 import itertools
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -13,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+import data
+import rm
 import train
 from conftest import (
     complaint,
@@ -229,11 +233,14 @@ def flip(path, position):
     "damage, expected",
     [
         (
-            lambda step: os.truncate(step / "__0_0.distcp", 1000),
-            "__0_0.distcp is not what was written",
+            lambda step: os.truncate(step / "rank-0.safetensors", 1000),
+            "rank-0.safetensors is not what was written",
         ),
-        (lambda step: flip(step / "__0_0.distcp", 300_000), "__0_0.distcp is not what was written"),
-        (lambda step: flip(step / ".metadata", 5000), ".metadata is not what was written"),
+        (
+            lambda step: flip(step / "rank-0.safetensors", 300_000),
+            "rank-0.safetensors is not what was written",
+        ),
+        (lambda step: (step / ".metadata").write_text("x"), ".metadata is not what was written"),
         (lambda step: flip(step / "facts.json", 24), "facts.json is not what was written"),
         (lambda step: os.truncate(step / "facts.json", 300), "facts.json is not what was written"),
         (lambda step: (step / "facts.json").write_text("{}"), "facts.json is not what was written"),
@@ -241,7 +248,7 @@ def flip(path, position):
         (lambda step: (step / "sha256.json").unlink(), "sha256.json"),
         (lambda step: (step / "sha256.json").write_text("{}"), "is not what was written"),
         (lambda step: (step / "sha256.json").write_text("[]"), "step-12"),
-        (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda step: (step / "rank-0.safetensors").unlink(), "rank-0.safetensors is missing"),
     ],
 )
 def test_damaged_checkpoint_is_skipped_for_the_one_before_it(
@@ -273,7 +280,7 @@ def test_damaged_checkpoints_give_way_and_what_is_whole_stays(small, undisturbed
     """
     output_dir = shutil.copytree(undisturbed, tmp_path / "out")
     for step in (8, 12):
-        flip(output_dir / "checkpoints" / f"step-{step}" / "__0_0.distcp", 70_000)
+        flip(output_dir / "checkpoints" / f"step-{step}" / "rank-0.safetensors", 70_000)
     flags = [*small, "--save_interval 5 --keep_checkpoints 1 --resume"]
     killed = functools.partial(signal_in_step, 0, 7, signal.SIGKILL)
     _, (said,) = forked(output_dir, *flags, before=killed)
@@ -284,7 +291,7 @@ def test_damaged_checkpoints_give_way_and_what_is_whole_stays(small, undisturbed
     assert "resuming after step 5" in forked_ok(output_dir, *flags)
     assert checkpoint_steps(output_dir / "checkpoints") == [12]
     same_bits(output_dir, undisturbed)
-    flip(output_dir / "checkpoints" / "step-12" / ".metadata", 70)
+    flip(output_dir / "checkpoints" / "step-12" / "rank-0.safetensors", 70)
     said = forked_ok(output_dir, *flags)
     assert "step-12: skipped, as it is damaged" in said and f"{output_dir}/earlier-1" in said
     assert (output_dir / "earlier-1" / "checkpoints" / "step-12").is_dir()
@@ -367,12 +374,12 @@ def test_run_resumes_with_the_same_flags_or_the_same_batch_made_up_otherwise(
 
 
 def edit_facts(checkpoint, change):
-    """Change the facts of a checkpoint, which stays whole: its hashes are written anew."""
+    """Change the facts of a checkpoint, which stays whole."""
     file = checkpoint / "facts.json"
     facts = json.loads(file.read_text())
     change(facts)
     file.write_text(json.dumps(facts))
-    (checkpoint / "sha256.json").write_text(json.dumps(run_directory.hashes(checkpoint)))
+    rehash(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -434,6 +441,88 @@ def test_checkpoint_of_another_version_is_refused(
 
 
 # --------------------------------------------------------------------------------------------------
+# Wrong content with right checksums
+
+
+def rehash(checkpoint):
+    """Write the checksums of a checkpoint anew, as an attacker can: it is whole again."""
+    (checkpoint / "sha256.json").write_text(json.dumps(run_directory.hashes(checkpoint)))
+
+
+class Payload:
+    """An object whose pickle makes a directory when it is loaded."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.directory),)
+
+
+def payloads(directory):
+    """Return a pickle that makes this directory: plain, and as torch.save writes it."""
+    zipped = io.BytesIO()
+    torch.save(Payload(directory), zipped)
+    plain = pickle.dumps(Payload(directory), protocol=2)
+    return {"pickle": plain, "torch.save": zipped.getvalue()}
+
+
+def resume_here(output_dir, flags, monkeypatch) -> bool:
+    """Run train.py --resume in this process; whether it succeeded."""
+    arguments = words([*flags, "--resume --output_dir", output_dir])
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
+    try:
+        train.main()
+    except SystemExit:
+        return False
+    return True
+
+
+def test_payloads_run_where_pickles_are_trusted(tmp_path):
+    content = payloads(tmp_path / "ran")
+    pickle.loads(content["pickle"])
+    (tmp_path / "ran").rmdir()
+    torch.load(io.BytesIO(content["torch.save"]), weights_only=False)
+    (tmp_path / "ran").rmdir()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch.save"])
+@pytest.mark.parametrize("in_front", [False, True], ids=["alone", "in front"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints/step-12/rank-0.safetensors",
+        "checkpoints/step-12/.metadata",  # as PyTorch's own checkpoints have it
+        "checkpoints/step-12/__0_0.distcp",
+        "pytorch_model.bin",
+        "config.json",
+        "tokenizer.model",
+    ],
+)
+def test_nothing_in_a_run_directory_runs(
+    name, in_front, kind, small, undisturbed, tmp_path, monkeypatch
+):
+    """Resuming from it, and loading its model and tokenizer: an error, or all goes well."""
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    file = output_dir / name
+    content = payloads(tmp_path / "ran")[kind]
+    if in_front and file.exists():
+        content += file.read_bytes()
+    file.write_bytes(content)
+    if file.parent.name == "step-12" and file.name != "sha256.json":
+        rehash(file.parent)
+    for load in (rm.RewardModel.from_pretrained, data.load_tokenizer):
+        try:
+            load(output_dir)
+        except ValueError:
+            pass
+    is_resumed = resume_here(output_dir, small, monkeypatch)
+    assert is_resumed or file.name == "rank-0.safetensors"
+    assert not (tmp_path / "ran").exists()
+
+
+# --------------------------------------------------------------------------------------------------
 # A full disk
 
 
@@ -444,6 +533,11 @@ def limit_files(size):
 
 def limit_in_step(step, size):
     in_step(step, functools.partial(limit_files, size))
+
+
+def limit_rank_in_step(rank, step, size):
+    if os.environ["RANK"] == str(rank):
+        limit_in_step(step, size)
 
 
 def limit_in_the_end():
@@ -474,11 +568,26 @@ def test_error_of_a_full_disk_names_the_last_checkpoint_which_stays(
     assert codes == [1] and "Traceback" not in said, said
     error = f"train.py: error: --output_dir {output_dir}: cannot be written to ("
     assert line.startswith(error) and f"{output_dir}/checkpoints/step-{last}" in line
+    assert not list(output_dir.rglob("*.part"))
     forked_ok(output_dir, *small, "--save_interval 4 --resume")
     same_bits(output_dir, undisturbed)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_full_disk_of_one_rank_ends_all_with_the_same_line(rank, two, tmp_path):
+    """The disk takes no 20 KB; with sharded weights both ranks write into a checkpoint."""
+    output_dir = tmp_path / "out"
+    before = functools.partial(limit_rank_in_step, rank, 6, 20_000)
+    codes, said = forked(output_dir, *two[1], "--zero_stage 3", processes=2, before=before)
+    assert codes == [1, 1], said
+    for text in said:
+        line = text.strip().splitlines()[-1]
+        assert "cannot be written to ([Errno 27] File too large); the last whole" in line, text
+        assert f"{output_dir}/checkpoints/step-4" in line
+    assert checkpoint_steps(output_dir / "checkpoints") == [4]
+    assert not list(output_dir.rglob("*.part"))
+
+
 def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(
     small, undisturbed, tmp_path, monkeypatch, capsys
 ):
