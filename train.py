@@ -88,8 +88,7 @@ def train(args, process: Process):
     skipped, streak = 0, 0  # steps skipped in fp16: in all, and in a row until now
     torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
     if done:
-        run.load(facts, model, optimizer, args.seed)
-        scaler.load_state_dict(facts["scaler"])
+        run.load(facts, model, optimizer, scaler, args.seed)
         skipped, streak = facts["skipped"]
 
     signals, stopping, scores = stop_signals(), False, None

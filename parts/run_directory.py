@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from parts import tensor_files
+from parts import guards, tensor_files
 from parts.agreement import differences
 from parts.distributed import lost_process
 from parts.files import replacing, sync
@@ -27,6 +28,9 @@ from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
 VERSION = 3  # of the facts in a checkpoint
+
+# Numbers that every event of metrics.jsonl has. Others are null where they were not finite.
+NUMBERS = {"step": ("lr", "pairs", "tokens", "seconds"), "eval": ("accuracy", "pairs")}
 
 
 class RunDirectory:
@@ -156,12 +160,22 @@ class RunDirectory:
     # Metrics
 
     def events(self) -> list[dict]:
-        """Read the events of metrics.jsonl, without a last line that the end of a run has cut."""
+        """Read the events of metrics.jsonl, and say which lines are none, and are skipped."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        events, damaged = [], []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            event = event_of(line)
+            if event:
+                events.append(event)
+            else:
+                damaged.append(str(number))
+        if damaged:
+            self.process.print(
+                f"{path}: line {guards.listed(damaged)} skipped: cut or damaged, no event of a run"
+            )
+        return events
 
     def has_evaluation(self, step: int) -> bool:
         """Tell every rank whether metrics.jsonl has the evaluation of this step."""
@@ -200,8 +214,8 @@ class RunDirectory:
             state = shared, own
             save_checkpoint(self.checkpoints, step, state, facts, self.keep, self.process)
 
-    def load(self, facts: dict, model, optimizer, seed: int):
-        """Give model, optimizer and random states the values of the checkpoint with these facts.
+    def load(self, facts: dict, model, optimizer, scaler, seed: int):
+        """Give model, optimizer, scaler and random states the values of the checkpoint of `facts`.
 
         With another number or kind of processes random states begin anew, from `seed` and the step.
         Raises ValueError that names the file of the checkpoint which does not fit.
@@ -210,6 +224,12 @@ class RunDirectory:
         path = self.checkpoints / f"step-{step}"
         process.print(f"resuming after step {step}, from {path}")
         is_same = facts["processes"] == [process.world_size, process.device.type]
+        try:
+            scaler.load_state_dict(facts["scaler"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"{path}/facts.json: scaler is not as it was saved ({error})"
+            ) from None
         state, optimizer_state = get_state_dict(model, optimizer)
         own = random_states(process) if is_same else {}
         tensor_files.load(path, process.rank, named(state, optimizer_state), own)
@@ -242,6 +262,29 @@ class RunDirectory:
                 f"{self.what_is_left()}. Make room; the same command with --resume then continues, "
                 "or starts anew"
             ) from None
+
+
+def event_of(line: bytes) -> dict | None:
+    """Return the event in a line of metrics.jsonl, or None where the line is not a whole one."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    kind = event.get("event") if isinstance(event, dict) else None
+    if kind not in ("step", "eval") or type(event.get("step")) is not int:
+        return None
+    for name in NUMBERS[kind]:
+        if not is_number(event.get(name)):
+            return None
+    for name, value in event.items():
+        if not (name == "event" or value is None or is_number(value) or isinstance(value, dict)):
+            return None
+    return event
+
+
+def is_number(value) -> bool:
+    """Tell whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def named(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
@@ -324,8 +367,13 @@ def discard_old(directory: Path, step: int, keep: int):
 
 def hashes(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a checkpoint except sha256.json."""
-    files = sorted(checkpoint.iterdir())
-    return {file.name: file_hash(file) for file in files if file.name != "sha256.json"}
+    found = {}
+    for file in sorted(checkpoint.iterdir()):
+        if not file.is_file():
+            raise ValueError(f"{file.name} is no file")
+        if file.name != "sha256.json":
+            found[file.name] = file_hash(file)
+    return found
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -345,9 +393,9 @@ def newest_checkpoint(directory: Path, process) -> tuple[int, dict]:
             path = directory / f"step-{step}"
             try:
                 check_hashes(path)
-                newest = step, json.loads((path / "facts.json").read_text())
+                newest = step, read_facts(path, step)
                 break
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 process.print(f"{path}: skipped, as it is damaged: {error}")
     return process.broadcast(newest)
 
@@ -361,6 +409,40 @@ def check_hashes(checkpoint: Path):
             raise ValueError(f"{name} is missing")
         if written.get(name) != found[name]:
             raise ValueError(f"{name} is not what was written")
+
+
+def read_facts(checkpoint: Path, step: int) -> dict:
+    """Read facts.json of checkpoint step-N, and see whether its tensors have headers.
+
+    The facts of another version are returned as they are. Raises ValueError that names the file
+    which is not of a run.
+    """
+    facts = json.loads((checkpoint / "facts.json").read_text())
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts.json: expected an object, found {type(facts).__name__}")
+    if facts.get("version") != VERSION:
+        return facts
+    scales = list(facts["scaler"].values()) if isinstance(facts.get("scaler"), dict) else [None]
+    is_right = {
+        "step": facts.get("step") == step,
+        "result": isinstance(facts.get("result"), dict),
+        "scaler": set(kinds(scales)) <= {int, float},
+        "skipped": kinds(facts.get("skipped")) == [int, int],
+        "processes": kinds(facts.get("processes")) == [int, str],
+    }
+    for name in is_right:
+        if not is_right[name]:
+            raise ValueError(f"facts.json: {name} is {facts.get(name)!r}, which no run has written")
+    for file in tensor_files.files_of(checkpoint):
+        tensor_files.parts_of(file)
+    return facts
+
+
+def kinds(values) -> list[type]:
+    """List the types of a list's values; of another value, nothing."""
+    if not isinstance(values, list):
+        return []
+    return [type(value) for value in values]
 
 
 def stop_signals() -> list[int]:

@@ -27,6 +27,7 @@ from conftest import (
     hold_in_step,
     in_step,
     metrics_of,
+    read_rows,
     same_bits,
     same_run,
     signal_in_step,
@@ -37,6 +38,10 @@ from conftest import (
 from parts import run_directory
 from parts.distributed import Process
 from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint
+
+STEP = {"event": "step", "loss": 0.5, "lr": 0.1, "grad_norm": 1.0}
+STEP |= {"pairs": 4, "tokens": 40, "seconds": 0.1}
+EVAL = {"event": "eval", "loss": 0.5, "accuracy": 0.5, "pairs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +63,11 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
         (tmp_path / "notes.txt").write_text("not ours")
         run = RunDirectory(tmp_path, 2, {}, Process())
         run.open(0, 1000, saves_checkpoints=False)
-        run.log(event="step", step=number)
+        run.log(**STEP, step=number)
     assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
     metrics = (tmp_path / "earlier-2" / "metrics.jsonl").read_text()
-    assert json.loads(metrics) == {"event": "step", "step": 1}
+    assert json.loads(metrics) == {**STEP, "step": 1}
     assert not (tmp_path / "model.safetensors").exists()
     assert (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "notes.txt").read_text() == "not ours"
@@ -81,13 +86,13 @@ def test_metrics_are_cut_after_the_step_that_a_run_resumes_at(tmp_path):
     run = RunDirectory(tmp_path, 2, {}, Process())
     run.open(0, 1000, saves_checkpoints=False)
     for step in (1, 2, 3):
-        run.log(event="step", step=step, loss=float("nan"))
+        run.log(**STEP | {"loss": float("nan")}, step=step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "step", "st')
     assert [event["step"] for event in run.events()] == [1, 2, 3]
     resumed = RunDirectory(tmp_path, 2, {}, Process())
     resumed.open(2, 1000, saves_checkpoints=False)
-    resumed.log(event="eval", step=2)
+    resumed.log(**EVAL, step=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
     assert json.loads(lines[0])["loss"] is None
@@ -493,8 +498,11 @@ def test_payloads_run_where_pickles_are_trusted(tmp_path):
     "name",
     [
         "checkpoints/step-12/rank-0.safetensors",
+        "checkpoints/step-12/facts.json",
+        "checkpoints/step-12/sha256.json",
         "checkpoints/step-12/.metadata",  # as PyTorch's own checkpoints have it
         "checkpoints/step-12/__0_0.distcp",
+        "metrics.jsonl",
         "pytorch_model.bin",
         "config.json",
         "tokenizer.model",
@@ -520,6 +528,113 @@ def test_nothing_in_a_run_directory_runs(
     is_resumed = resume_here(output_dir, small, monkeypatch)
     assert is_resumed or file.name == "rank-0.safetensors"
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "facts, found",
+    [
+        (None, "expected an object, found NoneType"),
+        ([1], "expected an object, found list"),
+        ({"scaler": ...}, "scaler is None"),
+        ({"scaler": None}, "scaler is None"),
+        ({"scaler": {"scale": "1"}}, "scaler is {'scale': '1'}"),
+        ({"result": [1]}, "result is [1]"),
+        ({"result": ...}, "result is None"),
+        ({"step": 8}, "step is 8"),
+        ({"step": "12"}, "step is '12'"),
+        ({"skipped": [1]}, "skipped is [1]"),
+        ({"skipped": {"1": 2}}, "skipped is {'1': 2}"),
+        ({"processes": [1, 2]}, "processes is [1, 2]"),
+        ("[" * 100_000, "recursion"),
+        ("\0" * 300, "Expecting value"),
+    ],
+)
+def test_facts_that_no_run_has_written_are_skipped_by_name(
+    facts, found, small, undisturbed, tmp_path, capsys
+):
+    """... stands for a fact that is missing."""
+    checkpoints = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    file = checkpoints / "step-12" / "facts.json"
+    if isinstance(facts, dict):
+        facts = json.loads(file.read_text()) | facts
+        facts = {name: value for name, value in facts.items() if value is not ...}
+    file.write_text(facts if isinstance(facts, str) else json.dumps(facts))
+    rehash(checkpoints / "step-12")
+    assert newest_checkpoint(checkpoints, Process())[0] == 8
+    said = capsys.readouterr().out
+    assert said.startswith(f"{checkpoints}/step-12: skipped, as it is damaged: ")
+    assert found in said
+
+
+def test_scaler_of_a_run_without_one_is_refused_by_name(
+    small, undisturbed, tmp_path, monkeypatch, capsys
+):
+    flags = [*small, "--dtype fp16 --save_interval 6"]
+    forked_ok(tmp_path / "out", *flags)
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-12"
+    edit_facts(checkpoint, lambda facts: facts.update(scaler={}))
+    line = complaint(monkeypatch, capsys, *flags, "--resume --output_dir", tmp_path / "out")
+    assert f"{checkpoint}/facts.json: scaler is not as it was saved" in line
+
+
+def test_what_is_no_file_in_a_checkpoint_makes_it_damaged(undisturbed, tmp_path, capsys):
+    checkpoints = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    os.mkfifo(checkpoints / "step-12" / "pipe")
+    (checkpoints / "step-8" / "directory").mkdir()
+    assert newest_checkpoint(checkpoints, Process())[0] == 4
+    said = capsys.readouterr().out
+    assert "pipe is no file" in said and "directory is no file" in said
+
+
+GOOD = json.dumps(STEP | {"step": 1}).encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"5",
+        b"null",
+        b"[" * 100_000,
+        b"\0" * 300,
+        b'{"event": "step", "note": "\xc3',
+        GOOD[: len(GOOD) // 2],
+        json.dumps(EVAL | {"step": 1, "accuracy": None}).encode(),
+        json.dumps(STEP | {"step": "1"}).encode(),
+        json.dumps(STEP | {"step": 1, "loss": "0.5"}).encode(),
+        json.dumps(STEP | {"step": 1, "event": ["step"]}).encode(),
+        json.dumps(STEP | {"step": 1, "lr": float("nan")}).encode(),
+        json.dumps(STEP | {"step": 1, "seconds": 10**400}).encode(),
+        json.dumps(EVAL | {"step": 1, "ece": [0.5]}).encode(),
+        json.dumps({"event": "step", "step": 1}).encode(),
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_line_of_metrics_that_is_no_event_is_skipped_and_named(line, is_last, tmp_path, capsys):
+    """All other lines are kept, up to the step that the run resumes at."""
+    lines = [json.dumps(STEP | {"step": step}).encode() for step in (1, 2, 3)]
+    lines.insert(3 if is_last else 1, line)
+    ends = b"" if is_last else b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + ends)
+    run = RunDirectory(tmp_path, 2, {}, Process())
+    run.open(2, 1000, saves_checkpoints=False)
+    assert [event["step"] for event in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    said = capsys.readouterr().out
+    number = 4 if is_last else 2
+    assert f"{tmp_path}/metrics.jsonl: line {number} skipped" in said
+
+
+def test_run_resumes_after_a_power_failure_with_what_is_whole(small, undisturbed, tmp_path):
+    """The last lines of metrics.jsonl were not on the disk yet; those of the checkpoint were."""
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    metrics = output_dir / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[10])["step"] == 9
+    metrics.write_bytes(b"".join(lines[:10]) + lines[10][:40] + b"\0" * 700)
+    said = forked_ok(output_dir, *small, "--resume")
+    assert "resuming after step 8" in said and f"{metrics}: line 11 skipped" in said
+    same_bits(output_dir, undisturbed)
 
 
 # --------------------------------------------------------------------------------------------------
