@@ -60,6 +60,8 @@ LONGEST_STREAK = 25  # steps skipped in a row in fp16: its scale has fallen from
 
 def train(args, process: Process):
     """Train a model as the flags say, from their files to the saved model."""
+    tensorboard = args.tensorboard_path if args.enable_tensorboard else None
+    run = RunDirectory(args.output_dir, args.keep_checkpoints, process, tensorboard)
     model, tokenizer, training, evaluation = prepare(args, process)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     global_batch *= process.world_size
@@ -72,10 +74,8 @@ def train(args, process: Process):
         f"{process.device}; {total_steps} steps of {global_batch} comparisons"
     )
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
-    tensorboard = args.tensorboard_path if args.enable_tensorboard else None
-    run = RunDirectory(args.output_dir, args.keep_checkpoints, result, process, tensorboard)
-    done, facts = run.step_to_resume(total_steps) if args.resume else (0, {})
-    run.open(done, 4 * size, args.save_interval > 0)
+    done, facts = run.step_to_resume(result, total_steps) if args.resume else (0, {})
+    run.open(result, done, 4 * size, args.save_interval > 0)
 
     # Call `replica` to train, not `model`: its hooks average the gradients over the ranks.
     is_sharded = args.zero_stage > 0

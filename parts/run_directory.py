@@ -4,12 +4,14 @@ It knows neither the loop (train.py) nor what a model's files hold (parts/huggin
 checkpoint, checkpoints/step-N, is whole or not there.
 """
 
+import fcntl
 import itertools
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,35 +38,45 @@ NUMBERS = {"step": ("lr", "pairs", "tokens", "seconds"), "eval": ("accuracy", "p
 class RunDirectory:
     """The files of one run, written by rank 0; checkpoints by all ranks.
 
-    result: what the weights of the run follow from, by stable names, in JSON. A run resumes from
-    checkpoints of the same result alone.
+    A directory that is there is locked from here on, another one by `open`: a second run in it is
+    refused, with a ValueError that names the process of the first.
     tensorboard_path: directory of TensorBoard's copy of the metrics, or None.
     """
 
-    def __init__(
-        self,
-        path,
-        keep_checkpoints: int,
-        result: dict,
-        process,
-        tensorboard_path: str | None = None,
-    ):
+    def __init__(self, path, keep_checkpoints: int, process, tensorboard_path: str | None = None):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.keep = keep_checkpoints
-        self.result = result
         self.process = process
+        self.result = None  # what the weights follow from
         self.metrics_file = None
         self.evaluated = set()  # on rank 0, the steps whose evaluation metrics.jsonl has
         self.tensorboard_path = tensorboard_path
         self.tensorboard = None
+        if process.rank == 0 and self.path.is_dir():
+            self.lock()
 
     # ----------------------------------------------------------------------------------------------
     # Start
 
-    def step_to_resume(self, total_steps: int) -> tuple[int, dict]:
+    def lock(self):
+        """Hold the directory for this process until it ends."""
+        try:
+            hold(self.path.resolve())
+        except OSError as error:
+            raise self.unusable(error) from None
+
+    def unusable(self, error: OSError) -> ValueError:
+        """Make the error of a directory in which no run can start."""
+        return ValueError(
+            f"--output_dir {self.path}: cannot be written to ({error.strerror}); "
+            "give another directory"
+        )
+
+    def step_to_resume(self, result: dict, total_steps: int) -> tuple[int, dict]:
         """Find the newest whole checkpoint: its step and its facts, or (0, {}) to start anew.
 
+        result: what the weights of the run follow from, by stable names, in JSON.
         Raises ValueError that names each difference of what the results of the two runs follow
         from, or where the checkpoint has gone further.
         """
@@ -78,7 +90,7 @@ class RunDirectory:
                 f"(facts.json has version {facts.get('version')}, expected {VERSION}); resume it "
                 "with that version, or give another --output_dir"
             )
-        different = differences(facts["result"], self.result)
+        different = differences(facts["result"], result)
         if different:
             raise ValueError(
                 f"--resume: {path} is of a run with other flags: {'; '.join(different)}; "
@@ -91,27 +103,34 @@ class RunDirectory:
             )
         return done, facts
 
-    def open(self, done: int, model_size: int, saves_checkpoints: bool):
+    def open(self, result: dict, done: int, model_size: int, saves_checkpoints: bool):
         """Make the directory ready for a run that resumes after step `done`, or starts (0).
 
         At step 0 the files of an earlier run are moved to earlier-N; later, the lines of later
-        steps are dropped from metrics.jsonl. model_size: bytes of the weights.
+        steps are dropped from metrics.jsonl. result: as above. model_size: bytes of the weights.
         Raises ValueError where the disk has no room for all that the run will write.
         """
+        self.result = result
         if self.process.rank == 0:
             if self.tensorboard_path:
                 self.tensorboard = Writer(self.tensorboard_path, done)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
+                self.discard_unfinished()
                 if not done:
                     self.move_earlier_run()
                 self.check_room(model_size, self.keep + 1 if saves_checkpoints else 1)
                 self.open_metrics(done)
             except OSError as error:
-                raise ValueError(
-                    f"--output_dir {self.path}: cannot be written to ({error.strerror}); "
-                    "give another directory"
-                ) from None
+                raise self.unusable(error) from None
+
+    def discard_unfinished(self):
+        """Delete what a process was writing when it was killed."""
+        for name in ("metrics.jsonl", "report.html", *WEIGHT_FILES):
+            (self.path / f"{name}.part").unlink(missing_ok=True)
+        for unfinished in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(unfinished)
 
     def move_earlier_run(self):
         """Move the files of an earlier run, if there is one, to a new directory earlier-N."""
@@ -264,6 +283,34 @@ class RunDirectory:
             ) from None
 
 
+HELD = {}  # directories that this process has locked, and the descriptors that hold the locks
+
+
+def hold(directory: Path):
+    """Lock a directory for this process until it ends, however that happens.
+
+    Raises ValueError that names the process which has locked it.
+    """
+    if directory in HELD:
+        return
+    # .lock stays when the run has ended: to delete it would leave a second run with another file.
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = guards.visible(os.read(descriptor, 100).decode(errors="replace").strip())
+        os.close(descriptor)
+        raise ValueError(
+            f"--output_dir {directory}: {holder or 'another process'} trains into it; wait until "
+            "it has ended, or give another directory"
+        ) from None
+    except OSError as error:
+        print(f"{directory}: has no lock ({error.strerror}); give it to no second run")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    HELD[directory] = descriptor
+
+
 def event_of(line: bytes) -> dict | None:
     """Return the event in a line of metrics.jsonl, or None where the line is not a whole one."""
     try:
@@ -330,8 +377,6 @@ def save_checkpoint(directory: Path, step: int, state, facts: dict, keep: int, p
     try:
         with together(process):
             if process.rank == 0:
-                for left_over in directory.glob(".step-*"):  # of a killed run
-                    shutil.rmtree(left_over)
                 part.mkdir(parents=True)
         with together(process):
             tensor_files.save(part, process.rank, *state)

@@ -19,6 +19,7 @@ import data
 import rm
 import train
 from conftest import (
+    FORKS,
     complaint,
     end,
     events_of,
@@ -61,8 +62,8 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
         (tmp_path / "pytorch_model.bin").write_text(f"model {number}")
         (tmp_path / "model.safetensors").write_text("would be taken for the new model")
         (tmp_path / "notes.txt").write_text("not ours")
-        run = RunDirectory(tmp_path, 2, {}, Process())
-        run.open(0, 1000, saves_checkpoints=False)
+        run = RunDirectory(tmp_path, 2, Process())
+        run.open({}, 0, 1000, saves_checkpoints=False)
         run.log(**STEP, step=number)
     assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
@@ -83,20 +84,90 @@ def test_output_directory_that_cannot_be_written_to(monkeypatch, capsys, tmp_pat
 
 def test_metrics_are_cut_after_the_step_that_a_run_resumes_at(tmp_path):
     """A line that the end of a run has cut goes, too; a number that is not finite becomes null."""
-    run = RunDirectory(tmp_path, 2, {}, Process())
-    run.open(0, 1000, saves_checkpoints=False)
+    run = RunDirectory(tmp_path, 2, Process())
+    run.open({}, 0, 1000, saves_checkpoints=False)
     for step in (1, 2, 3):
         run.log(**STEP | {"loss": float("nan")}, step=step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "step", "st')
     assert [event["step"] for event in run.events()] == [1, 2, 3]
-    resumed = RunDirectory(tmp_path, 2, {}, Process())
-    resumed.open(2, 1000, saves_checkpoints=False)
+    resumed = RunDirectory(tmp_path, 2, Process())
+    resumed.open({}, 2, 1000, saves_checkpoints=False)
     resumed.log(**EVAL, step=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
     assert json.loads(lines[0])["loss"] is None
     assert resumed.has_evaluation(2) and not resumed.has_evaluation(1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Two runs in one directory
+
+
+def test_second_run_is_refused_at_once_and_the_first_goes_on(small, undisturbed, tmp_path):
+    """The error names the process, and stands alone: nothing was prepared, or moved away."""
+    output_dir = tmp_path / "out"
+    first = start(
+        output_dir, *small, "--save_interval 4", before=functools.partial(hold_in_step, 6)
+    )
+    wait_for_steps(output_dir, 5, first[0].is_alive)
+    for flags in ([], ["--resume"]):
+        said = refusal(output_dir, *small, *flags)
+        line = f"train.py: error: --output_dir {output_dir}: process {first[0].pid} on "
+        assert said.startswith(line) and len(said.splitlines()) == 1, said
+    assert not (output_dir / "earlier-1").exists()
+    os.kill(first[0].pid, signal.SIGTERM)
+    assert end(first)[0] == [0]
+    forked_ok(output_dir, *small, "--save_interval 4 --resume")
+    same_bits(output_dir, undisturbed)
+
+
+def refusal(output_dir, *arguments):
+    """Start train.py in a directory in which another run is; it must fail. What it says."""
+    pipe = output_dir.parent / "second"
+    codes, (said,) = forked(pipe, *arguments, last=["--output_dir", output_dir])
+    assert codes == [1], said
+    return said
+
+
+def test_killed_run_leaves_no_lock(small, tmp_path):
+    output_dir = tmp_path / "out"
+    killed = functools.partial(signal_in_step, 0, 4, signal.SIGKILL)
+    assert forked(output_dir, *small, before=killed)[0] == [-9]
+    assert (output_dir / ".lock").exists()
+    forked_ok(output_dir, *small, "--max_steps 1")
+
+
+def hold_directory(directory, pipe):
+    """Lock a directory, as a run does, until something is sent through the pipe."""
+    directory.mkdir()
+    run_directory.hold(directory)
+    pipe.send("locked")
+    pipe.recv()
+
+
+def test_directory_that_another_run_makes_meanwhile_is_refused(tmp_path):
+    """Both start without it, and prepare their data; the second to finish finds it locked."""
+    output_dir = tmp_path / "out"
+    run = RunDirectory(output_dir, 2, Process())
+    ours, theirs = FORKS.Pipe()
+    other = FORKS.Process(target=hold_directory, args=(output_dir, theirs))
+    other.start()
+    assert ours.recv() == "locked"
+    with pytest.raises(ValueError, match=f"--output_dir {output_dir}: process {other.pid} on "):
+        run.open({}, 0, 1000, saves_checkpoints=False)
+    ours.send("end")
+    other.join()
+    run.open({}, 0, 1000, saves_checkpoints=False)
+    assert (output_dir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_lock_is_no_link_to_follow(tmp_path):
+    (tmp_path / "notes.txt").write_text("a user's")
+    (tmp_path / ".lock").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="--output_dir .* cannot be written to"):
+        RunDirectory(tmp_path, 2, Process())
+    assert (tmp_path / "notes.txt").read_text() == "a user's"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -183,6 +254,19 @@ def test_only_the_newest_checkpoints_are_kept_and_nothing_else(small, tmp_path):
     forked_ok(output_dir, *flags)
     left = {path.name for path in (output_dir / "checkpoints").iterdir()}
     assert left == {"step-8", "step-10", "step-12"}
+
+
+def test_what_a_killed_run_was_writing_is_gone_after_the_next_start(small, undisturbed, tmp_path):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    unfinished = ["metrics.jsonl", "report.html", "pytorch_model.bin", "model.safetensors"]
+    for name in unfinished:
+        (output_dir / f"{name}.part").write_text("half")
+    (output_dir / "checkpoints" / ".step-13.part").mkdir()
+    (output_dir / "checkpoints" / ".step-4.old").mkdir()
+    (output_dir / "notes.part").write_text("a user's")
+    forked_ok(output_dir, *small, "--resume")
+    assert [path.name for path in output_dir.glob("*.part")] == ["notes.part"]
+    assert not list((output_dir / "checkpoints").glob(".*"))
 
 
 def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_path):
@@ -506,6 +590,7 @@ def test_payloads_run_where_pickles_are_trusted(tmp_path):
         "pytorch_model.bin",
         "config.json",
         "tokenizer.model",
+        ".lock",
     ],
 )
 def test_nothing_in_a_run_directory_runs(
@@ -616,8 +701,8 @@ def test_line_of_metrics_that_is_no_event_is_skipped_and_named(line, is_last, tm
     lines.insert(3 if is_last else 1, line)
     ends = b"" if is_last else b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + ends)
-    run = RunDirectory(tmp_path, 2, {}, Process())
-    run.open(2, 1000, saves_checkpoints=False)
+    run = RunDirectory(tmp_path, 2, Process())
+    run.open({}, 2, 1000, saves_checkpoints=False)
     assert [event["step"] for event in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     said = capsys.readouterr().out
     number = 4 if is_last else 2
@@ -711,7 +796,7 @@ def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     line = complaint(monkeypatch, capsys, *small, "--output_dir", tmp_path / "new")
     assert f"--output_dir {tmp_path}/new" in line and "--keep_checkpoints" in line
-    assert not list((tmp_path / "new").iterdir())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     flags = [*small, "--output_dir", output_dir, "--resume --keep_checkpoints 2"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words(flags)])
     monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
