@@ -166,11 +166,11 @@ def one_rank(arguments, pipe, environment, before):
     train.main()
 
 
-def start(output_dir, *arguments, processes=1, before=int, gpu=False, last=()):
+def start(output_dir, *arguments, processes=1, before=int, gpu=False, last=(), variables=None):
     """Start train.py with these flags, on so many ranks. Returns the processes.
 
     before: a function without arguments that each process calls first; to hook into the run.
-    last: more flags, of the last rank alone.
+    last, variables: more flags, and environment variables, of the last rank alone.
     """
     arguments = [*words(arguments), "--output_dir", str(output_dir)]
     with socket.create_server(("localhost", 0)) as free:
@@ -184,6 +184,7 @@ def start(output_dir, *arguments, processes=1, before=int, gpu=False, last=()):
             environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
         if rank == processes - 1:
             arguments = [*arguments, *words(last)]
+            environment |= variables or {}
         # A pipe is no file: the tests of a full disk limit the size of files.
         pipe = f"{output_dir}.{rank}"
         os.mkfifo(pipe)

@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 import data
 from parts import guards, lora, metrics, report
-from parts.agreement import ANY
+from parts.agreement import ANY, check_ranks
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
 from parts.files import outlive_readers
-from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags
+from parts.flags import RESULT_FLAGS, common_flags, hand_over, objective_of, parse_flags
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
 from parts.run_directory import RunDirectory, stop_signals
@@ -74,7 +74,8 @@ def train(args, process: Process):
         f"{process.device}; {total_steps} steps of {global_batch} comparisons"
     )
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
-    done, facts = run.step_to_resume(result, total_steps) if args.resume else (0, {})
+    check_ranks(common_flags(args) | result, model.backbone, evaluation, process)
+    done, facts = run.step_to_resume(result, total_steps, args.resume)
     run.open(result, done, 4 * size, args.save_interval > 0)
 
     # Call `replica` to train, not `model`: its hooks average the gradients over the ranks.

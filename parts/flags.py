@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from parts.agreement import ANY
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 SCHEDULES = (
@@ -40,6 +42,17 @@ RESULT_FLAGS = (
     "only_optimize_lora",
     "lora_learning_rate",
 )
+# Flags that may differ between the ranks of a run: places on a machine, and what a rank does alone.
+PATHS = (
+    "data_path",
+    "eval_path",
+    "tokenizer_path",
+    "data_output_path",
+    "model_name_or_path",
+    "output_dir",
+    "tensorboard_path",
+)
+OWN_FLAGS = ("gradient_checkpointing", "process_timeout")
 SCRATCH = {"model_type": "llama", "n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 8000}
 
 
@@ -321,9 +334,26 @@ def fill_in_training(args: argparse.Namespace):
         args.micro_batch_tokens = 2 * args.per_device_train_batch_size * args.max_seq_len
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.model_name_or_path else 1e-3
-    # torchrun has started the processes again, after a failure.
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if was_restarted():
         args.resume = True
+
+
+def was_restarted() -> bool:
+    """Tell whether torchrun has started this process again, after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def common_flags(args: argparse.Namespace) -> dict:
+    """Return the flags that all ranks must have in common; of paths, whether they are given."""
+    flags = {}
+    for name, value in vars(args).items():
+        if name in PATHS:
+            value = value is not None
+        if name == "resume" and was_restarted():
+            value = ANY
+        if name not in OWN_FLAGS:
+            flags[name] = value
+    return flags
 
 
 def objective_of(args: argparse.Namespace) -> dict:

@@ -73,13 +73,17 @@ class RunDirectory:
             "give another directory"
         )
 
-    def step_to_resume(self, result: dict, total_steps: int) -> tuple[int, dict]:
+    def step_to_resume(self, result: dict, total_steps: int, is_asked: bool) -> tuple[int, dict]:
         """Find the newest whole checkpoint: its step and its facts, or (0, {}) to start anew.
 
         result: what the weights of the run follow from, by stable names, in JSON.
+        is_asked: whether this rank is to resume. All do where one is, as torchrun may count a
+            restart on some nodes alone.
         Raises ValueError that names each difference of what the results of the two runs follow
         from, or where the checkpoint has gone further.
         """
+        if not any(self.process.join([is_asked])[0]):
+            return 0, {}
         done, facts = newest_checkpoint(self.checkpoints, self.process)
         if not done:
             return 0, {}
