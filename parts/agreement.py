@@ -70,9 +70,11 @@ def check_ranks(facts: dict, backbone, evaluation, process):
 
     facts: all that the result and the ranks' communication depend on, but for the eval data and
         the weights of `backbone`, which are added here.
+    The ranks are awaited without --process_timeout: some may have taken long to prepare their data.
     """
     if process.world_size == 1:
         return
+    process.wait_patiently()
     facts = facts | {"device": process.device.type}
     if facts["data_path"]:
         facts["eval_data"] = evaluation.fingerprint()

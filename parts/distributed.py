@@ -25,6 +25,8 @@ from tqdm import tqdm
 
 from parts.packed import packed_size
 
+PATIENCE = timedelta(days=7)  # until all ranks have prepared their data
+
 # --------------------------------------------------------------------------------------------------
 # This process
 
@@ -36,6 +38,7 @@ class Process:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    patient_group: dist.ProcessGroup | None = None  # of all ranks, with PATIENCE as its time-out
 
     @classmethod
     def start(cls, is_sharded: bool, timeout: float) -> "Process":
@@ -50,12 +53,25 @@ class Process:
         if "RANK" not in os.environ and not is_sharded:
             return cls(device=device)
         rank, world_size = meet(device, timeout)
-        return cls(rank, world_size, device)
+        patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return cls(rank, world_size, device, patient_group)
 
     def wait(self):
         """Wait until all ranks are here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def wait_patiently(self):
+        """Wait until all ranks have prepared their data, which may take longer than a time-out.
+
+        A rank that ends is noticed at once.
+        """
+        if self.world_size == 1:
+            return
+        waiting = dist.barrier(self.patient_group, async_op=True)
+        while not waiting.is_completed():  # an interrupt is answered meanwhile
+            time.sleep(0.01)
+        waiting.wait()
 
     def print(self, text: str):
         """Print a line, on rank 0, beside a progress bar if there is one."""

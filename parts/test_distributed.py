@@ -4,10 +4,12 @@ Two processes against the curve of one, with whole weights: test_train.py.
 """
 
 import functools
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -250,6 +252,71 @@ def test_torchrun_starts_again_after_a_killed_rank_and_passes_signals_on(two, tm
     assert f"stopped after step {step} of 12" in said, said
     forked_ok(output_dir, *two[1], "--resume", processes=2)
     same_bits(output_dir, two[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Preparation
+
+
+def prepare_slowly(folder, seconds):
+    """Have rank 1 prepare its data for so long. Ranks begin together, however busy the machine.
+
+    Seconds count from when rank 0 is ready: a file tells when.
+    """
+    rank, prepare, wait = os.environ["RANK"], train.prepare, Process.wait_patiently
+
+    def slow(*arguments):
+        prepared = prepare(*arguments)
+        if rank == "1":
+            wait_for(folder / "waiting")
+            time.sleep(seconds)
+        return prepared
+
+    def watched(process):
+        (folder / "waiting").touch()
+        wait(process)
+
+    train.prepare, Process.wait_patiently = slow, watched
+    (folder / f"begun {rank}").touch()
+    wait_for(folder / f"begun {1 - int(rank)}")
+
+
+def wait_for(file):
+    while not file.exists():
+        time.sleep(0.01)
+
+
+def test_preparing_data_is_not_under_the_time_out(two, tmp_path):
+    """Two nodes with a cache each: rank 0 finds its tokens; rank 1 makes them, and takes longer
+    than processes wait for each other."""
+    caches = {"XDG_CACHE_HOME": str(tmp_path / "cold")}
+    before = functools.partial(prepare_slowly, tmp_path, 5)
+    flags = [*two[1], "--max_steps 2 --process_timeout 4 --eval_iters 1"]
+    codes, said = forked(tmp_path / "out", *flags, processes=2, before=before, variables=caches)
+    assert codes == [0, 0], said
+    assert list((tmp_path / "cold" / "reward-model").iterdir())
+    assert "score with it" in said[0]
+
+
+def test_process_lost_while_others_prepare_is_noticed_at_once(small, tmp_path):
+    """Long before the time-out, half an hour."""
+    before = functools.partial(lost_in_preparation, tmp_path)
+    codes, said = forked(tmp_path / "out", *small, processes=2, before=before)
+    assert codes == [1, -9], said
+    assert "rank 0 waited in vain for another process" in said[0].strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def lost_in_preparation(folder):
+    prepare_slowly(folder, 0)
+    if os.environ["RANK"] == "1":
+        prepare = train.prepare
+
+        def lost(*arguments):
+            prepare(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        train.prepare = lost
 
 
 @pytest.mark.parametrize(
