@@ -49,6 +49,7 @@ class RunDirectory:
         self.keep = keep_checkpoints
         self.process = process
         self.result = None  # what the weights follow from
+        self.threads = ""  # the numbers of threads that ranks have
         self.metrics_file = None
         self.evaluated = set()  # on rank 0, the steps whose evaluation metrics.jsonl has
         self.tensorboard_path = tensorboard_path
@@ -115,6 +116,8 @@ class RunDirectory:
         Raises ValueError where the disk has no room for all that the run will write.
         """
         self.result = result
+        threads = set(self.process.join([torch.get_num_threads()])[0])
+        self.threads = ", ".join(str(count) for count in sorted(threads))
         if self.process.rank == 0:
             if self.tensorboard_path:
                 self.tensorboard = Writer(self.tensorboard_path, done)
@@ -230,6 +233,7 @@ class RunDirectory:
         """
         facts = {"version": VERSION, "step": step, "result": self.result, **facts}
         facts["processes"] = [self.process.world_size, self.process.device.type]
+        facts["threads"] = self.threads
         shared, own = named(*get_state_dict(model, optimizer)), random_states(self.process)
         with self.writing():
             if self.process.rank == 0:
@@ -247,6 +251,19 @@ class RunDirectory:
         path = self.checkpoints / f"step-{step}"
         process.print(f"resuming after step {step}, from {path}")
         is_same = facts["processes"] == [process.world_size, process.device.type]
+        if not is_same:
+            count, device = facts["processes"]
+            process.print(
+                f"step-{step} is of {count} processes ({device}), this run has "
+                f"{process.world_size} ({process.device.type}): dropout draws other numbers, and "
+                "rounding differs"
+            )
+        elif facts["threads"] != self.threads and process.device.type == "cpu":
+            process.print(
+                f"step-{step} was computed with {facts['threads']} threads, this run has "
+                f"{self.threads} (OMP_NUM_THREADS): rounding differs, so the last bits of results "
+                "will, too"
+            )
         try:
             scaler.load_state_dict(facts["scaler"])
         except (RuntimeError, KeyError) as error:
@@ -478,6 +495,7 @@ def read_facts(checkpoint: Path, step: int) -> dict:
         "scaler": set(kinds(scales)) <= {int, float},
         "skipped": kinds(facts.get("skipped")) == [int, int],
         "processes": kinds(facts.get("processes")) == [int, str],
+        "threads": isinstance(facts.get("threads"), str),
     }
     for name in is_right:
         if not is_right[name]:

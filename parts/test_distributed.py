@@ -215,6 +215,7 @@ def test_run_resumes_on_another_number_of_processes(small, tmp_path):
     stopped = functools.partial(signal_in_step, 0, 7, signal.SIGTERM)
     said = forked_ok(output_dir, *flags, "--resume", before=stopped)
     assert "resuming after step 5" in said
+    assert "step-5 is of 2 processes (cpu), this run has 1 (cpu): dropout draws other" in said
     forked_ok(output_dir, *halves, "--resume --zero_stage 3", processes=2)
     same_run(events_of(tmp_path / "one"), events_of(output_dir))
     codes, said = forked(output_dir, *flags, "--resume", processes=2)

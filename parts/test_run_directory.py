@@ -630,6 +630,7 @@ def test_nothing_in_a_run_directory_runs(
         ({"skipped": [1]}, "skipped is [1]"),
         ({"skipped": {"1": 2}}, "skipped is {'1': 2}"),
         ({"processes": [1, 2]}, "processes is [1, 2]"),
+        ({"threads": 1}, "threads is 1"),
         ("[" * 100_000, "recursion"),
         ("\0" * 300, "Expecting value"),
     ],
@@ -720,6 +721,24 @@ def test_run_resumes_after_a_power_failure_with_what_is_whole(small, undisturbed
     said = forked_ok(output_dir, *small, "--resume")
     assert "resuming after step 8" in said and f"{metrics}: line 11 skipped" in said
     same_bits(output_dir, undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Another machine
+
+
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def test_another_number_of_threads_is_named(small, undisturbed, tmp_path):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    said = forked_ok(output_dir, *small, "--resume --save_interval 4", before=two_threads)
+    line = "step-8 was computed with 1 threads, this run has 2 (OMP_NUM_THREADS): rounding differs"
+    assert line in said, said
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    assert "was computed with" not in forked_ok(output_dir, *small, "--resume")
 
 
 # --------------------------------------------------------------------------------------------------
