@@ -287,11 +287,12 @@ def finish(
     if process.rank != 0:
         return
     failure = None
-    if args.normalize_rewards:
-        try:
+    try:
+        guards.check_evaluation(scores, f"the model is saved in {run.path}; {run.what_is_left()}")
+        if args.normalize_rewards:
             print(normalize(model, scores["scores"]))
-        except ValueError as error:
-            failure = error  # the model is saved as it is, first
+    except ValueError as error:
+        failure = error  # the model is saved as it is, first
     events = run.events()
     page = run.path / "report.html"
     with run.writing():
@@ -342,8 +343,8 @@ def evaluate(
     """Evaluate on a data set, each comparison counted once, on all ranks together; log and print.
 
     Returns the numbers that the metrics are made of: `chosen`, `rejected` (end scores) and
-    `true_margin` of every pair; `scores` and `rewards` of every response. True numbers are empty
-    where they are not known. run: logs the metrics; None does not, and prints nothing.
+    `true_margin` of every pair; `scores` and `rewards` of every response; the `loss`. True numbers
+    are empty where they are not known. run: logs the metrics; None does not, and prints nothing.
     """
     n = len(dataset)
     if args.eval_iters:
@@ -367,7 +368,7 @@ def evaluate(
                 metrics.collect(numbers, comparisons, chosen.tolist(), rejected.tolist())
     model.train()
     loss, *lists = process.join(loss, *numbers.values())
-    numbers = dict(zip(numbers, lists))
+    numbers = dict(zip(numbers, lists)) | {"loss": [loss / n]}
     if run:
         pairs = numbers["chosen"], numbers["rejected"], numbers["true_margin"]
         found = metrics.summarize(loss / n, *pairs, dataset.dropped)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from parts.files import replacing
+from parts.guards import check_weights
 from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -430,6 +431,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError(
                 f"{files[0]}: expected a dictionary of names and tensors, found something else"
             )
+    check_weights(weights, path)
     return hf, weights
 
 
@@ -528,6 +530,7 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
     weights[embed] = resize_rows(weights[embed], rows)
     weights = {prefix + name: weight.cpu() for name, weight in weights.items()}
     weights[head_name] = model.v_head.weight.detach().cpu().clone()
+    check_weights(weights, f"{path}: not written")
     # The model may be mapped from the file that it replaces: nothing is written into that.
     with replacing(file) as part:
         if layout == "hf":

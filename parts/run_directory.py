@@ -235,6 +235,13 @@ class RunDirectory:
         facts["processes"] = [self.process.world_size, self.process.device.type]
         facts["threads"] = self.threads
         shared, own = named(*get_state_dict(model, optimizer)), random_states(self.process)
+        local = {name: tensor_files.own_rows(tensor)[0] for name, tensor in shared.items()}
+        spoiled = self.process.join(guards.non_finite(local))[0]
+        if spoiled:
+            raise ValueError(
+                f"after step {step} {spoiled[0]} is not finite, so no checkpoint is saved of it; "
+                f"{self.what_is_left()}. A smaller --learning_rate may help"
+            )
         with self.writing():
             if self.process.rank == 0:
                 os.fsync(self.metrics_file.fileno())  # its lines belong to the checkpoint

@@ -4,6 +4,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import pickle
 import resource
@@ -39,6 +40,7 @@ from conftest import (
 from parts import run_directory
 from parts.distributed import Process
 from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint
+from parts.tensor_files import own_rows
 
 STEP = {"event": "step", "loss": 0.5, "lr": 0.1, "grad_norm": 1.0}
 STEP |= {"pairs": 4, "tokens": 40, "seconds": 0.1}
@@ -739,6 +741,56 @@ def test_another_number_of_threads_is_named(small, undisturbed, tmp_path):
     assert line in said, said
     shutil.rmtree(output_dir / "checkpoints" / "step-12")
     assert "was computed with" not in forked_ok(output_dir, *small, "--resume")
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def spoil_in_step(step, value, rank="0"):
+    """Have the optimizer's step spoil the embedding of the last token, which no text has."""
+    optimizers, make_optimizer = [], train.make_optimizer
+
+    def watched(*arguments):
+        optimizers.append(make_optimizer(*arguments))
+        optimizers[0].register_step_post_hook(spoil)
+        return optimizers[0]
+
+    def spoil(optimizer, *_):
+        if next(steps) == step and os.environ.get("RANK", "0") == rank:
+            weight = optimizer.param_groups[0]["params"][0].detach()
+            own_rows(weight)[0][-1, -1] = value
+
+    steps = itertools.count(1)
+    train.make_optimizer = watched
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [8, 12], ids=["a checkpoint", "the last step"])
+def test_weights_that_are_not_finite_are_in_no_checkpoint(step, value, small, tmp_path):
+    output_dir = tmp_path / "out"
+    before = functools.partial(spoil_in_step, step, value)
+    codes, (said,) = forked(
+        output_dir, *small, "--save_interval 4 --eval_interval 0", before=before
+    )
+    assert codes == [1], said
+    line = said.strip().splitlines()[-1]
+    assert (
+        f"after step {step} model.backbone.embed.weight is not finite, so no checkpoint is" in line
+    )
+    assert f"the last whole checkpoint is {output_dir}/checkpoints/step-{step - 4}." in line
+    assert max(checkpoint_steps(output_dir / "checkpoints")) == step - 4
+    assert not (output_dir / "pytorch_model.bin").exists()
+
+
+def test_weights_of_one_rank_that_are_not_finite_end_all_ranks(two, tmp_path):
+    before = functools.partial(spoil_in_step, 8, math.nan, rank="1")
+    flags = [*two[1], "--zero_stage 3"]
+    codes, said = forked(tmp_path / "out", *flags, processes=2, before=before)
+    assert codes == [1, 1], said
+    for text in said:
+        assert "is not finite, so no checkpoint is saved of it" in text.strip().splitlines()[-1]
+    assert checkpoint_steps(tmp_path / "out" / "checkpoints") == [4]
 
 
 # --------------------------------------------------------------------------------------------------

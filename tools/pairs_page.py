@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from data import load_comparisons, pad_rows, shared_prefix, tokenize
-from parts.guards import visible
+from parts.guards import check_scores, visible
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
 from parts.rows import read_rows
 from rm import divergent_region, pair_loss
@@ -124,7 +124,9 @@ def scored_rows(model, tokenizer, path, count: int, max_seq_len: int) -> list[Ro
         # The last token, where the score is, is the response's.
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]
-        rows.append(Row(sequences, texts, rewards, prompt, cut, lost, comparison.margin))
+        row = Row(sequences, texts, rewards, prompt, cut, lost, comparison.margin)
+        rows.append(row)
+        check_scores(row.scores, f"{path}: row {len(rows)}")
     return rows
 
 

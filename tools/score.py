@@ -10,6 +10,7 @@ The model is in rm.py, file formats are in data.py, pages in tools/pairs_page.py
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from data import has_tokenizer, load_comparisons, load_tokenizer, pack, pad_rows, tokenize
 from parts.files import replacing
+from parts.guards import check_scores
 from parts.huggingface import LAYOUTS
 from rm import RewardModel
 from tools import pairs_page
@@ -167,9 +169,9 @@ def score_program(argv: list[str]):
     settings = args.batch_size, args.layout, max_seq_len
     if args.out:
         with replacing(args.out) as part, open(part, "w") as out:
-            margins = write_scores(out, comparisons, model, tokenizer, *settings)
+            margins = write_scores(out, args.file, comparisons, model, tokenizer, *settings)
     else:
-        margins = write_scores(sys.stdout, comparisons, model, tokenizer, *settings)
+        margins = write_scores(sys.stdout, args.file, comparisons, model, tokenizer, *settings)
     if margins:
         accuracy = sum(margin > 0 for margin in margins) / len(margins)
         print(
@@ -179,14 +181,25 @@ def score_program(argv: list[str]):
         )
 
 
-def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> list:
-    """Write a line of JSON for every comparison. Returns the margins of all pairs."""
-    margins = []
+def write_scores(
+    out, path, comparisons, model, tokenizer, batch_size: int, layout: str, max_seq_len: int
+) -> list[float]:
+    """Write a line of JSON for every comparison of the file `path`.
+
+    Returns the margins of all pairs. Raises ValueError that names the row with a score which is not
+    finite; the rows before it are written.
+    """
+    margins, rows = [], 0
     with tqdm(unit=" rows", file=sys.stderr) as bar:
         # Batches are of similar lengths within a window of the file.
         while window := list(itertools.islice(comparisons, 64 * batch_size)):
             groups = [tokenize(comparison, tokenizer, max_seq_len) for comparison in window]
-            for scores in score(model, groups, batch_size, layout):
+            for group, scores in zip(groups, score(model, groups, batch_size, layout)):
+                rows += 1
+                if not all(map(math.isfinite, scores)):
+                    # In a packed batch a NaN spoils other texts: alone, each has its own score.
+                    scores = [score(model, [[text]], 1, layout)[0][0] for text in group]
+                    check_scores(scores, f"{path}: row {rows}")
                 margins += [a - b for a, b in itertools.combinations(scores, 2)]
                 row = {"scores": scores} if len(scores) > 1 else {"score": scores[0]}
                 out.write(json.dumps(row) + "\n")
