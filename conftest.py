@@ -27,6 +27,7 @@ from tqdm import tqdm
 import data
 import train
 from parts.flags import parse_flags
+from parts.run_directory import HELD
 
 HERE = Path(__file__).resolve().parent
 TINY = "--n_layer 2 --n_head 2 --n_embd 32 --max_seq_len 64".split()
@@ -37,6 +38,15 @@ LIMIT = 1800
 @pytest.fixture(scope="session", autouse=True)
 def token_cache_of_the_session(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def locks_of_a_test():
+    """Release the directories of runs in this process, which a run holds until its process ends."""
+    yield
+    for descriptor in HELD.values():
+        os.close(descriptor)
+    HELD.clear()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -156,10 +166,11 @@ def one_rank(arguments, pipe, environment, before):
     train.main()
 
 
-def start(output_dir, *arguments, processes=1, before=int, gpu=False):
+def start(output_dir, *arguments, processes=1, before=int, gpu=False, last=(), variables=None):
     """Start train.py with these flags, on so many ranks. Returns the processes.
 
     before: a function without arguments that each process calls first; to hook into the run.
+    last, variables: more flags, and environment variables, of the last rank alone.
     """
     arguments = [*words(arguments), "--output_dir", str(output_dir)]
     with socket.create_server(("localhost", 0)) as free:
@@ -171,6 +182,9 @@ def start(output_dir, *arguments, processes=1, before=int, gpu=False):
             environment |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}
             environment |= {"WORLD_SIZE": f"{processes}"}
             environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": f"{port}"}
+        if rank == processes - 1:
+            arguments = [*arguments, *words(last)]
+            environment |= variables or {}
         # A pipe is no file: the tests of a full disk limit the size of files.
         pipe = f"{output_dir}.{rank}"
         os.mkfifo(pipe)

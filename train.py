@@ -31,20 +31,28 @@ from time import perf_counter
 
 import numpy as np
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
 from parts import guards, huggingface, lora, metrics, report
+from parts.agreement import ANY, check_ranks
 from parts.chat import ChatTemplate, given_template
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
-from parts.flags import RESULT_FLAGS, hand_over, objective_of, parse_flags, row_reading
+from parts.files import outlive_readers
+from parts.flags import (
+    RESULT_FLAGS,
+    common_flags,
+    hand_over,
+    objective_of,
+    parse_flags,
+    row_reading,
+)
 from parts.guards import counted
 from parts.huggingface import FAMILIES, read_config
 from parts.normalize import normalize
 from parts.rows import convert_rows, files_of
-from parts.run_directory import ANY, RunDirectory, stop_signals
+from parts.run_directory import RunDirectory, stop_signals
 from parts.token_cache import cached, file_hash, file_notes, hash_of
 from parts.tokenizers import sample_texts
 from rm import GPT, LOSSES, GPTConfig, RewardModel
@@ -62,6 +70,8 @@ LONGEST_STREAK = 25  # steps skipped in a row in fp16: its scale has fallen from
 
 def train(args, process: Process):
     """Train a model as the flags say, from their files to the saved model."""
+    tensorboard = args.tensorboard_path if args.enable_tensorboard else None
+    run = RunDirectory(args.output_dir, args.keep_checkpoints, process, tensorboard)
     model, tokenizer, training, evaluation = prepare(args, process)
     global_batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
     global_batch *= process.world_size
@@ -74,10 +84,9 @@ def train(args, process: Process):
         f"{process.device}; {counted(total_steps, 'step')} of {counted(global_batch, 'comparison')}"
     )
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
-    tensorboard = args.tensorboard_path if args.enable_tensorboard else None
-    run = RunDirectory(args.output_dir, args.keep_checkpoints, result, process, tensorboard)
-    done, facts = run.step_to_resume(total_steps) if args.resume else (0, {})
-    run.open(done, 4 * size, args.save_interval > 0)
+    check_ranks(common_flags(args) | result, model.backbone, evaluation, process)
+    done, facts = run.step_to_resume(result, total_steps, args.resume)
+    run.open(result, done, 4 * size, args.save_interval > 0)
 
     # Call `replica` to train, not `model`: its hooks average the gradients over the ranks.
     is_sharded = args.zero_stage > 0
@@ -90,8 +99,7 @@ def train(args, process: Process):
     skipped, streak = 0, 0  # steps skipped in fp16: in all, and in a row until now
     torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
     if done:
-        run.load(facts, model, optimizer, args.seed)
-        scaler.load_state_dict(facts["scaler"])
+        run.load(facts, model, optimizer, scaler, args.seed)
         skipped, streak = facts["skipped"]
 
     signals, stopping, scores = stop_signals(), False, None
@@ -293,11 +301,12 @@ def finish(
     if process.rank != 0:
         return
     failure = None
-    if args.normalize_rewards:
-        try:
+    try:
+        guards.check_evaluation(scores, f"the model is saved in {run.path}; {run.what_is_left()}")
+        if args.normalize_rewards:
             print(normalize(model, scores["scores"]))
-        except ValueError as error:
-            failure = error  # the model is saved as it is, first
+    except ValueError as error:
+        failure = error  # the model is saved as it is, first
     events = run.events()
     with run.writing():
         model.save_pretrained(run.path, tokenizer=tokenizer)
@@ -348,8 +357,9 @@ def evaluate(
 ) -> dict[str, list]:
     """Evaluate on a data set, each comparison counted once, on all ranks together; log and print.
 
-    Returns the lists that the metrics are made of, see `metrics.LISTS`. True numbers are empty
-    where they are not known. run: logs the metrics; None does not, and prints nothing.
+    Returns the lists that the metrics are made of, see `metrics.LISTS`, and the `loss`. True
+    numbers are empty where they are not known. run: logs the metrics; None does not, and prints
+    nothing.
     """
     n = len(dataset)
     if args.eval_iters:
@@ -377,7 +387,7 @@ def evaluate(
     bar.close()
     model.train()
     loss, *lists = process.join(loss, *numbers.values())
-    numbers = dict(zip(numbers, lists))
+    numbers = dict(zip(numbers, lists)) | {"loss": [loss / n]}
     if run:
         found = metrics.summarize(loss / n, numbers, dataset.dropped, dataset.truncated)
         run.log(event="eval", step=step, **found)
@@ -650,6 +660,7 @@ def result_follows_from(
 
 
 def main():
+    outlive_readers()
     args = parse_flags(FAMILIES, LOSSES)
     complaint = None
     try:
@@ -658,7 +669,7 @@ def main():
         if args.dry_run:
             hand_over("dry_run", sys.argv[1:], "--dry_run")
         train(args, Process.start(args.zero_stage > 0, args.process_timeout))
-    except (Exception, KeyboardInterrupt, CheckpointException) as error:  # the last is no Exception
+    except (Exception, KeyboardInterrupt) as error:
         complaint = complaint_about(error, args.process_timeout)
     leave(complaint)
 

@@ -28,6 +28,7 @@ from parts.packed import packed_size
 # Tokens that an evaluation on a CPU computes on at once, at most. On the built-in data four times
 # as many take a quarter longer: the numbers of a layer are then larger than the caches.
 CPU_TOKENS = 4096
+PATIENCE = timedelta(days=7)  # until all ranks have prepared their data
 
 # --------------------------------------------------------------------------------------------------
 # This process
@@ -40,23 +41,40 @@ class Process:
     rank: int = 0
     world_size: int = 1
     device: torch.device = torch.device("cpu")
+    patient_group: dist.ProcessGroup | None = None  # of all ranks, with PATIENCE as its time-out
 
     @classmethod
     def start(cls, is_sharded: bool, timeout: float) -> "Process":
-        """Find this process's device and join the others; sharding needs a group even for one."""
+        """Find this process's device and join the others; sharding needs a group even for one.
+
+        Raises ValueError where this machine has fewer GPUs than ranks.
+        """
         device = cls.device
         if torch.cuda.is_available():
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            device = torch.device("cuda", own_gpu(torch.cuda.device_count()))
             torch.cuda.set_device(device)
         if "RANK" not in os.environ and not is_sharded:
             return cls(device=device)
         rank, world_size = meet(device, timeout)
-        return cls(rank, world_size, device)
+        patient_group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        return cls(rank, world_size, device, patient_group)
 
     def wait(self):
         """Wait until all ranks are here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def wait_patiently(self):
+        """Wait until all ranks have prepared their data, which may take longer than a time-out.
+
+        A rank that ends is noticed at once.
+        """
+        if self.world_size == 1:
+            return
+        waiting = dist.barrier(self.patient_group, async_op=True)
+        while not waiting.is_completed():  # an interrupt is answered meanwhile
+            time.sleep(0.01)
+        waiting.wait()
 
     def print(self, text: str):
         """Print a line, on rank 0, beside a progress bar if there is one."""
@@ -205,6 +223,21 @@ def whole_state(model) -> dict[str, torch.Tensor]:
 
 # --------------------------------------------------------------------------------------------------
 # How processes meet and leave
+
+
+def own_gpu(count: int) -> int:
+    """Return the number of this rank's GPU on this machine, which has `count`.
+
+    Raises ValueError where torchrun has started more ranks here.
+    """
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    ranks = max(number + 1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if ranks > count:
+        raise ValueError(
+            f"--nproc_per_node: found {ranks} ranks on this machine, which has {count} GPUs "
+            "(CUDA_VISIBLE_DEVICES counts); give at most that"
+        )
+    return number
 
 
 def meet(device: torch.device, timeout: float) -> tuple[int, int]:

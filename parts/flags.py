@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from parts.agreement import ANY
 from parts.rows import Reading, reading_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -44,6 +45,17 @@ RESULT_FLAGS = (
     "lora_learning_rate",
 )
 LEARNED_POSITIONS = ("gpt2", "opt")  # families without rotary ones
+# Flags that may differ between the ranks of a run: places on a machine, and what a rank does alone.
+PATHS = (
+    "data_path",
+    "eval_path",
+    "tokenizer_path",
+    "data_output_path",
+    "model_name_or_path",
+    "output_dir",
+    "tensorboard_path",
+)
+OWN_FLAGS = ("gradient_checkpointing", "process_timeout")
 SCRATCH = {"model_type": "llama", "n_layer": 2, "n_head": 4, "n_embd": 128, "vocab_size": 8000}
 
 
@@ -332,6 +344,13 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
             f"argument --output_dir: found {args.output_dir!r}; expected a directory, and not that "
             "of --model_name_or_path"
         )
+    tokenizer = args.tokenizer_path and Path(args.tokenizer_path).resolve()
+    if tokenizer and tokenizer.is_relative_to(output_dir):
+        parser.error(
+            f"argument --output_dir: found {args.output_dir!r}, which is or holds --tokenizer_path "
+            f"{args.tokenizer_path!r}; files of an earlier run are moved away there, so give "
+            "another directory"
+        )
     if args.offload and not args.zero_stage:
         parser.error(
             "argument --offload: found with --zero_stage 0, which has nothing to offload; "
@@ -378,9 +397,26 @@ def fill_in_training(args: argparse.Namespace):
         args.micro_batch_tokens = 2 * args.per_device_train_batch_size * args.max_seq_len
     if args.learning_rate is None:
         args.learning_rate = 5e-5 if args.model_name_or_path else 1e-3
-    # torchrun has started the processes again, after a failure.
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if was_restarted():
         args.resume = True
+
+
+def was_restarted() -> bool:
+    """Tell whether torchrun has started this process again, after a failure."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def common_flags(args: argparse.Namespace) -> dict:
+    """Return the flags that all ranks must have in common; of paths, whether they are given."""
+    flags = {}
+    for name, value in vars(args).items():
+        if name in PATHS:
+            value = value is not None
+        if name == "resume" and was_restarted():
+            value = ANY
+        if name not in OWN_FLAGS:
+            flags[name] = value
+    return flags
 
 
 def objective_of(args: argparse.Namespace) -> dict:

@@ -11,6 +11,8 @@ import torch
 
 from parts.packed import PackedBatch
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 # --------------------------------------------------------------------------------------------------
 # Batches
 
@@ -206,6 +208,56 @@ def non_finite_rows(
     if rows:
         named.append(f"rank {process.rank}: {listed(rows)}")
     return process.join(named)[0]
+
+
+def non_finite(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """List the names of tensors that hold a number which is not finite."""
+    names = []
+    for name, tensor in tensors.items():
+        if tensor.dtype in FLOATS and tensor.numel():
+            # One NaN makes both extremes NaN. isfinite() would take memory, and ten times as long.
+            low, high = tensor.detach().aminmax()
+            if not (math.isfinite(low) and math.isfinite(high)):
+                names.append(name)
+    return names
+
+
+def check_weights(weights: dict[str, torch.Tensor], source):
+    """Raise ValueError that names a weight which holds a number that is not finite.
+
+    source: the checkpoint, as an error names it.
+    """
+    names = non_finite(weights)
+    if names:
+        raise ValueError(
+            f"{source}: weight {visible(names[0])} holds NaN or infinity, as training leaves it "
+            "that has diverged; take an earlier checkpoint"
+        )
+
+
+def check_scores(scores: list[float], where: str):
+    """Raise ValueError unless all end scores of a row are finite. where: names the row."""
+    for i, score in enumerate(scores):
+        if not math.isfinite(score):
+            raise ValueError(
+                f"{where}: the score of response {i} is {score:g}; the model's numbers overflow "
+                "there, so take another checkpoint"
+            )
+
+
+def check_evaluation(numbers: dict[str, list], left: str):
+    """Raise ValueError where the last evaluation is not finite.
+
+    numbers: lists by name, with the `loss` and the scores. left: says what is left of the run.
+    """
+    for name in ("loss", "chosen", "rejected"):
+        values = numbers[name]
+        spoiled = [value for value in values if not math.isfinite(value)]
+        if spoiled:
+            raise ValueError(
+                f"the last evaluation is not finite ({name}: {len(spoiled)} of {len(values)} "
+                f"numbers, such as {spoiled[0]:g}); {left}. A smaller --learning_rate may help"
+            )
 
 
 def listed(names: list[str], most: int = 8) -> str:

@@ -6,7 +6,6 @@ business of parts/tokenizers.py.
 
 import json
 import math
-import os
 import re
 import shutil
 import zipfile
@@ -16,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from parts.guards import counted
+from parts.files import replacing
+from parts.guards import check_weights, counted
 from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -644,6 +644,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError(
                 f"{files[0]}: expected a dictionary of names and tensors, found something else"
             )
+    check_weights(weights, path)
     return hf, weights
 
 
@@ -755,14 +756,14 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
     weights[embed] = resize_rows(weights[embed], rows)
     weights = {prefix + name: weight.cpu() for name, weight in weights.items()}
     weights[head_name] = model.v_head.weight.detach().cpu().clone()
+    check_weights(weights, f"{path}: not written")
     # The model may be mapped from the file that it replaces: nothing is written into that.
-    part = file.with_name(file.name + ".part")
-    if layout == "hf":
-        safetensors.save_file(weights, part, metadata={"format": "pt"})
-    else:
-        torch.save(weights, part)
-    (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
-    shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
-    os.replace(part, file)
+    with replacing(file) as part:
+        if layout == "hf":
+            safetensors.save_file(weights, part, metadata={"format": "pt"})
+        else:
+            torch.save(weights, part)
+        (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
+        shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
     if tokenizer:
         tokenizer.save(path)

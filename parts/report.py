@@ -5,7 +5,6 @@ It runs no model and computes no loss; pages of comparisons are in tools/pairs_p
 
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from parts.files import replacing
 from parts.guards import counted, visible
 from parts.metrics import confidence_bins, decided
 
@@ -380,9 +380,8 @@ def write_page(path, title: str, body: str):
         f"<style>{style_of_charts()}{STYLE}{style_of_shades()}</style></head>\n"
         f"<body><main>{body}</main></body></html>\n"
     )
-    part = Path(f"{path}.part")
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(page, encoding="utf-8")
 
 
 def facts(values: dict) -> str:

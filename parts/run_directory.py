@@ -4,6 +4,7 @@ It knows neither the loop (train.py) nor what a model's files hold (parts/huggin
 checkpoint, checkpoints/step-N, is whole or not there.
 """
 
+import fcntl
 import itertools
 import json
 import math
@@ -11,19 +12,19 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import sys
-import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from parts import guards, tensor_files
+from parts.agreement import differences
 from parts.distributed import lost_process
+from parts.files import replacing, sync
 from parts.flags import REPOSITORY
 from parts.guards import counted
 from parts.huggingface import WEIGHT_FILES
@@ -33,61 +34,61 @@ from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
 VERSION = 3  # of the facts in a checkpoint
 EXAMPLES = 20  # comparisons in examples.jsonl
-ANY = "any"  # the value of a fact that does not count, since another fact says so
 
-# How an error calls what a result follows from; everything else is a flag of its name.
-DESCRIPTIONS = {
-    "global_batch": "the batch of all processes (--per_device_train_batch_size, "
-    "--gradient_accumulation_steps)",
-    "total_steps": "the number of steps (--max_steps, --num_train_epochs)",
-    "config": "the model's config (--model_name_or_path, --model_type, --n_layer, --n_head, "
-    "--n_embd)",
-    "padding": "the pad id (--pad_id, --num_padding_at_beginning)",
-    "tokenizer": "the tokenizer (--tokenizer_path, --vocab_size)",
-    "training_data": "the training data, or how it is read (--data_path, --data_split, "
-    "--eval_path, --eval_fraction, --fields, --ignore_fields, --text_as, --eval_by, "
-    "--skip_bad_rows)",
-}
-
-# PyTorch says so at every checkpoint of a single process.
-warnings.filterwarnings("ignore", "torch.distributed is disabled")
+# Numbers that every event of metrics.jsonl has. Others are null where they were not finite.
+NUMBERS = {"step": ("lr", "pairs", "tokens", "seconds"), "eval": ("pairs",)}
 
 
 class RunDirectory:
     """The files of one run, written by rank 0; checkpoints by all ranks.
 
-    result: what the weights of the run follow from, by stable names, in JSON. A run resumes from
-    checkpoints of the same result alone.
+    A directory that is there is locked from here on, another one by `open`: a second run in it is
+    refused, with a ValueError that names the process of the first.
     tensorboard_path: directory of TensorBoard's copy of the metrics, or None.
     """
 
-    def __init__(
-        self,
-        path,
-        keep_checkpoints: int,
-        result: dict,
-        process,
-        tensorboard_path: str | None = None,
-    ):
+    def __init__(self, path, keep_checkpoints: int, process, tensorboard_path: str | None = None):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.keep = keep_checkpoints
-        self.result = result
         self.process = process
+        self.result = None  # what the weights follow from
+        self.threads = ""  # the numbers of threads that ranks have
         self.metrics_file = None
         self.evaluated = set()  # on rank 0, the steps whose evaluation metrics.jsonl has
         self.tensorboard_path = tensorboard_path
         self.tensorboard = None
+        if process.rank == 0 and self.path.is_dir():
+            self.lock()
 
     # ----------------------------------------------------------------------------------------------
     # Start
 
-    def step_to_resume(self, total_steps: int) -> tuple[int, dict]:
+    def lock(self):
+        """Hold the directory for this process until it ends."""
+        try:
+            hold(self.path.resolve())
+        except OSError as error:
+            raise self.unusable(error) from None
+
+    def unusable(self, error: OSError) -> ValueError:
+        """Make the error of a directory in which no run can start."""
+        return ValueError(
+            f"--output_dir {self.path}: cannot be written to ({error.strerror}); "
+            "give another directory"
+        )
+
+    def step_to_resume(self, result: dict, total_steps: int, is_asked: bool) -> tuple[int, dict]:
         """Find the newest whole checkpoint: its step and its facts, or (0, {}) to start anew.
 
+        result: what the weights of the run follow from, by stable names, in JSON.
+        is_asked: whether this rank is to resume. All do where one is, as torchrun may count a
+            restart on some nodes alone.
         Raises ValueError that names each difference of what the results of the two runs follow
         from, or where the checkpoint has gone further.
         """
+        if not any(self.process.join([is_asked])[0]):
+            return 0, {}
         done, facts = newest_checkpoint(self.checkpoints, self.process)
         if not done:
             return 0, {}
@@ -98,7 +99,7 @@ class RunDirectory:
                 f"(facts.json has version {facts.get('version')}, expected {VERSION}); resume it "
                 "with that version, or give another --output_dir"
             )
-        different = differences(facts["result"], self.result)
+        different = differences(facts["result"], result)
         if different:
             raise ValueError(
                 f"--resume: {path} is of a run with other flags: {'; '.join(different)}; "
@@ -111,27 +112,36 @@ class RunDirectory:
             )
         return done, facts
 
-    def open(self, done: int, model_size: int, saves_checkpoints: bool):
+    def open(self, result: dict, done: int, model_size: int, saves_checkpoints: bool):
         """Make the directory ready for a run that resumes after step `done`, or starts (0).
 
         At step 0 the files of an earlier run are moved to earlier-N; later, the lines of later
-        steps are dropped from metrics.jsonl. model_size: bytes of the weights.
+        steps are dropped from metrics.jsonl. result: as above. model_size: bytes of the weights.
         Raises ValueError where the disk has no room for all that the run will write.
         """
+        self.result = result
+        threads = set(self.process.join([torch.get_num_threads()])[0])
+        self.threads = ", ".join(str(count) for count in sorted(threads))
         if self.process.rank == 0:
             if self.tensorboard_path:
                 self.tensorboard = Writer(self.tensorboard_path, done)
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                self.lock()
+                self.discard_unfinished()
                 if not done:
                     self.move_earlier_run()
                 self.check_room(model_size, self.keep + 1 if saves_checkpoints else 1)
                 self.open_metrics(done)
             except OSError as error:
-                raise ValueError(
-                    f"--output_dir {self.path}: cannot be written to ({error.strerror}); "
-                    "give another directory"
-                ) from None
+                raise self.unusable(error) from None
+
+    def discard_unfinished(self):
+        """Delete what a process was writing when it was killed."""
+        for name in ("metrics.jsonl", "report.html", *WEIGHT_FILES):
+            (self.path / f"{name}.part").unlink(missing_ok=True)
+        for unfinished in self.checkpoints.glob(".step-*"):
+            shutil.rmtree(unfinished)
 
     def move_earlier_run(self):
         """Move the files of an earlier run, if there is one, to a new directory earlier-N."""
@@ -173,21 +183,30 @@ class RunDirectory:
                 kept += json.dumps(event) + "\n"
                 if event["event"] == "eval":
                     self.evaluated.add(event["step"])
-        part = self.path / "metrics.jsonl.part"
-        part.write_text(kept)
-        part.rename(path)
+        with replacing(path) as part:
+            part.write_text(kept)
         self.metrics_file = open(path, "a")
 
     # ----------------------------------------------------------------------------------------------
     # Metrics
 
     def events(self) -> list[dict]:
-        """Read the events of metrics.jsonl, without a last line that the end of a run has cut."""
+        """Read the events of metrics.jsonl, and say which lines are none, and are skipped."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text().splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        events, damaged = [], []
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            event = event_of(line)
+            if event:
+                events.append(event)
+            else:
+                damaged.append(str(number))
+        if damaged:
+            self.process.print(
+                f"{path}: line {guards.listed(damaged)} skipped: cut or damaged, no event of a run"
+            )
+        return events
 
     def has_evaluation(self, step: int) -> bool:
         """Tell every rank whether metrics.jsonl has the evaluation of this step."""
@@ -219,35 +238,60 @@ class RunDirectory:
         """
         facts = {"version": VERSION, "step": step, "result": self.result, **facts}
         facts["processes"] = [self.process.world_size, self.process.device.type]
+        facts["threads"] = self.threads
+        shared, own = named(*get_state_dict(model, optimizer)), random_states(self.process)
+        local = {name: tensor_files.own_rows(tensor)[0] for name, tensor in shared.items()}
+        spoiled = self.process.join(guards.non_finite(local))[0]
+        if spoiled:
+            raise ValueError(
+                f"after step {step} {spoiled[0]} is not finite, so no checkpoint is saved of it; "
+                f"{self.what_is_left()}. A smaller --learning_rate may help"
+            )
         with self.writing():
             if self.process.rank == 0:
                 os.fsync(self.metrics_file.fileno())  # its lines belong to the checkpoint
-            state = training_state(model, optimizer, self.process)
+            state = shared, own
             save_checkpoint(self.checkpoints, step, state, facts, self.keep, self.process)
 
-    def load(self, facts: dict, model, optimizer, seed: int):
-        """Give model, optimizer and random states the values of the checkpoint with these facts.
+    def load(self, facts: dict, model, optimizer, scaler, seed: int):
+        """Give model, optimizer, scaler and random states the values of the checkpoint of `facts`.
 
         With another number or kind of processes random states begin anew, from `seed` and the step.
+        Raises ValueError that names the file of the checkpoint which does not fit.
         """
         process, step = self.process, facts["step"]
-        state = training_state(model, optimizer, process)
-        is_same = facts["processes"] == [process.world_size, process.device.type]
-        if not is_same:
-            del state["random"]
         path = self.checkpoints / f"step-{step}"
         process.print(f"resuming after step {step}, from {path}")
-        dcp.load(state, checkpoint_id=path, no_dist=not dist.is_initialized())
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        is_same = facts["processes"] == [process.world_size, process.device.type]
+        if not is_same:
+            count, device = facts["processes"]
+            process.print(
+                f"step-{step} is of {count} processes ({device}), this run has "
+                f"{process.world_size} ({process.device.type}): dropout draws other numbers, and "
+                "rounding differs"
+            )
+        elif facts["threads"] != self.threads and process.device.type == "cpu":
+            process.print(
+                f"step-{step} was computed with {facts['threads']} threads, this run has "
+                f"{self.threads} (OMP_NUM_THREADS): rounding differs, so the last bits of results "
+                "will, too"
+            )
+        try:
+            scaler.load_state_dict(facts["scaler"])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"{path}/facts.json: scaler is not as it was saved ({error})"
+            ) from None
+        state, optimizer_state = get_state_dict(model, optimizer)
+        own = random_states(process) if is_same else {}
+        tensor_files.load(path, process.rank, named(state, optimizer_state), own)
+        set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
         if not is_same:
             torch.manual_seed(seed + process.rank + step * process.world_size)
             return
-        random = state["random"][f"rank {process.rank}"]
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random:
-            torch.cuda.set_rng_state(random["cuda"])
+        torch.set_rng_state(own["random.cpu"])
+        if "random.cuda" in own:
+            torch.cuda.set_rng_state(own["random.cuda"])
 
     def what_is_left(self) -> str:
         """Say which checkpoint a run can resume from."""
@@ -261,9 +305,7 @@ class RunDirectory:
         """Turn an error of writing into a ValueError that says what is left."""
         try:
             yield
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if isinstance(error, CheckpointException):  # of several ranks
-                error, _ = next(iter(error.failures.values()))
+        except (OSError, RuntimeError) as error:
             if lost_process(error) or isinstance(error, torch.OutOfMemoryError):
                 raise error
             reason = str(error).partition("\n")[0]
@@ -323,61 +365,118 @@ def how_to_start(program: str) -> list[str]:
     return [python, program]
 
 
-def differences(before: dict, now: dict) -> list[str]:
-    """List the differences between the facts of two runs, names missing on one side included."""
-    found = []
-    for name in sorted(before.keys() | now.keys()):
-        part, _, field = name.partition(".")
-        called = DESCRIPTIONS.get(part, f"--{name}")
-        if field:
-            called = f"{field} of {called}"
-        if name not in now:
-            found.append(f"{called} is unknown to this version of train.py")
-        elif name not in before:
-            found.append(f"{called} was not recorded and is {now[name]!r}")
-        elif before[name] != now[name] and ANY not in (before[name], now[name]):
-            found.append(f"{called} was {before[name]!r} and is {now[name]!r}")
-    return found
+HELD = {}  # directories that this process has locked, and the descriptors that hold the locks
 
 
-def training_state(model, optimizer, process) -> dict:
-    """Collect the tensors of a checkpoint: this rank's shards of them, where they are sharded."""
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    random = {"cpu": torch.get_rng_state()}
+def hold(directory: Path):
+    """Lock a directory for this process until it ends, however that happens.
+
+    Raises ValueError that names the process which has locked it.
+    """
+    if directory in HELD:
+        return
+    # .lock stays when the run has ended: to delete it would leave a second run with another file.
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = guards.visible(os.read(descriptor, 100).decode(errors="replace").strip())
+        os.close(descriptor)
+        raise ValueError(
+            f"--output_dir {directory}: {holder or 'another process'} trains into it; wait until "
+            "it has ended, or give another directory"
+        ) from None
+    except OSError as error:
+        print(f"{directory}: has no lock ({error.strerror}); give it to no second run")
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    HELD[directory] = descriptor
+
+
+def event_of(line: bytes) -> dict | None:
+    """Return the event in a line of metrics.jsonl, or None where the line is not a whole one."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    kind = event.get("event") if isinstance(event, dict) else None
+    if kind not in ("step", "eval") or type(event.get("step")) is not int:
+        return None
+    for name in NUMBERS[kind]:
+        if not is_number(event.get(name)):
+            return None
+    for name, value in event.items():
+        if not (name == "event" or value is None or is_number(value) or isinstance(value, dict)):
+            return None
+    return event
+
+
+def is_number(value) -> bool:
+    """Tell whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def named(model_state: dict, optimizer_state: dict) -> dict[str, torch.Tensor]:
+    """Name the tensors of `get_state_dict`: all that changes in training.
+
+    The other values of an optimizer, such as the learning rate, follow from the flags.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in model_state.items()}
+    for name, values in optimizer_state["state"].items():
+        for key, tensor in values.items():
+            tensors[f"optimizer.{name}.{key}"] = tensor
+    return tensors
+
+
+def random_states(process) -> dict[str, torch.Tensor]:
+    """Return the states of this rank's random number generators."""
+    states = {"random.cpu": torch.get_rng_state()}
     if process.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state()
-    return {
-        "model": model_state,
-        "optimizer": optimizer_state,
-        "random": {f"rank {process.rank}": random},
-    }
+        states["random.cuda"] = torch.cuda.get_rng_state()
+    return states
 
 
-def save_checkpoint(directory: Path, step: int, state: dict, facts: dict, keep: int, process):
+@contextmanager
+def together(process) -> Iterator[None]:
+    """Wait for all ranks at the end of the block. Where one raises OSError there, all do."""
+    failures = []
+    try:
+        yield
+    except OSError as error:
+        failures.append(str(error))
+    failures = process.join(failures)[0]
+    if failures:
+        raise OSError(failures[0])
+
+
+def save_checkpoint(directory: Path, step: int, state, facts: dict, keep: int, process):
     """Write directory/step-N under another name, and rename it when all of it is on the disk.
 
-    Keeps the newest `keep` checkpoints. Raises OSError or CheckpointException.
+    state: tensors that ranks share, and those of this rank. Keeps the newest `keep` checkpoints.
+    Raises OSError, on all ranks.
     """
     whole, part = directory / f"step-{step}", directory / f".step-{step}.part"
-    if process.rank == 0:
-        for left_over in directory.glob(".step-*"):  # of a run that was killed while it saved
-            shutil.rmtree(left_over)
-        part.mkdir(parents=True)
-    process.wait()
-    # Each rank writes its shards and syncs them to the disk.
-    dcp.save(state, checkpoint_id=part, no_dist=not dist.is_initialized())
-    process.wait()
-    if process.rank == 0:
-        (part / "facts.json").write_text(json.dumps(facts))
-        (part / "sha256.json").write_text(json.dumps(hashes(part)))
-        for path in (part / "facts.json", part / "sha256.json", part):
-            sync(path)
-        if whole.exists():  # a damaged one
-            whole.rename(directory / f".step-{step}.old")
-        part.rename(whole)
-        sync(directory)
-        discard_old(directory, step, keep)
-    process.wait()
+    try:
+        with together(process):
+            if process.rank == 0:
+                part.mkdir(parents=True)
+        with together(process):
+            tensor_files.save(part, process.rank, *state)
+        with together(process):
+            if process.rank == 0:
+                (part / "facts.json").write_text(json.dumps(facts))
+                (part / "sha256.json").write_text(json.dumps(hashes(part)))
+                for path in (part / "facts.json", part / "sha256.json", part):
+                    sync(path)
+                if whole.exists():  # a damaged one
+                    whole.rename(directory / f".step-{step}.old")
+                part.rename(whole)
+                sync(directory)
+                discard_old(directory, step, keep)
+    except OSError:
+        if process.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def discard_old(directory: Path, step: int, keep: int):
@@ -393,17 +492,15 @@ def discard_old(directory: Path, step: int, keep: int):
         shutil.rmtree(old)
 
 
-def sync(path: Path):
-    """Flush the content of a file, or the names in a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 def hashes(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 of every file in a checkpoint except sha256.json."""
-    files = sorted(checkpoint.iterdir())
-    return {file.name: file_hash(file) for file in files if file.name != "sha256.json"}
+    found = {}
+    for file in sorted(checkpoint.iterdir()):
+        if not file.is_file():
+            raise ValueError(f"{file.name} is no file")
+        if file.name != "sha256.json":
+            found[file.name] = file_hash(file)
+    return found
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -423,9 +520,9 @@ def newest_checkpoint(directory: Path, process) -> tuple[int, dict]:
             path = directory / f"step-{step}"
             try:
                 check_hashes(path)
-                newest = step, json.loads((path / "facts.json").read_text())
+                newest = step, read_facts(path, step)
                 break
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError, RecursionError) as error:
                 process.print(f"{path}: skipped, as it is damaged: {error}")
     return process.broadcast(newest)
 
@@ -439,6 +536,41 @@ def check_hashes(checkpoint: Path):
             raise ValueError(f"{name} is missing")
         if written.get(name) != found[name]:
             raise ValueError(f"{name} is not what was written")
+
+
+def read_facts(checkpoint: Path, step: int) -> dict:
+    """Read facts.json of checkpoint step-N, and see whether its tensors have headers.
+
+    The facts of another version are returned as they are. Raises ValueError that names the file
+    which is not of a run.
+    """
+    facts = json.loads((checkpoint / "facts.json").read_text())
+    if not isinstance(facts, dict):
+        raise ValueError(f"facts.json: expected an object, found {type(facts).__name__}")
+    if facts.get("version") != VERSION:
+        return facts
+    scales = list(facts["scaler"].values()) if isinstance(facts.get("scaler"), dict) else [None]
+    is_right = {
+        "step": facts.get("step") == step,
+        "result": isinstance(facts.get("result"), dict),
+        "scaler": set(kinds(scales)) <= {int, float},
+        "skipped": kinds(facts.get("skipped")) == [int, int],
+        "processes": kinds(facts.get("processes")) == [int, str],
+        "threads": isinstance(facts.get("threads"), str),
+    }
+    for name in is_right:
+        if not is_right[name]:
+            raise ValueError(f"facts.json: {name} is {facts.get(name)!r}, which no run has written")
+    for file in tensor_files.files_of(checkpoint):
+        tensor_files.parts_of(file)
+    return facts
+
+
+def kinds(values) -> list[type]:
+    """List the types of a list's values; of another value, nothing."""
+    if not isinstance(values, list):
+        return []
+    return [type(value) for value in values]
 
 
 def stop_signals() -> list[int]:

@@ -4,10 +4,12 @@ Two processes against the curve of one, with whole weights: test_train.py.
 """
 
 import functools
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -37,7 +39,14 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
-from parts.distributed import Process, cut_into_micro_batches, share_of, size_of, split_over_ranks
+from parts.distributed import (
+    Process,
+    cut_into_micro_batches,
+    own_gpu,
+    share_of,
+    size_of,
+    split_over_ranks,
+)
 
 # --------------------------------------------------------------------------------------------------
 # Shares and micro-batches
@@ -211,6 +220,7 @@ def test_run_resumes_on_another_number_of_processes(small, tmp_path):
     stopped = functools.partial(signal_in_step, 0, 7, signal.SIGTERM)
     said = forked_ok(output_dir, *flags, "--resume", before=stopped)
     assert "resuming after step 5" in said
+    assert "step-5 is of 2 processes (cpu), this run has 1 (cpu): dropout draws other" in said
     forked_ok(output_dir, *halves, "--resume --zero_stage 3", processes=2)
     same_run(events_of(tmp_path / "one"), events_of(output_dir))
     codes, said = forked(output_dir, *flags, "--resume", processes=2)
@@ -248,6 +258,88 @@ def test_torchrun_starts_again_after_a_killed_rank_and_passes_signals_on(two, tm
     assert f"stopped after step {step} of 12" in said, said
     forked_ok(output_dir, *two[1], "--resume", processes=2)
     same_bits(output_dir, two[0])
+
+
+# --------------------------------------------------------------------------------------------------
+# Preparation
+
+
+def prepare_slowly(folder, seconds):
+    """Have rank 1 prepare its data for so long. Ranks begin together, however busy the machine.
+
+    Seconds count from when rank 0 is ready: a file tells when.
+    """
+    rank, prepare, wait = os.environ["RANK"], train.prepare, Process.wait_patiently
+
+    def slow(*arguments):
+        prepared = prepare(*arguments)
+        if rank == "1":
+            wait_for(folder / "waiting")
+            time.sleep(seconds)
+        return prepared
+
+    def watched(process):
+        (folder / "waiting").touch()
+        wait(process)
+
+    train.prepare, Process.wait_patiently = slow, watched
+    (folder / f"begun {rank}").touch()
+    wait_for(folder / f"begun {1 - int(rank)}")
+
+
+def wait_for(file):
+    while not file.exists():
+        time.sleep(0.01)
+
+
+def test_preparing_data_is_not_under_the_time_out(two, tmp_path):
+    """Two nodes with a cache each: rank 0 finds its tokens; rank 1 makes them, and takes longer
+    than processes wait for each other."""
+    caches = {"XDG_CACHE_HOME": str(tmp_path / "cold")}
+    before = functools.partial(prepare_slowly, tmp_path, 5)
+    flags = [*two[1], "--max_steps 2 --process_timeout 4 --eval_iters 1"]
+    codes, said = forked(tmp_path / "out", *flags, processes=2, before=before, variables=caches)
+    assert codes == [0, 0], said
+    assert list((tmp_path / "cold" / "reward-model").iterdir())
+    assert "score with it" in said[0]
+
+
+def test_process_lost_while_others_prepare_is_noticed_at_once(small, tmp_path):
+    """Long before the time-out, half an hour."""
+    before = functools.partial(lost_in_preparation, tmp_path)
+    codes, said = forked(tmp_path / "out", *small, processes=2, before=before)
+    assert codes == [1, -9], said
+    assert "rank 0 waited in vain for another process" in said[0].strip().splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def lost_in_preparation(folder):
+    prepare_slowly(folder, 0)
+    if os.environ["RANK"] == "1":
+        prepare = train.prepare
+
+        def lost(*arguments):
+            prepare(*arguments)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        train.prepare = lost
+
+
+@pytest.mark.parametrize(
+    "variables, gpus",
+    [
+        ({"LOCAL_RANK": "2"}, 2),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "3"}, 2),
+        ({"LOCAL_RANK": "0"}, 0),
+    ],
+)
+def test_more_ranks_than_gpus_are_refused_on_each_of_them(variables, gpus, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    ranks = gpus + 1
+    with pytest.raises(ValueError, match=f"found {ranks} ranks on this machine.* has {gpus} GPUs"):
+        own_gpu(gpus)
+    assert own_gpu(ranks) == int(variables["LOCAL_RANK"])
 
 
 # --------------------------------------------------------------------------------------------------

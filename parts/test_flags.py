@@ -166,6 +166,28 @@ def test_bad_flags(flags, expected, monkeypatch, capsys):
     assert line.startswith("train.py: error:") and all(word in line for word in expected), line
 
 
+@pytest.mark.parametrize(
+    "tokenizer",
+    ["out", "out/tokenizer.model", "out/a/tokenizer.json", "./x/../out", "link", "link/a"],
+)
+def test_tokenizer_in_the_output_directory_is_refused(tokenizer, monkeypatch, capsys, tmp_path):
+    """It would be moved to earlier-1, as a file of an earlier run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    line = complaint(monkeypatch, capsys, "--tokenizer_path", tokenizer)
+    assert line.startswith("train.py: error: argument --output_dir: found 'out', which is or holds")
+    assert f"--tokenizer_path {tokenizer!r}" in line and "another directory" in line
+
+
+@pytest.mark.parametrize("tokenizer", ["output", ".", "outer/out", "../out"])
+def test_tokenizer_beside_the_output_directory_or_around_it_is_not(
+    tokenizer, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    assert parsed(monkeypatch, "--tokenizer_path", tokenizer).tokenizer_path == tokenizer
+
+
 def test_without_tools_training_works_and_other_programs_name_what_is_missing(tmp_path):
     """A copy of the four modules and parts/ alone trains; the model loads there."""
     for name in ("rm.py", "model.py", "data.py", "train.py"):

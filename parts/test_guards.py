@@ -19,6 +19,7 @@ import data
 import train
 from conftest import (
     TINY,
+    complaint,
     events_of,
     forked,
     forked_ok,
@@ -31,8 +32,17 @@ from conftest import (
     write_rows,
 )
 from parts.distributed import Process, share_of
-from parts.guards import counted, listed, non_finite_message
+from parts.guards import (
+    check_evaluation,
+    check_scores,
+    check_weights,
+    counted,
+    listed,
+    non_finite,
+    non_finite_message,
+)
 from parts.run_directory import newest_checkpoint
+from rm import GPT, RewardModel
 
 
 def facts_of(output_dir):
@@ -60,9 +70,9 @@ def test_one_thing_is_singular(arguments, expected):
 
 @pytest.fixture(scope="module")
 def with_nan(built_in_run, tmp_path_factory):
-    """Make a model whose embedding of one token is NaN, and rows of which row 17 has that token.
+    """Copy a model, and write rows of which row 17 alone has a certain token.
 
-    Returns the flags to train on them, and the path of the rows.
+    Returns the flags to train on them, the path of the rows, and the token, which `nan_at` spoils.
     """
     folder = tmp_path_factory.mktemp("with_nan")
     without = shutil.ignore_patterns("checkpoints")
@@ -74,12 +84,25 @@ def with_nan(built_in_run, tmp_path_factory):
     tokenizer = data.load_tokenizer(model)
     used = [set(tokenizer.encode("".join(row.values()))) for row in rows]
     token = min(used[16] - set().union(*used[:16], *used[17:]))
-    weights = torch.load(model / "pytorch_model.bin", weights_only=True)
-    weights["rwtransformer.embed_tokens.weight"][token] = math.nan
-    torch.save(weights, model / "pytorch_model.bin")
-    flags = ["--model_name_or_path", model, "--data_path", path, "--max_seq_len 64"]
-    flags += ["--eval_path", write_rows(folder / "eval.jsonl", 4, seed=9), "--save_interval 1"]
-    return flags, path
+    other = write_rows(folder / "eval.jsonl", 4, seed=9)
+    flags = ["--model_name_or_path", model, "--max_seq_len 64 --save_interval 1"]
+    flags += ["--data_path", path, "--eval_path", other]
+    return flags, path, token
+
+
+def nan_at(token):
+    """Have the model compute NaN where this token stands; its weights stay finite."""
+    load_model = train.load_model
+
+    def spoil(module, inputs, output):
+        return output.masked_fill((inputs[0] == token)[..., None], math.nan)
+
+    def watched(*arguments):
+        model = load_model(*arguments)
+        model.backbone.embed.register_forward_hook(spoil)
+        return model
+
+    train.load_model = watched
 
 
 @pytest.mark.parametrize(
@@ -90,10 +113,11 @@ def test_error_of_a_loss_that_is_not_finite_names_step_rank_and_row(
     processes, layout, stage, with_nan, tmp_path, monkeypatch
 ):
     """Row 17 alone, though in a packed micro-batch it spoils others. The step before is saved."""
-    flags, path = with_nan
+    flags, path, token = with_nan
     flags = [*flags, f"--layout {layout} --zero_stage {stage}"]
     flags += ["--per_device_train_batch_size", 8 // processes]
-    codes, said = forked(tmp_path / "out", *flags, processes=processes)
+    before = functools.partial(nan_at, token)
+    codes, said = forked(tmp_path / "out", *flags, processes=processes, before=before)
     assert codes == [1] * processes, said
     monkeypatch.setattr(sys, "argv", ["train.py", *words(flags)])
     args = train.parse_flags(list(train.FAMILIES), train.LOSSES)
@@ -141,6 +165,98 @@ def test_training_that_diverges_stops_before_it_spoils_the_weights(tmp_path):
     assert "train.py: error: at step" in last and "--learning_rate" in last
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights and scores
+
+
+SPOILED = [math.nan, math.inf, -math.inf]
+
+
+@pytest.mark.parametrize("value", SPOILED)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(value, dtype):
+    weights = {"a": torch.full((3, 5), 60000.0).to(dtype), "none": torch.zeros(0).to(dtype)}
+    weights |= {"mask": torch.tensor([True]), "scalar": torch.tensor(0.0).to(dtype)}
+    assert non_finite(weights) == []
+    for name, index in [("a", (0, 0)), ("a", (2, 4)), ("a", (1, 3)), ("scalar", ())]:
+        before = weights[name][index].clone()
+        weights[name][index] = value
+        assert non_finite(weights) == [name]
+        with pytest.raises(ValueError, match=f"^place: weight {name} holds NaN or infinity"):
+            check_weights(weights, "place")
+        weights[name][index] = before
+
+
+@pytest.mark.parametrize("value", SPOILED)
+@pytest.mark.parametrize(
+    "name", ["v_head.weight", "rwtransformer.embed_tokens.weight", "rwtransformer.norm.weight"]
+)
+def test_weights_that_are_not_finite_are_refused_by_name_when_they_are_read(
+    name, value, built_in_run, on_files, tmp_path, monkeypatch, capsys
+):
+    """By the library, by train.py and by rm.py: nothing is trained, and no data is blamed."""
+    model = shutil.copytree(built_in_run[0], tmp_path / "model")
+    weights = torch.load(model / "pytorch_model.bin", weights_only=True)
+    weights[name].view(-1)[-1] = value
+    torch.save(weights, model / "pytorch_model.bin")
+    expected = f"{model}: weight {name} holds NaN or infinity"
+    for kind in (RewardModel, GPT):
+        with pytest.raises(ValueError, match=expected):
+            kind.from_pretrained(model)
+    flags = [*on_files, "--max_seq_len 64 --model_name_or_path", model]
+    line = complaint(monkeypatch, capsys, *flags, "--output_dir", tmp_path / "out")
+    assert expected in line
+    if name == "v_head.weight":
+        done = run("rm.py", model, on_files[1])
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith(f"rm.py: error: {expected}")
+
+
+@pytest.mark.parametrize("layout", ["deepspeed-chat", "hf"])
+def test_weights_that_are_not_finite_are_not_saved(layout, built_in_run, tmp_path):
+    """The files that were there stay as they were."""
+    model = RewardModel.from_pretrained(built_in_run[0])
+    model.save_pretrained(tmp_path, layout)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    model.v_head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="weight (v_head|score).weight holds NaN or infinity"):
+        model.save_pretrained(tmp_path, layout)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("normalize", ["", "--normalize_rewards"])
+def test_last_evaluation_that_is_not_finite_ends_the_run_with_an_error(
+    normalize, processes, with_nan, tmp_path
+):
+    """Row 17 is evaluated on, not trained on: the weights are finite, and so the model is saved."""
+    flags, path, token = with_nan
+    other = flags[-1]
+    flags = [*flags, "--data_path", other, "--eval_path", path, "--max_steps 3", normalize]
+    before = functools.partial(nan_at, token)
+    codes, said = forked(tmp_path / "out", *flags, processes=processes, before=before)
+    assert codes == [1] * processes, said
+    line = said[0].strip().splitlines()[-1]
+    assert line.startswith("train.py: error: the last evaluation is not finite (")
+    assert "the model is saved" in line and f"{tmp_path}/out/checkpoints/step-3" in line
+    evaluations = events_of(tmp_path / "out")["eval"]
+    assert [event["loss"] for event in evaluations] == [None, None]
+    RewardModel.from_pretrained(tmp_path / "out")
+
+
+def test_scores_and_losses_are_looked_at():
+    check_scores([1.0, -3e38], "file: row 3")
+    with pytest.raises(ValueError, match="^file: row 3: the score of response 1 is inf"):
+        check_scores([1.0, math.inf], "file: row 3")
+    numbers = {"chosen": [1.0, 2.0], "rejected": [0.0, 1.0], "subset": [None], "loss": [0.5]}
+    check_evaluation(numbers, "nothing is left")
+    numbers["loss"] = [math.nan]
+    with pytest.raises(ValueError, match="finite .loss: 1 of 1 .* nan.*; nothing is left"):
+        check_evaluation(numbers, "nothing is left")
 
 
 def test_message_of_many_rows_lists_the_first_and_counts_the_others():

@@ -1,9 +1,12 @@
 """A run's directory: nothing is lost when a run is killed, a file damaged, or the disk full."""
 
 import functools
+import io
 import itertools
 import json
+import math
 import os
+import pickle
 import resource
 import shlex
 import shutil
@@ -15,8 +18,10 @@ import pytest
 import torch
 
 import data
+import rm
 import train
 from conftest import (
+    FORKS,
     HERE,
     TINY,
     complaint,
@@ -27,6 +32,7 @@ from conftest import (
     hold_in_step,
     in_step,
     metrics_of,
+    read_rows,
     same_bits,
     same_run,
     signal_in_step,
@@ -36,7 +42,12 @@ from conftest import (
 )
 from parts import run_directory
 from parts.distributed import Process
-from parts.run_directory import ANY, RunDirectory, checkpoint_steps, differences, newest_checkpoint
+from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint
+from parts.tensor_files import own_rows
+
+STEP = {"event": "step", "loss": 0.5, "lr": 0.1, "grad_norm": 1.0}
+STEP |= {"pairs": 4, "tokens": 40, "seconds": 0.1}
+EVAL = {"event": "eval", "loss": 0.5, "accuracy": 0.5, "pairs": 4}
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +68,13 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
         (tmp_path / "model.safetensors").write_text("would be taken for the new model")
         (tmp_path / "examples.jsonl").write_text(f"examples {number}")
         (tmp_path / "notes.txt").write_text("not ours")
-        run = RunDirectory(tmp_path, 2, {}, Process())
-        run.open(0, 1000, saves_checkpoints=False)
-        run.log(event="step", step=number)
+        run = RunDirectory(tmp_path, 2, Process())
+        run.open({}, 0, 1000, saves_checkpoints=False)
+        run.log(**STEP, step=number)
     assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
     metrics = (tmp_path / "earlier-2" / "metrics.jsonl").read_text()
-    assert json.loads(metrics) == {"event": "step", "step": 1}
+    assert json.loads(metrics) == {**STEP, "step": 1}
     assert (tmp_path / "earlier-2" / "examples.jsonl").read_text() == "examples 2"
     assert not (tmp_path / "model.safetensors").exists()
     assert not (tmp_path / "examples.jsonl").exists()
@@ -81,16 +92,16 @@ def test_output_directory_that_cannot_be_written_to(monkeypatch, capsys, tmp_pat
 
 def test_metrics_are_cut_after_the_step_that_a_run_resumes_at(tmp_path):
     """A line that the end of a run has cut goes, too; a number that is not finite becomes null."""
-    run = RunDirectory(tmp_path, 2, {}, Process())
-    run.open(0, 1000, saves_checkpoints=False)
+    run = RunDirectory(tmp_path, 2, Process())
+    run.open({}, 0, 1000, saves_checkpoints=False)
     for step in (1, 2, 3):
-        run.log(event="step", step=step, loss=float("nan"))
+        run.log(**STEP | {"loss": float("nan")}, step=step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "step", "st')
     assert [event["step"] for event in run.events()] == [1, 2, 3]
-    resumed = RunDirectory(tmp_path, 2, {}, Process())
-    resumed.open(2, 1000, saves_checkpoints=False)
-    resumed.log(event="eval", step=2)
+    resumed = RunDirectory(tmp_path, 2, Process())
+    resumed.open({}, 2, 1000, saves_checkpoints=False)
+    resumed.log(**EVAL, step=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
     assert json.loads(lines[0])["loss"] is None
@@ -107,7 +118,7 @@ def commands(text: str) -> list[str]:
 
 
 def test_examples_are_comparisons_that_data_files_hold(tmp_path):
-    run = RunDirectory(tmp_path, 2, {}, Process())
+    run = RunDirectory(tmp_path, 2, Process())
     expected = list(itertools.islice(data.known_rewards(0), 20))
     path = run.write_examples(data.known_rewards(0))
     assert path == tmp_path / "examples.jsonl"
@@ -119,7 +130,7 @@ def test_examples_are_comparisons_that_data_files_hold(tmp_path):
 
 def test_next_commands_are_quoted_and_start_this_python_and_rm_py_from_here(tmp_path, monkeypatch):
     (tmp_path / "a b.jsonl").write_text("")
-    run = RunDirectory("it's out", 2, {}, Process())
+    run = RunDirectory("it's out", 2, Process())
     ours = sys.executable
     for directory, found, python, program in (
         (HERE, os.path.join(os.path.dirname(ours), "python"), "python", "rm.py"),
@@ -157,6 +168,76 @@ def test_run_on_built_in_data_leaves_examples_also_when_it_resumes(processes, tm
     assert "resuming after step 2" in again
     assert again.splitlines()[-5:] == said.splitlines()[-5:]
     assert (output_dir / "examples.jsonl").read_bytes() == examples
+
+
+# --------------------------------------------------------------------------------------------------
+# Two runs in one directory
+
+
+def test_second_run_is_refused_at_once_and_the_first_goes_on(small, undisturbed, tmp_path):
+    """The error names the process, and stands alone: nothing was prepared, or moved away."""
+    output_dir = tmp_path / "out"
+    first = start(
+        output_dir, *small, "--save_interval 4", before=functools.partial(hold_in_step, 6)
+    )
+    wait_for_steps(output_dir, 5, first[0].is_alive)
+    for flags in ([], ["--resume"]):
+        said = refusal(output_dir, *small, *flags)
+        line = f"train.py: error: --output_dir {output_dir}: process {first[0].pid} on "
+        assert said.startswith(line) and len(said.splitlines()) == 1, said
+    assert not (output_dir / "earlier-1").exists()
+    os.kill(first[0].pid, signal.SIGTERM)
+    assert end(first)[0] == [0]
+    forked_ok(output_dir, *small, "--save_interval 4 --resume")
+    same_bits(output_dir, undisturbed)
+
+
+def refusal(output_dir, *arguments):
+    """Start train.py in a directory in which another run is; it must fail. What it says."""
+    pipe = output_dir.parent / "second"
+    codes, (said,) = forked(pipe, *arguments, last=["--output_dir", output_dir])
+    assert codes == [1], said
+    return said
+
+
+def test_killed_run_leaves_no_lock(small, tmp_path):
+    output_dir = tmp_path / "out"
+    killed = functools.partial(signal_in_step, 0, 4, signal.SIGKILL)
+    assert forked(output_dir, *small, before=killed)[0] == [-9]
+    assert (output_dir / ".lock").exists()
+    forked_ok(output_dir, *small, "--max_steps 1")
+
+
+def hold_directory(directory, pipe):
+    """Lock a directory, as a run does, until something is sent through the pipe."""
+    directory.mkdir()
+    run_directory.hold(directory)
+    pipe.send("locked")
+    pipe.recv()
+
+
+def test_directory_that_another_run_makes_meanwhile_is_refused(tmp_path):
+    """Both start without it, and prepare their data; the second to finish finds it locked."""
+    output_dir = tmp_path / "out"
+    run = RunDirectory(output_dir, 2, Process())
+    ours, theirs = FORKS.Pipe()
+    other = FORKS.Process(target=hold_directory, args=(output_dir, theirs))
+    other.start()
+    assert ours.recv() == "locked"
+    with pytest.raises(ValueError, match=f"--output_dir {output_dir}: process {other.pid} on "):
+        run.open({}, 0, 1000, saves_checkpoints=False)
+    ours.send("end")
+    other.join()
+    run.open({}, 0, 1000, saves_checkpoints=False)
+    assert (output_dir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_lock_is_no_link_to_follow(tmp_path):
+    (tmp_path / "notes.txt").write_text("a user's")
+    (tmp_path / ".lock").symlink_to(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="--output_dir .* cannot be written to"):
+        RunDirectory(tmp_path, 2, Process())
+    assert (tmp_path / "notes.txt").read_text() == "a user's"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -245,6 +326,19 @@ def test_only_the_newest_checkpoints_are_kept_and_nothing_else(small, tmp_path):
     assert left == {"step-8", "step-10", "step-12"}
 
 
+def test_what_a_killed_run_was_writing_is_gone_after_the_next_start(small, undisturbed, tmp_path):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    unfinished = ["metrics.jsonl", "report.html", "pytorch_model.bin", "model.safetensors"]
+    for name in unfinished:
+        (output_dir / f"{name}.part").write_text("half")
+    (output_dir / "checkpoints" / ".step-13.part").mkdir()
+    (output_dir / "checkpoints" / ".step-4.old").mkdir()
+    (output_dir / "notes.part").write_text("a user's")
+    forked_ok(output_dir, *small, "--resume")
+    assert [path.name for path in output_dir.glob("*.part")] == ["notes.part"]
+    assert not list((output_dir / "checkpoints").glob(".*"))
+
+
 def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_path):
     output_dir = shutil.copytree(undisturbed, tmp_path / "out")
     (output_dir / "pytorch_model.bin").unlink()  # killed while it was saved
@@ -298,11 +392,14 @@ def flip(path, position):
     "damage, expected",
     [
         (
-            lambda step: os.truncate(step / "__0_0.distcp", 1000),
-            "__0_0.distcp is not what was written",
+            lambda step: os.truncate(step / "rank-0.safetensors", 1000),
+            "rank-0.safetensors is not what was written",
         ),
-        (lambda step: flip(step / "__0_0.distcp", 300_000), "__0_0.distcp is not what was written"),
-        (lambda step: flip(step / ".metadata", 5000), ".metadata is not what was written"),
+        (
+            lambda step: flip(step / "rank-0.safetensors", 300_000),
+            "rank-0.safetensors is not what was written",
+        ),
+        (lambda step: (step / ".metadata").write_text("x"), ".metadata is not what was written"),
         (lambda step: flip(step / "facts.json", 24), "facts.json is not what was written"),
         (lambda step: os.truncate(step / "facts.json", 300), "facts.json is not what was written"),
         (lambda step: (step / "facts.json").write_text("{}"), "facts.json is not what was written"),
@@ -310,7 +407,7 @@ def flip(path, position):
         (lambda step: (step / "sha256.json").unlink(), "sha256.json"),
         (lambda step: (step / "sha256.json").write_text("{}"), "is not what was written"),
         (lambda step: (step / "sha256.json").write_text("[]"), "step-12"),
-        (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+        (lambda step: (step / "rank-0.safetensors").unlink(), "rank-0.safetensors is missing"),
     ],
 )
 def test_damaged_checkpoint_is_skipped_for_the_one_before_it(
@@ -342,7 +439,7 @@ def test_damaged_checkpoints_give_way_and_what_is_whole_stays(small, undisturbed
     """
     output_dir = shutil.copytree(undisturbed, tmp_path / "out")
     for step in (8, 12):
-        flip(output_dir / "checkpoints" / f"step-{step}" / "__0_0.distcp", 70_000)
+        flip(output_dir / "checkpoints" / f"step-{step}" / "rank-0.safetensors", 70_000)
     flags = [*small, "--save_interval 5 --keep_checkpoints 1 --resume"]
     killed = functools.partial(signal_in_step, 0, 7, signal.SIGKILL)
     _, (said,) = forked(output_dir, *flags, before=killed)
@@ -353,7 +450,7 @@ def test_damaged_checkpoints_give_way_and_what_is_whole_stays(small, undisturbed
     assert "resuming after step 5" in forked_ok(output_dir, *flags)
     assert checkpoint_steps(output_dir / "checkpoints") == [12]
     same_bits(output_dir, undisturbed)
-    flip(output_dir / "checkpoints" / "step-12" / ".metadata", 70)
+    flip(output_dir / "checkpoints" / "step-12" / "rank-0.safetensors", 70)
     said = forked_ok(output_dir, *flags)
     assert "step-12: skipped, as it is damaged" in said and f"{output_dir}/earlier-1" in said
     assert (output_dir / "earlier-1" / "checkpoints" / "step-12").is_dir()
@@ -436,12 +533,12 @@ def test_run_resumes_with_the_same_flags_or_the_same_batch_made_up_otherwise(
 
 
 def edit_facts(checkpoint, change):
-    """Change the facts of a checkpoint, which stays whole: its hashes are written anew."""
+    """Change the facts of a checkpoint, which stays whole."""
     file = checkpoint / "facts.json"
     facts = json.loads(file.read_text())
     change(facts)
     file.write_text(json.dumps(facts))
-    (checkpoint / "sha256.json").write_text(json.dumps(run_directory.hashes(checkpoint)))
+    rehash(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -502,26 +599,266 @@ def test_checkpoint_of_another_version_is_refused(
     assert checkpoint_steps(output_dir / "checkpoints") == [12, 8, 4]
 
 
-def test_differences_name_both_values():
-    before = {"seed": 1, "global_batch": 12, "config.n_head": 2, "same": 0, "gone": 3}
-    now = {"seed": 2, "global_batch": 6, "config.n_head": 4, "same": 0, "new": 4}
-    found = differences(before, now)
-    assert [line.partition(" (")[0] for line in found] == [
-        "n_head of the model's config",
-        "the batch of all processes",
-        "--gone is unknown to this version of train.py",
-        "--new was not recorded and is 4",
-        "--seed was 1 and is 2",
-    ]
-    assert found[0].endswith(" was 2 and is 4") and found[1].endswith(" was 12 and is 6")
-    assert differences(now, dict(now)) == []
+# --------------------------------------------------------------------------------------------------
+# Wrong content with right checksums
 
 
-def test_differences_say_nothing_of_facts_that_do_not_count():
-    """Where dropout differs, the layout counts on one side alone; dropout names the difference."""
-    before = {"dropout": 0.0, "layout": ANY}
-    found = differences(before, {"dropout": 0.1, "layout": "packed"})
-    assert found == ["--dropout was 0.0 and is 0.1"]
+def rehash(checkpoint):
+    """Write the checksums of a checkpoint anew, as an attacker can: it is whole again."""
+    (checkpoint / "sha256.json").write_text(json.dumps(run_directory.hashes(checkpoint)))
+
+
+class Payload:
+    """An object whose pickle makes a directory when it is loaded."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.directory),)
+
+
+def payloads(directory):
+    """Return a pickle that makes this directory: plain, and as torch.save writes it."""
+    zipped = io.BytesIO()
+    torch.save(Payload(directory), zipped)
+    plain = pickle.dumps(Payload(directory), protocol=2)
+    return {"pickle": plain, "torch.save": zipped.getvalue()}
+
+
+def resume_here(output_dir, flags, monkeypatch) -> bool:
+    """Run train.py --resume in this process; whether it succeeded."""
+    arguments = words([*flags, "--resume --output_dir", output_dir])
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
+    try:
+        train.main()
+    except SystemExit:
+        return False
+    return True
+
+
+def test_payloads_run_where_pickles_are_trusted(tmp_path):
+    content = payloads(tmp_path / "ran")
+    pickle.loads(content["pickle"])
+    (tmp_path / "ran").rmdir()
+    torch.load(io.BytesIO(content["torch.save"]), weights_only=False)
+    (tmp_path / "ran").rmdir()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "torch.save"])
+@pytest.mark.parametrize("in_front", [False, True], ids=["alone", "in front"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "checkpoints/step-12/rank-0.safetensors",
+        "checkpoints/step-12/facts.json",
+        "checkpoints/step-12/sha256.json",
+        "checkpoints/step-12/.metadata",  # as PyTorch's own checkpoints have it
+        "checkpoints/step-12/__0_0.distcp",
+        "metrics.jsonl",
+        "pytorch_model.bin",
+        "config.json",
+        "tokenizer.model",
+        ".lock",
+    ],
+)
+def test_nothing_in_a_run_directory_runs(
+    name, in_front, kind, small, undisturbed, tmp_path, monkeypatch
+):
+    """Resuming from it, and loading its model and tokenizer: an error, or all goes well."""
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    file = output_dir / name
+    content = payloads(tmp_path / "ran")[kind]
+    if in_front and file.exists():
+        content += file.read_bytes()
+    file.write_bytes(content)
+    if file.parent.name == "step-12" and file.name != "sha256.json":
+        rehash(file.parent)
+    for load in (rm.RewardModel.from_pretrained, data.load_tokenizer):
+        try:
+            load(output_dir)
+        except ValueError:
+            pass
+    is_resumed = resume_here(output_dir, small, monkeypatch)
+    assert is_resumed or file.name == "rank-0.safetensors"
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "facts, found",
+    [
+        (None, "expected an object, found NoneType"),
+        ([1], "expected an object, found list"),
+        ({"scaler": ...}, "scaler is None"),
+        ({"scaler": None}, "scaler is None"),
+        ({"scaler": {"scale": "1"}}, "scaler is {'scale': '1'}"),
+        ({"result": [1]}, "result is [1]"),
+        ({"result": ...}, "result is None"),
+        ({"step": 8}, "step is 8"),
+        ({"step": "12"}, "step is '12'"),
+        ({"skipped": [1]}, "skipped is [1]"),
+        ({"skipped": {"1": 2}}, "skipped is {'1': 2}"),
+        ({"processes": [1, 2]}, "processes is [1, 2]"),
+        ({"threads": 1}, "threads is 1"),
+        ("[" * 100_000, "recursion"),
+        ("\0" * 300, "Expecting value"),
+    ],
+)
+def test_facts_that_no_run_has_written_are_skipped_by_name(
+    facts, found, small, undisturbed, tmp_path, capsys
+):
+    """... stands for a fact that is missing."""
+    checkpoints = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    file = checkpoints / "step-12" / "facts.json"
+    if isinstance(facts, dict):
+        facts = json.loads(file.read_text()) | facts
+        facts = {name: value for name, value in facts.items() if value is not ...}
+    file.write_text(facts if isinstance(facts, str) else json.dumps(facts))
+    rehash(checkpoints / "step-12")
+    assert newest_checkpoint(checkpoints, Process())[0] == 8
+    said = capsys.readouterr().out
+    assert said.startswith(f"{checkpoints}/step-12: skipped, as it is damaged: ")
+    assert found in said
+
+
+def test_scaler_of_a_run_without_one_is_refused_by_name(
+    small, undisturbed, tmp_path, monkeypatch, capsys
+):
+    flags = [*small, "--dtype fp16 --save_interval 6"]
+    forked_ok(tmp_path / "out", *flags)
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-12"
+    edit_facts(checkpoint, lambda facts: facts.update(scaler={}))
+    line = complaint(monkeypatch, capsys, *flags, "--resume --output_dir", tmp_path / "out")
+    assert f"{checkpoint}/facts.json: scaler is not as it was saved" in line
+
+
+def test_what_is_no_file_in_a_checkpoint_makes_it_damaged(undisturbed, tmp_path, capsys):
+    checkpoints = shutil.copytree(undisturbed / "checkpoints", tmp_path / "checkpoints")
+    os.mkfifo(checkpoints / "step-12" / "pipe")
+    (checkpoints / "step-8" / "directory").mkdir()
+    assert newest_checkpoint(checkpoints, Process())[0] == 4
+    said = capsys.readouterr().out
+    assert "pipe is no file" in said and "directory is no file" in said
+
+
+GOOD = json.dumps(STEP | {"step": 1}).encode()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"5",
+        b"null",
+        b"[" * 100_000,
+        b"\0" * 300,
+        b'{"event": "step", "note": "\xc3',
+        GOOD[: len(GOOD) // 2],
+        json.dumps(EVAL | {"step": 1, "accuracy": None}).encode(),
+        json.dumps(STEP | {"step": "1"}).encode(),
+        json.dumps(STEP | {"step": 1, "loss": "0.5"}).encode(),
+        json.dumps(STEP | {"step": 1, "event": ["step"]}).encode(),
+        json.dumps(STEP | {"step": 1, "lr": float("nan")}).encode(),
+        json.dumps(STEP | {"step": 1, "seconds": 10**400}).encode(),
+        json.dumps(EVAL | {"step": 1, "ece": [0.5]}).encode(),
+        json.dumps({"event": "step", "step": 1}).encode(),
+    ],
+)
+@pytest.mark.parametrize("is_last", [False, True])
+def test_line_of_metrics_that_is_no_event_is_skipped_and_named(line, is_last, tmp_path, capsys):
+    """All other lines are kept, up to the step that the run resumes at."""
+    lines = [json.dumps(STEP | {"step": step}).encode() for step in (1, 2, 3)]
+    lines.insert(3 if is_last else 1, line)
+    ends = b"" if is_last else b"\n"
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + ends)
+    run = RunDirectory(tmp_path, 2, Process())
+    run.open({}, 2, 1000, saves_checkpoints=False)
+    assert [event["step"] for event in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    said = capsys.readouterr().out
+    number = 4 if is_last else 2
+    assert f"{tmp_path}/metrics.jsonl: line {number} skipped" in said
+
+
+def test_run_resumes_after_a_power_failure_with_what_is_whole(small, undisturbed, tmp_path):
+    """The last lines of metrics.jsonl were not on the disk yet; those of the checkpoint were."""
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    metrics = output_dir / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    assert json.loads(lines[10])["step"] == 9
+    metrics.write_bytes(b"".join(lines[:10]) + lines[10][:40] + b"\0" * 700)
+    said = forked_ok(output_dir, *small, "--resume")
+    assert "resuming after step 8" in said and f"{metrics}: line 11 skipped" in said
+    same_bits(output_dir, undisturbed)
+
+
+# --------------------------------------------------------------------------------------------------
+# Another machine
+
+
+def two_threads():
+    torch.set_num_threads(2)
+
+
+def test_another_number_of_threads_is_named(small, undisturbed, tmp_path):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    said = forked_ok(output_dir, *small, "--resume --save_interval 4", before=two_threads)
+    line = "step-8 was computed with 1 threads, this run has 2 (OMP_NUM_THREADS): rounding differs"
+    assert line in said, said
+    shutil.rmtree(output_dir / "checkpoints" / "step-12")
+    assert "was computed with" not in forked_ok(output_dir, *small, "--resume")
+
+
+# --------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def spoil_in_step(step, value, rank="0"):
+    """Have the optimizer's step spoil the embedding of the last token, which no text has."""
+    optimizers, make_optimizer = [], train.make_optimizer
+
+    def watched(*arguments):
+        optimizers.append(make_optimizer(*arguments))
+        optimizers[0].register_step_post_hook(spoil)
+        return optimizers[0]
+
+    def spoil(optimizer, *_):
+        if next(steps) == step and os.environ.get("RANK", "0") == rank:
+            weight = optimizer.param_groups[0]["params"][0].detach()
+            own_rows(weight)[0][-1, -1] = value
+
+    steps = itertools.count(1)
+    train.make_optimizer = watched
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("step", [8, 12], ids=["a checkpoint", "the last step"])
+def test_weights_that_are_not_finite_are_in_no_checkpoint(step, value, small, tmp_path):
+    output_dir = tmp_path / "out"
+    before = functools.partial(spoil_in_step, step, value)
+    codes, (said,) = forked(
+        output_dir, *small, "--save_interval 4 --eval_interval 0", before=before
+    )
+    assert codes == [1], said
+    line = said.strip().splitlines()[-1]
+    assert (
+        f"after step {step} model.backbone.embed.weight is not finite, so no checkpoint is" in line
+    )
+    assert f"the last whole checkpoint is {output_dir}/checkpoints/step-{step - 4}." in line
+    assert max(checkpoint_steps(output_dir / "checkpoints")) == step - 4
+    assert not (output_dir / "pytorch_model.bin").exists()
+
+
+def test_weights_of_one_rank_that_are_not_finite_end_all_ranks(two, tmp_path):
+    before = functools.partial(spoil_in_step, 8, math.nan, rank="1")
+    flags = [*two[1], "--zero_stage 3"]
+    codes, said = forked(tmp_path / "out", *flags, processes=2, before=before)
+    assert codes == [1, 1], said
+    for text in said:
+        assert "is not finite, so no checkpoint is saved of it" in text.strip().splitlines()[-1]
+    assert checkpoint_steps(tmp_path / "out" / "checkpoints") == [4]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -535,6 +872,11 @@ def limit_files(size):
 
 def limit_in_step(step, size):
     in_step(step, functools.partial(limit_files, size))
+
+
+def limit_rank_in_step(rank, step, size):
+    if os.environ["RANK"] == str(rank):
+        limit_in_step(step, size)
 
 
 def limit_in_the_end():
@@ -565,11 +907,26 @@ def test_error_of_a_full_disk_names_the_last_checkpoint_which_stays(
     assert codes == [1] and "Traceback" not in said, said
     error = f"train.py: error: --output_dir {output_dir}: cannot be written to ("
     assert line.startswith(error) and f"{output_dir}/checkpoints/step-{last}" in line
+    assert not list(output_dir.rglob("*.part"))
     forked_ok(output_dir, *small, "--save_interval 4 --resume")
     same_bits(output_dir, undisturbed)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_full_disk_of_one_rank_ends_all_with_the_same_line(rank, two, tmp_path):
+    """The disk takes no 20 KB; with sharded weights both ranks write into a checkpoint."""
+    output_dir = tmp_path / "out"
+    before = functools.partial(limit_rank_in_step, rank, 6, 20_000)
+    codes, said = forked(output_dir, *two[1], "--zero_stage 3", processes=2, before=before)
+    assert codes == [1, 1], said
+    for text in said:
+        line = text.strip().splitlines()[-1]
+        assert "cannot be written to ([Errno 27] File too large); the last whole" in line, text
+        assert f"{output_dir}/checkpoints/step-4" in line
+    assert checkpoint_steps(output_dir / "checkpoints") == [4]
+    assert not list(output_dir.rglob("*.part"))
+
+
 def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(
     small, undisturbed, tmp_path, monkeypatch, capsys
 ):
@@ -578,7 +935,7 @@ def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     line = complaint(monkeypatch, capsys, *small, "--output_dir", tmp_path / "new")
     assert f"--output_dir {tmp_path}/new" in line and "--keep_checkpoints" in line
-    assert not list((tmp_path / "new").iterdir())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     flags = [*small, "--output_dir", output_dir, "--resume --keep_checkpoints 2"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words(flags)])
     monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import pad_rows, shared_prefix, tokenize
 from parts.chat import encode_prompt
-from parts.guards import counted, visible
+from parts.guards import check_scores, counted, visible
 from parts.metrics import accuracy, in_words
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
 from parts.rows import convert_rows, files_of, read_rows
@@ -139,7 +139,9 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]
         variants = comparison.margin, comparison.target
-        rows.append(Row(sequences, texts, rewards, prompt, cut, lost, marks, *variants))
+        row = Row(sequences, texts, rewards, prompt, cut, lost, marks, *variants)
+        rows.append(row)
+        check_scores(row.scores, comparison.where)
     return rows
 
 

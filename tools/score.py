@@ -10,11 +10,11 @@ The model is in rm.py, file formats are in data.py, pages in tools/pairs_page.py
 import argparse
 import itertools
 import json
+import math
 import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,8 +33,9 @@ from data import (
 )
 from parts import metrics
 from parts.chat import notes_on
+from parts.files import replacing
 from parts.flags import add_row_flags, flags_of, row_reading
-from parts.guards import counted
+from parts.guards import check_scores, counted
 from parts.huggingface import LAYOUTS, rows_to_add
 from parts.rows import Reading, convert_rows, files_of, note_lines, unused_lines
 from parts.token_cache import NO_LIMIT, first_of_each
@@ -203,15 +204,12 @@ def score_program(argv: list[str]):
         if args.show:
             wants_colors = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
             pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
-    counts = Counts()
-    if args.out or not (args.html or args.show):
-        settings = args.batch_size, args.layout, max_seq_len
-        # An earlier --out stays until there is a whole new one.
-        part = f"{args.out}.part"
-        with open(part, "w") if args.out else nullcontext(sys.stdout) as out:
+    counts, settings = Counts(), (args.batch_size, args.layout, max_seq_len)
+    if args.out:
+        with replacing(args.out) as part, open(part, "w") as out:
             counts = write_scores(out, rows, model, tokenizer, *settings)
-        if args.out:
-            os.replace(part, args.out)
+    elif not (args.html or args.show):
+        counts = write_scores(sys.stdout, rows, model, tokenizer, *settings)
     for line in [*rows.notes(), *counts.summary(max_seq_len)]:
         print(line, file=sys.stderr)
 
@@ -282,7 +280,11 @@ class Counts:
 
 
 def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:
-    """Write a line of JSON for every comparison, with a score for every response as written."""
+    """Write a line of JSON for every comparison, with a score for every response as written.
+
+    Raises ValueError that names the row with a score which is not finite; the rows before it are
+    written.
+    """
     counts, rows = Counts(), iter(comparisons)
     to_sequences = partial(tokenize, tokenizer=tokenizer, max_seq_len=max_seq_len)
     with tqdm(unit=" rows", file=sys.stderr) as bar:
@@ -291,6 +293,10 @@ def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq
             groups = list(convert_rows(to_sequences, window))
             results = score(model, groups, batch_size, layout)
             for comparison, sequences, scores in zip(window, groups, results):
+                if not all(map(math.isfinite, scores)):
+                    # In a packed batch a NaN spoils other texts: alone, each has its own score.
+                    scores = [score(model, [[text]], 1, layout)[0][0] for text in sequences]
+                    check_scores(scores, comparison.where)
                 counts.add(comparison, sequences, scores)
                 if max(map(len, sequences)) == max_seq_len:
                     whole = tokenize(comparison, tokenizer, NO_LIMIT)

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -395,6 +396,54 @@ def test_added_tokens_without_a_row_are_scored_as_rows_of_zeros(tmp_path, run_he
     (comparison,) = data.load_comparisons(file)
     expected = score.end_scores(model.eval(), [data.tokenize(comparison, tokenizer, 64)], "padded")
     assert json.loads(out)["scores"] == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_scores_of_finite_weights_that_overflow_are_an_error(trained, tmp_path, run_here):
+    model = RewardModel.from_pretrained(trained)
+    model.v_head.weight.data.fill_(3e38)
+    model.save_pretrained(tmp_path, tokenizer=data.load_tokenizer(trained))
+    rows = write_rows(tmp_path / "rows.jsonl", 2)
+    status, said = run_here(tmp_path, rows)
+    assert status.startswith(f"rm.py: error: {rows}:1: the score of response 0 is ")
+    assert said == ""
+
+
+@pytest.mark.parametrize("way", ["stdout", "--out", "--html", "--show"])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_score_that_is_not_finite_is_an_error_that_names_the_row(
+    way, layout, trained, tmp_path, run_here, monkeypatch
+):
+    """The model computes NaN where a token stands that the rejected response of row 3 alone has.
+
+    Packed, it spoils the other rows of the batch, which are written all the same.
+    """
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    lines[2]["rejected"] += " Quite."
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = data.load_tokenizer(trained)
+    used = [set(tokenizer.encode("".join(line.values()))) for line in lines]
+    token = min(used[2] - used[0] - used[1] - used[3])
+
+    def spoil(module, inputs, output):
+        return output.masked_fill((inputs[0] == token)[..., None], math.nan)
+
+    def spoiled_model(checkpoint):
+        model = trained_model(checkpoint)
+        model.backbone.embed.register_forward_hook(spoil)
+        return model
+
+    trained_model = score.trained_model
+    monkeypatch.setattr(score, "trained_model", spoiled_model)
+    out = tmp_path / "file"
+    out.write_text("earlier")
+    flags = {"stdout": [], "--show": ["--show"]}.get(way, [way, out])
+    status, said = run_here(trained, rows, *flags, "--layout", layout)
+    assert status.startswith(f"rm.py: error: {rows}:3: the score of response 1 is nan"), status
+    assert "NaN" not in said
+    assert len(said.splitlines()) == (2 if way == "stdout" else 0)
+    assert out.read_text() == "earlier"
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_an_interrupt_is_said_in_a_line(monkeypatch, run_here):
