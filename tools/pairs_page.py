@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import pad_rows, shared_prefix, tokenize
 from parts.chat import encode_prompt
 from parts.guards import counted, visible
-from parts.metrics import accuracy, in_words
+from parts.metrics import accuracy, accuracy_in_words, collapse, decided
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
 from parts.rows import convert_rows, files_of, read_rows
 from rm import divergent_region, pair_loss
@@ -454,30 +454,42 @@ LEGEND = (
 )
 
 
+def figures(rows: list[Row]) -> dict[str, str]:
+    """Compute the figures at the head of the page, as text by their names."""
+    margins, targets = [], []
+    for row in rows:
+        margins += [pair.margin for pair in row.pairs]
+        targets += [row.target] * len(row.pairs)
+    if not margins:
+        count, noun = counted(len(rows), "response").split()
+        return {noun: count}
+    margin, target = torch.tensor([margins, targets], dtype=torch.float64)
+    preferred = decided(margin, target)
+    count, noun = counted(len(margins), "pair").split()
+    found = {noun: count}
+    found["accuracy"] = accuracy_in_words(accuracy(margin, target), len(preferred))
+    ties = int((preferred == 0).sum())
+    if ties:
+        count, noun = counted(ties, "tie").split()
+        found[noun] = count
+    found["mean margin"] = f"{mean(margins):+.4f}"
+    found["mean loss"] = f"{mean([row.loss for row in rows if row.pairs]):.4f}"
+    return found
+
+
 def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
     """Write the page of the first rows of a file, at least one, as `scored_rows` gives them."""
     scale, total = Scale(rows), 0
     for each in files_of([file]):
         total += sum(1 for _ in read_rows(each))
-    margins, targets = [], []
-    for row in rows:
-        margins += [pair.margin for pair in row.pairs]
-        targets += [row.target] * len(row.pairs)
-    count, noun = counted(len(rows), "response").split()
-    numbers = {noun: count}
-    if margins:
-        count, noun = counted(len(margins), "pair").split()
-        numbers = {
-            noun: count,
-            "accuracy": in_words(accuracy(*torch.tensor([margins, targets], dtype=torch.float64))),
-            "mean margin": f"{mean(margins):+.4f}",
-            "mean loss": f"{mean([row.loss for row in rows if row.pairs]):.4f}",
-        }
     which = f"all {counted(total, 'row')}"
     if len(rows) < total:
         which = f"the first {len(rows):,} of {counted(total, 'row')} (<code>--rows</code>)"
     if total == 1:
         which = "the only row"
+    warning = collapse([score for row in rows for score in row.scores])
+    if warning:
+        warning = f'<p class="card"><b>This model has {warning}.</b></p>'
     bar = "".join(f'<span class="s{level}"></span>' for level in range(-LEVELS, LEVELS + 1))
     ends = (scale.middle - scale.reach, scale.middle, scale.middle + scale.reach)
     ends = "".join(f"<span>{reward:.2f}</span>" for reward in ends)
@@ -487,7 +499,8 @@ def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
         "response. The model learns from pairs of a chosen and a rejected response. The loss of a "
         "pair compares their rewards position by position, from where the two responses diverge "
         "to where the longer one ends: it is small where the chosen response has the higher "
-        f'reward.</p>{facts(numbers)}<p class="small soft">This page shows {which} of '
+        f"reward.</p>{facts(figures(rows))}{warning}"
+        f'<p class="small soft">This page shows {which} of '
         f"<code>{safe(file)}</code>, scored by <code>{safe(checkpoint)}</code> with at most "
         f"{counted(max_seq_len, 'token')} a sequence. The figures above are of these rows.</p>"
         f'<div class="card small"><div class="bar">{bar}</div>'

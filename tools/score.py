@@ -251,6 +251,7 @@ class Counts:
     """Pairs and rows of a scored file; responses whose tokens equal earlier ones make no pair."""
 
     pairs: list[tuple] = field(default_factory=list)  # margin of scores, target, subset
+    scores: list[float] = field(default_factory=list)  # of responses, repeated ones aside
     identical: int = 0  # pairs of two equal responses
     repeating: int = 0  # rankings in which a response stands twice
     truncated: int = 0  # rows
@@ -258,6 +259,7 @@ class Counts:
     def add(self, comparison: Comparison, sequences: list[list[int]], scores: list[float]):
         """Count the pairs of a comparison."""
         kept = first_of_each(sequences)
+        self.scores += [scores[i] for i in kept]
         for i, j in itertools.combinations(kept, 2):
             self.pairs.append((scores[i] - scores[j], comparison.target, comparison.subset))
         if len(kept) < len(sequences) == 2:
@@ -278,7 +280,8 @@ class Counts:
             parts.append(f"{rankings} with a response twice, which counts once")
         if self.truncated:
             parts.append(f"{counted(self.truncated, 'row')} truncated to {max_seq_len} tokens")
-        return ["; ".join(parts), *subsets] if parts else []
+        lines = ["; ".join(parts), *subsets, metrics.collapse(self.scores)]
+        return list(filter(None, lines))
 
 
 def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -36,6 +37,14 @@ def trained(tmp_path_factory):
         patch.setattr(signal, "signal", lambda *_: None)  # an interrupt stays pytest's
         train.main()
     return directory
+
+
+def with_error(outcomes):
+    """Write the share of what is right as the program does: "0.6250 ± 0.0988 (24 pairs)"."""
+    share, n = np.mean(outcomes), len(outcomes)
+    estimate = (sum(outcomes) + 1) / (n + 2) if share in (0, 1) else share
+    noun = "pair" if n == 1 else "pairs"
+    return f"{share:.4f} ± {math.sqrt(estimate * (1 - estimate) / n):.4f} ({n} {noun})"
 
 
 def write_rows(path, n, ranking=()):
@@ -162,7 +171,8 @@ def test_scores_of_comparisons_and_of_single_rows(trained, tmp_path, run_here):
     scores = [json.loads(line)["scores"] for line in done.stdout.splitlines()]
     assert [len(s) for s in scores] == [2, 2, 2, 2, 3, 2, 2, 2, 2]
     margins = [s[i] - s[j] for s in scores for i in range(len(s)) for j in range(i + 1, len(s))]
-    assert f"11 pairs: accuracy {np.mean([m > 0 for m in margins]):.4f}" in done.stderr
+    assert len(margins) == 11
+    assert f"accuracy {with_error([m > 0 for m in margins])}, mean margin" in done.stderr
     singles = tmp_path / "singles.jsonl"
     singles.write_text(
         "\n".join(
@@ -225,7 +235,7 @@ def test_repeated_responses_have_scores_and_no_pairs(tmp_path, scored):
     assert found[0]["scores"][0] == pytest.approx(found[0]["scores"][1], abs=1e-6)
     pairs = [(0, 0, 2), (1, 0, 1), (1, 0, 3), (1, 1, 3), (5, 0, 1)]  # row, better, worse
     margins = [found[row]["scores"][i] - found[row]["scores"][j] for row, i, j in pairs]
-    assert said[-1].startswith(f"5 pairs: accuracy {np.mean([m > 0 for m in margins]):.4f}")
+    assert said[-1].startswith(f"accuracy {with_error([m > 0 for m in margins])}, mean margin ")
     assert f"mean margin {np.mean(margins):.4f}; 2 identical pairs left out; 3 rankings" in said[-1]
     only = rows_file(tmp_path / "b.jsonl", rows[3])
     assert scored(only)[1] == ["1 identical pair left out"]
@@ -239,9 +249,9 @@ def test_accuracy_of_soft_labels(tmp_path, scored, targets):
     found, said = scored(rows_file(tmp_path / "a.jsonl", *rows))
     margin = found[0]["scores"][0] - found[0]["scores"][1]
     right = [(margin > 0) == (target > 0.5) for target in targets if target != 0.5]
-    noun = "pair" if len(targets) == 1 else "pairs"
-    assert said[-1].startswith(f"{len(targets)} {noun}")
-    assert f": accuracy {np.mean(right):.4f}, " in said[-1]
+    assert said[-1].startswith(f"accuracy {with_error(right)}, mean margin ")
+    left_out = "; 1 pair of target 0.5 left out"
+    assert said[-1].endswith(left_out) == (len(right) < len(targets))
 
 
 def test_rows_that_are_truncated_are_counted(tmp_path, scored):
@@ -280,7 +290,7 @@ def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here)
             f'{folder}/b.jsonl: field "more" is not read (1 row)',
             '--ignore_fields other: no row has a field "other"',
         ]
-        assert said[4].startswith("3 pairs: ")
+        assert "(3 pairs)" in said[4]
     message, _ = run_here(trained, folder)
     assert f"{folder}/a.jsonl:1: fields found: question, good, bad" in message
     message, _ = run_here(trained, folder, "--fields", "chosen=good", "rejected=bad")
@@ -318,13 +328,41 @@ def test_summary_has_targets_and_subsets(trained, tmp_path, monkeypatch, capsys)
             is_right = better > worse if target > 0.5 else worse > better
             for name in {"all", row.get("subset", "all")}:
                 outcomes.setdefault(name, []).append(None if target == 0.5 else is_right)
-    accuracy = {name: np.mean([r for r in o if r is not None]) for name, o in outcomes.items()}
+    accuracy = {name: with_error([r for r in o if r is not None]) for name, o in outcomes.items()}
     last = said.err.splitlines()[-5:]
-    assert last[0].startswith(f"14 pairs, 4 of target 0.5 left out: accuracy {accuracy['all']:.4f}")
+    assert last[0].startswith(f"accuracy {accuracy['all']}, mean margin ")
+    assert "; 4 pairs of target 0.5 left out" in last[0]
     assert last[1] == "accuracy by subset:"
     for i, line in enumerate(last[2:], start=1):
-        count = len(outcomes[f"part {i}"])
-        assert line == f"  part {i}: {accuracy[f'part {i}']:.4f} ({count} pairs)"
+        assert line == f"  part {i}: {accuracy[f'part {i}']}"
+
+
+def test_a_collapsed_model_is_called_so(trained, tmp_path, monkeypatch, capsys):
+    """Its value head is 0 but for one weight: the scores of pairs, or of single rows, are close."""
+    model = RewardModel.from_pretrained(trained)
+    torch.nn.init.normal_(model.v_head.weight, std=1e-5)
+    model.save_pretrained(tmp_path / "model", tokenizer=data.load_tokenizer(trained))
+    pairs = write_rows(tmp_path / "pairs.jsonl", 8)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    singles = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    twice = [{"prompt": "Where?", "responses": [" Paris."] * 3}]
+    for directory, is_collapsed in ((trained, False), (tmp_path / "model", True)):
+        for name, some, count in (("a", rows, 16), ("b", singles, 8), ("c", twice, 1)):
+            file, out = rows_file(tmp_path / f"{name}.jsonl", *some), tmp_path / "out.jsonl"
+            monkeypatch.setattr(
+                sys, "argv", ["rm.py", str(directory), str(file), "--out", str(out)]
+            )
+            score.main()
+            said = capsys.readouterr().err.splitlines()[-1]
+            scores = []
+            for line in map(json.loads, out.read_text().splitlines()):
+                scores += line.get("scores", [line.get("score")])
+            if is_collapsed and count > 1:
+                deviation = f"{np.std(scores):.2g}, below 0.001"
+                said_so = f"the scores of {count} responses have a standard deviation of"
+                assert said == f"collapsed: {said_so} {deviation}"
+            else:
+                assert "collapsed" not in said
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
