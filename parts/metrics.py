@@ -250,18 +250,22 @@ def in_a_line(found: dict, numbers: dict[str, list]) -> str:
 
 
 def subset_lines(
-    by: dict[str, dict], counts: dict[str, int], before: dict[str, dict] | None = None
+    by: dict[str, dict],
+    counts: dict[str, int],
+    before: dict[str, dict] | None = None,
+    title: str = "accuracy by subset",
+    noun: str = "pair",
 ) -> list[str]:
     """Write accuracy by subset, a line each; subsets beyond SUBSETS_LISTED are counted.
 
-    by: from `by_subset`. counts: from `decided_by_subset`. before: the accuracies before training,
-    to be shown beside those of `by`, or None.
+    by: from `by_subset`. counts: from `decided_by_subset`, of what `noun` says. before: the
+    accuracies before training, to be shown beside those of `by`, or None.
     """
     if not by:
         return []
-    lines = ["accuracy by subset:"]
+    lines = [f"{title}:"]
     for name, found in list(by.items())[:SUBSETS_LISTED]:
-        text = accuracy_in_words(found["accuracy"], counts[name])
+        text = accuracy_in_words(found["accuracy"], counts[name], noun)
         if before is not None:
             earlier = before.get(name, {}).get("accuracy")
             text = f"{accuracy_in_words(earlier, counts[name])} before, {text} after"
@@ -283,6 +287,22 @@ def score_summary(pairs: list[tuple[float, float, str | None]]) -> str:
     counts = decided_by_subset(subsets, targets)
     lines = subset_lines(by_subset(margin, target, subsets), counts)
     return "\n".join(["; ".join([text, *remarks(margin, target)]), *lines])
+
+
+def best_summary(rows: list[tuple[float, str | None]]) -> str:
+    """Say how often the chosen text of a row scores highest, in lines (python rm.py).
+
+    rows: the score of the chosen text minus the highest score of the others, and the subset of
+    each row, at least one. A tie is not highest, as in RewardBench 2.
+    """
+    leads, subsets = zip(*rows)
+    lead, target = torch.tensor(leads, dtype=torch.float64), torch.ones(len(rows))
+    title = "the chosen text scores highest"
+    text = f"{title}: {accuracy_in_words(accuracy(lead, target), len(rows), 'row')}"
+    counts = decided_by_subset(subsets, target.tolist())
+    by = by_subset(lead, target, subsets)
+    lines = subset_lines(by, counts, title=f"{title}, by subset", noun="row")
+    return "\n".join(["; ".join([text, *remarks(lead, target)]), *lines])
 
 
 def outcome(events: list[dict], numbers: dict[str, list]) -> str:

@@ -16,6 +16,7 @@ from parts.metrics import (
     LISTS,
     Writer,
     accuracy_in_words,
+    best_summary,
     by_subset,
     calibration_error,
     collapse,
@@ -320,6 +321,19 @@ def test_summary_of_scores_by_hand():
     ]
     found = score_summary([(4.0, 0.5, None)])
     assert found == f"accuracy none, mean margin 4.0000; {left_out}"
+
+
+def test_summary_of_rows_whose_chosen_text_should_score_highest():
+    """A tie is not highest."""
+    rows = [(0.5, "b"), (-0.1, "b"), (0.0, "a"), (2.0, None)]
+    title = "the chosen text scores highest"
+    assert best_summary(rows).splitlines() == [
+        f"{title}: 0.5000 ± 0.2500 (4 rows); 1 tie counts as wrong",
+        f"{title}, by subset:",
+        "  a: 0.0000 ± 0.4714 (1 row)",
+        "  b: 0.5000 ± 0.3536 (2 rows)",
+    ]
+    assert best_summary(rows[3:]) == f"{title}: 1.0000 ± 0.4714 (1 row)"
 
 
 # --------------------------------------------------------------------------------------------------

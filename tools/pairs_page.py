@@ -60,6 +60,7 @@ class Row:
     marks: frozenset[str]  # what stands for special tokens
     margin: float = 0.0  # by how much the data wants a pair to differ
     target: float = 1.0  # the probability, in the data, that the first of two is preferred
+    ranked: bool = True  # False: the first is preferred to each of the others, and that is all
 
     @property
     def names(self) -> list[str]:
@@ -67,6 +68,8 @@ class Row:
             return ["response"]
         if len(self.sequences) == 2:
             return ["chosen", "rejected"]
+        if not self.ranked:
+            return ["chosen", *(f"rejected {i}" for i in range(1, len(self.sequences)))]
         return [f"rank {i + 1}" for i in range(len(self.sequences))]
 
     @property
@@ -81,6 +84,8 @@ class Row:
     def pairs(self) -> list[Pair]:
         pairs = []
         for i, j in itertools.combinations(range(len(self.sequences)), 2):
+            if i > 0 and not self.ranked:
+                continue
             start, stop = divergent_region(self.sequences[i], self.sequences[j])
             start = min(start, stop - 1)  # identical texts: the last token, as in rm.py
             region = self.rewards[i, start:stop], self.rewards[j, start:stop]
@@ -138,7 +143,7 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
         # The last token, where the score is, is the response's.
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]
-        variants = comparison.margin, comparison.target
+        variants = comparison.margin, comparison.target, comparison.ranked
         rows.append(Row(sequences, texts, rewards, prompt, cut, lost, marks, *variants))
     return rows
 
@@ -384,8 +389,9 @@ def explained_ranking(row: Row) -> str:
                 f'<span data-pair-loss="{p.loss!r}">{p.loss:.4f}</span>',
             ]
         )
+    kind = "a ranking" if row.ranked else "one chosen response beside several others"
     return (
-        f"<p>The loss of a ranking is the mean over its {counted(len(row.pairs), 'pair')}: "
+        f"<p>The loss of {kind} is the mean over its {counted(len(row.pairs), 'pair')}: "
         f"<b>{row.loss:.4f}</b>. The loss of a pair is the mean of "
         "<code>−logsigmoid(r_better − r_worse)</code> over the positions from where the two "
         "responses diverge to where the longer one ends. P is the model's probability that the "
@@ -472,6 +478,11 @@ def figures(rows: list[Row]) -> dict[str, str]:
     if ties:
         count, noun = counted(ties, "tie").split()
         found[noun] = count
+    unranked = [row for row in rows if not row.ranked]
+    if unranked:
+        best = sum(row.scores[0] > max(row.scores[1:]) for row in unranked)
+        words = accuracy_in_words(best / len(unranked), len(unranked), "row")
+        found["chosen scores highest"] = words
     found["mean margin"] = f"{mean(margins):+.4f}"
     found["mean loss"] = f"{mean([row.loss for row in rows if row.pairs]):.4f}"
     return found

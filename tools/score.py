@@ -248,18 +248,28 @@ class Rows:
 
 @dataclass
 class Counts:
-    """Pairs and rows of a scored file; responses whose tokens equal earlier ones make no pair."""
+    """Pairs and rows of a scored file; responses whose tokens equal earlier ones make no pair.
+
+    Rows that are no ranking (RewardBench 2) are counted as rows, and not as pairs.
+    """
 
     pairs: list[tuple] = field(default_factory=list)  # margin of scores, target, subset
+    leads: list[tuple] = field(default_factory=list)  # of unranked rows: lead of the first, subset
     scores: list[float] = field(default_factory=list)  # of responses, repeated ones aside
     identical: int = 0  # pairs of two equal responses
     repeating: int = 0  # rankings in which a response stands twice
     truncated: int = 0  # rows
 
     def add(self, comparison: Comparison, sequences: list[list[int]], scores: list[float]):
-        """Count the pairs of a comparison."""
+        """Count the pairs of a comparison; of one that is no ranking, whether the first is best."""
         kept = first_of_each(sequences)
         self.scores += [scores[i] for i in kept]
+        if not comparison.ranked:
+            lead = scores[0] - max(scores[1:])
+            if sequences[0] in sequences[1:]:
+                lead = min(lead, 0.0)  # a tie, whatever the last digits are
+            self.leads.append((lead, comparison.subset))
+            return
         for i, j in itertools.combinations(kept, 2):
             self.pairs.append((scores[i] - scores[j], comparison.target, comparison.subset))
         if len(kept) < len(sequences) == 2:
@@ -273,6 +283,10 @@ class Counts:
         if self.pairs:
             whole, *subsets = metrics.score_summary(self.pairs).splitlines()
             parts.append(whole)
+        if self.leads:
+            whole, *others = metrics.best_summary(self.leads).splitlines()
+            parts.append(whole)
+            subsets += others
         if self.identical:
             parts.append(f"{counted(self.identical, 'identical pair')} left out")
         if self.repeating:

@@ -240,6 +240,33 @@ def test_a_collapsed_model_is_called_so(checkpoint, file, page, tmp_path):
     assert said in text and "collapsed" not in page
 
 
+def test_a_row_of_one_chosen_and_several_rejected_texts(checkpoint, tmp_path, capsys):
+    """The chosen response stands beside each of the others, which are not compared."""
+    responses = ROWS[5]["responses"]
+    rows = [
+        {"prompt": "Which?", "chosen": responses[:1], "rejected": responses[1:]},
+        {"prompt": "Which?", "responses": responses},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_program([checkpoint, file, "--show", "--html", tmp_path / "page.html"])
+    tree = Tree((tmp_path / "page.html").read_text())
+    found, ranking = tree.root.having("data-row")
+    pairs = [
+        [float(node.attributes["data-pair-loss"]) for node in html.having("data-pair-loss")]
+        for html in (found, ranking)
+    ]
+    assert len(pairs[1]) == 6 and pairs[0] == pairs[1][:3]
+    names = [row.children[0].text() for row in found.all(lambda node: node.tag == "tr")[1:]]
+    assert names == [f"chosen > rejected {i}" for i in (1, 2, 3)]
+    scores = [float(node.attributes["data-score"]) for node in found.having("data-score")]
+    share = float(scores[0] > max(scores[1:]))
+    expected = f"{share:.4f} ± 0.4714 (1 row)chosen scores highest"
+    assert expected in tree.root.text()
+    shown = capsys.readouterr().out
+    assert "chosen over rejected 3: loss" in shown and "rejected 1 over" not in shown
+
+
 def test_positions_that_the_loss_reads_are_said_in_words(page):
     """Of ROWS[2], identical responses, the loss reads one position, the last."""
     for row in rows_of(page):

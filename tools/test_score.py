@@ -241,6 +241,66 @@ def test_repeated_responses_have_scores_and_no_pairs(tmp_path, scored):
     assert scored(only)[1] == ["1 identical pair left out"]
 
 
+@pytest.mark.parametrize("kind", ["text", "messages", "dialogues"])
+def test_rows_of_one_chosen_and_several_rejected_texts(
+    trained, tmp_path, scored, monkeypatch, kind
+):
+    """RewardBench 2: the share of rows whose chosen text scores highest, by hand, and by subset.
+
+    Scores equal those of the texts in rows of their own.
+    """
+    answers, rows = [" Paris.", " Rome.", " No.", " Oslo is a city."], []
+    for subset, chosen in (("Math", 0), ("Math", 1), ("Focus", 2), (None, 3), ("Focus", 1)):
+        others = answers[:chosen] + answers[chosen + 1 :]
+        row = {"prompt": "Where?", "chosen": [answers[chosen]], "rejected": others}
+        rows.append(row | {"subset": subset})
+    rows[4]["rejected"] = [answers[1], answers[2]]  # a tie at best
+    singles = [{"prompt": "Where?", "response": answer} for answer in answers]
+    if kind != "text":
+        for row in [*rows, *singles]:
+            row["prompt"] = messages(row["prompt"])
+    if kind == "dialogues":
+        for row in rows:
+            for name in ("chosen", "rejected"):
+                row[name] = [messages(text, first="assistant") for text in row[name]]
+    alone, _ = scored(rows_file(tmp_path / "singles.jsonl", *singles))
+    known = dict(zip(answers, [row["score"] for row in alone]))
+    file = rows_file(tmp_path / "rows.jsonl", *rows)
+    found, said = scored(file)
+    is_best = []
+    for line, row in zip(found, rows, strict=True):
+        texts = [*row["chosen"], *row["rejected"]]
+        if kind == "dialogues":
+            texts = [text[0]["content"] for text in texts]
+        assert line["scores"] == pytest.approx([known[text] for text in texts], abs=1e-5)
+        is_best.append(all(known[texts[0]] > known[text] for text in texts[1:]))
+    assert is_best[4] is False and sum(is_best) == 1
+    title = "the chosen text scores highest"
+    assert said[0].startswith(f"{title}: {with_error(is_best).replace('pairs', 'rows')}")
+    by = {"Focus": [is_best[2], is_best[4]], "Math": is_best[:2]}
+    subsets = [f"  {name}: {with_error(own).replace('pairs', 'rows')}" for name, own in by.items()]
+    assert said[1:] == [f"{title}, by subset:", *subsets]
+    # train.py names the row and the way out.
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data_path", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert f"{file}:1: chosen and rejected: found lists of responses" in str(stop.value)
+    assert "give each rejected response a row of its own" in str(stop.value)
+
+
+def test_a_chosen_text_that_is_rejected_too_ties_and_is_not_highest():
+    comparison = data.Comparison("", ["a", "b", "a"], ranked=False)
+    counts = score.Counts()
+    counts.add(comparison, [[1], [2], [1]], [3.0 + 1e-7, 1.0, 3.0])
+    counts.add(comparison, [[1], [2], [1]], [3.0, 4.0, 3.0])
+    counts.add(comparison, [[1], [2], [3]], [3.0, 3.0, 1.0])
+    counts.add(comparison, [[1], [2], [3]], [3.0, 2.0, 1.0])
+    assert [lead for lead, _ in counts.leads] == [0.0, -1.0, 0.0, 1.0]
+    assert counts.summary(9) == [
+        "the chosen text scores highest: 0.2500 ± 0.2165 (4 rows); 2 ties count as wrong"
+    ]
+
+
 @pytest.mark.parametrize("targets", [[1], [0.25], [0.5, 1], [0.5, 0.2, 0.9]])
 def test_accuracy_of_soft_labels(tmp_path, scored, targets):
     """A target of 0.5 has no right side, a lower one is reversed; the pairs are counted."""
