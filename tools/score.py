@@ -4,7 +4,8 @@
     python rm.py CHECKPOINT FILE --show | --html page.html   the same, token by token
     python rm.py convert CHECKPOINT DIRECTORY --layout hf    (needs requirements-hf.txt)
 
-The model is in rm.py, file formats are in data.py, pages in tools/pairs_page.py.
+From Python, `Scorer("out")(prompt, responses)` returns the same scores. The model is in rm.py, file
+formats are in data.py, pages in tools/pairs_page.py.
 """
 
 import argparse
@@ -12,8 +13,9 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from data import (
     Comparison,
+    Tokenizer,
     has_tokenizer,
     load_comparisons,
     load_tokenizer,
@@ -31,15 +34,26 @@ from data import (
     pad_rows,
     tokenize,
 )
+from model import GPTConfig
 from parts import metrics
 from parts.chat import notes_on
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import counted
 from parts.huggingface import LAYOUTS, rows_to_add
-from parts.rows import Reading, convert_rows, files_of, note_lines, unused_lines
+from parts.rows import (
+    Reading,
+    convert_rows,
+    files_of,
+    json_type,
+    note_lines,
+    read_dialogue,
+    unused_lines,
+)
 from parts.token_cache import first_of_each
 from rm import RewardModel
 from tools import pairs_page
+
+BATCH_SIZE = 16  # sequences computed at once
 
 # --------------------------------------------------------------------------------------------------
 # Scores
@@ -100,6 +114,113 @@ def trained_model(checkpoint) -> RewardModel:
     return model.eval()
 
 
+def load_to_score(checkpoint, device) -> tuple[RewardModel, Tokenizer]:
+    """Load a reward model onto a device, and its tokenizer.
+
+    Raises ValueError where the model is none, or the two don't belong together.
+    """
+    model = trained_model(checkpoint).to(device)
+    tokenizer = load_tokenizer(checkpoint, model.pad_id)
+    rows = model.backbone.config.vocab_size
+    missing = rows_to_add(rows, tokenizer)
+    if missing is None:
+        raise ValueError(
+            f"{checkpoint}: the model has {rows} token ids, "
+            f"its tokenizer {tokenizer.text_size}; they don't belong together"
+        )
+    if missing:
+        model.backbone.resize_embedding(tokenizer.vocab_size)
+    return model, tokenizer
+
+
+def longest_row(config: GPTConfig) -> tuple[int, str]:
+    """Return how many tokens a model takes at most, and what sets this limit, in words."""
+    if config.sliding_window is not None and config.sliding_window < config.n_positions:
+        return config.sliding_window, "its sliding_window"
+    return config.n_positions, "the positions that the model has"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --------------------------------------------------------------------------------------------------
+# From Python
+
+
+class Scorer:
+    """A trained reward model that scores the responses to a prompt.
+
+        scorer = Scorer("out")
+        scorer("Where is Oslo?", [" In Norway.", " In Rome."])    # two numbers
+
+    checkpoint: a directory as `python rm.py` takes it; it is loaded once. device: as torch names
+    it, such as "cpu" or "cuda:1"; None is the GPU where there is one. Raises ValueError as rm.py
+    does, and for a device that is not there.
+    """
+
+    def __init__(self, checkpoint, device=None):
+        device = default_device() if device is None else device
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch raises both
+            found = str(error).splitlines()[0]
+            raise ValueError(f"device: found {device}, which torch cannot use ({found})") from None
+        self.model, self.tokenizer = load_to_score(checkpoint, device)
+        self.max_seq_len, _ = longest_row(self.model.backbone.config)
+
+    def __call__(self, prompt: str | list[dict], responses: list) -> list[float]:
+        """Compute the end score of every response, in their order.
+
+        prompt: text, or chat messages {"role", "content"}. responses: texts, or lists of chat
+        messages. Where one of them has messages, text counts as a message, the prompt's as the
+        user's, a response's as the assistant's; messages go through the chat template, text alone
+        does not. The numbers are those of `python rm.py` for a row {"prompt": prompt, "responses":
+        responses}, of one response or more: so where they are too long, all lose the same tokens of
+        the prompt.
+        Any number of responses is computed in batches of similar lengths. A note on the texts, such
+        as rm.py prints, is a warning. Raises ValueError that names the response.
+        """
+        named = named_responses(responses)
+        if not named:
+            return []
+        notes = []
+        prompt, texts = read_dialogue({"prompt": prompt}, named, Reading(), notes)
+        if isinstance(prompt, str) and self.tokenizer.has_own_template:
+            notes.append("text, which the chat template is not applied to; give chat messages")
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        sequences = tokenize(Comparison(prompt, texts), self.tokenizer, self.max_seq_len)
+        # A batch is a comparison, so that its sequences share the computation of the prompt.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = [0.0] * len(sequences)
+        for start in range(0, len(order), BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
+            ends = end_scores(self.model, [[sequences[i] for i in batch]], "packed")
+            for i, end in zip(batch, ends.tolist()):
+                scores[i] = end
+        return scores
+
+
+def named_responses(responses) -> dict:
+    """Return responses by the names that errors give them: responses[0], responses[1], ...
+
+    Raises ValueError where they are one text, or messages, in place of a list of responses.
+    """
+    if isinstance(responses, (str, dict)) or not isinstance(responses, Iterable):
+        found = json_type(responses)
+        raise ValueError(f"responses: found {found}; expected a list of texts, or of dialogues")
+    named = {}
+    for i, response in enumerate(responses):
+        if isinstance(response, dict):
+            raise ValueError(
+                f"responses[{i}]: found an object; expected text, or a list of chat messages: a "
+                "dialogue stands in a list, as [messages]"
+            )
+        named[f"responses[{i}]"] = response
+    return named
+
+
 # --------------------------------------------------------------------------------------------------
 # python rm.py CHECKPOINT FILE
 
@@ -122,7 +243,7 @@ def score_flags() -> argparse.ArgumentParser:
     show = "print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set"
     flag("--show", action="store_true", help=show)
     flag("--rows", type=int, help="with --html or --show: rows of the file to show (100)")
-    flag("--batch_size", type=int, default=16, help="sequences computed at once (16)")
+    flag("--batch_size", type=int, default=BATCH_SIZE, help="sequences computed at once (16)")
     layouts = ("packed", "padded")
     flag("--layout", choices=layouts, default="packed", help="padded is the reference (packed)")
     length = "longer sequences are truncated, on the left (default: the model's positions)"
@@ -174,21 +295,8 @@ def score_program(argv: list[str]):
     parser = score_flags()
     args = parser.parse_args(argv)
     check_score_flags(parser, args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = trained_model(args.checkpoint).to(device)
-    tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
-    config = model.backbone.config
-    missing = rows_to_add(config.vocab_size, tokenizer)
-    if missing is None:
-        raise ValueError(
-            f"{args.checkpoint}: the model has {config.vocab_size} token ids, "
-            f"its tokenizer {tokenizer.text_size}; they don't belong together"
-        )
-    if missing:
-        model.backbone.resize_embedding(tokenizer.vocab_size)
-    longest, limit = config.n_positions, "the positions that the model has"
-    if config.sliding_window is not None and config.sliding_window < longest:
-        longest, limit = config.sliding_window, "its sliding_window"
+    model, tokenizer = load_to_score(args.checkpoint, default_device())
+    longest, limit = longest_row(model.backbone.config)
     max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
     if not 2 <= max_seq_len <= longest:
         parser.error(

@@ -425,6 +425,144 @@ def test_a_collapsed_model_is_called_so(trained, tmp_path, monkeypatch, capsys):
                 assert "collapsed" not in said
 
 
+# --------------------------------------------------------------------------------------------------
+# From Python
+
+
+def scores_by_program(checkpoint, path, *rows):
+    """Run `python rm.py` as a user does; return the scores of every row."""
+    done = run(checkpoint, rows_file(path, *rows))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [line["scores"] if "scores" in line else [line["score"]] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def scorer(trained):
+    return score.Scorer(trained, device="cpu")
+
+
+def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path):
+    """Rankings, single responses, repeats, prompts that are too long, and no prompt."""
+    built_in = [[c.prompt, c.responses] for c in itertools.islice(data.known_rewards(0), 6)]
+    calls = [
+        *built_in,
+        ["Where?", [" Paris.", " No.", " Paris.", ""]],
+        ["Where?", [" Paris."]],
+        ["Where? " * 40, [" Paris.", " No, and not there either."]],
+        ["Where? " * 40, [" Paris."]],
+        ["", ["Paris.", "Rome."]],
+        ["Is it Paris?", ["Is it Paris? Yes.", "Is it Paris? No."]],
+        [messages("Where?"), [messages("Paris.", first="assistant"), "Rome."]],
+        ["Where?", ["Paris.", messages("Rome.", first="assistant")]],
+    ]
+    rows = []
+    for prompt, responses in calls:
+        row = {"prompt": prompt, "responses": responses}
+        if len(responses) == 1:
+            row = {"prompt": prompt, "response": responses[0]}
+        rows.append(row)
+    expected = scores_by_program(trained, tmp_path / "rows.jsonl", *rows)
+    for (prompt, responses), scores in zip(calls, expected, strict=True):
+        found = scorer(prompt, responses)
+        assert all(type(number) is float for number in found)
+        assert found == pytest.approx(scores, abs=1e-6)
+    assert len({round(number, 5) for scores in expected for number in scores}) > 20
+
+
+def test_scorer_renders_messages_by_the_checkpoints_template(chat_checkpoint, tmp_path):
+    """A text beside messages is the user's, or the assistant's; text alone gets no template."""
+    scorer = score.Scorer(chat_checkpoint)
+    prompt = messages("the cat", "a dog", "and?")
+    answers = [messages(text, first="assistant") for text in ("a mat", "a log")]
+    rows = [{"prompt": prompt, "responses": answers}, {"prompt": "the cat", "responses": answers}]
+    of_dialogue, of_text = scores_by_program(chat_checkpoint, tmp_path / "rows.jsonl", *rows)
+    assert scorer(prompt, answers) == pytest.approx(of_dialogue, abs=1e-6)
+    assert scorer(prompt, ["a mat", answers[1]]) == pytest.approx(of_dialogue, abs=1e-6)
+    assert scorer("the cat", answers) == pytest.approx(of_text, abs=1e-6)
+    with pytest.warns(UserWarning, match="text, which the chat template is not applied to"):
+        plain = scorer("the cat", ["a mat", "a log"])
+    assert plain != pytest.approx(of_text, abs=1e-2)
+    with pytest.raises(ValueError, match="does not take these messages: no system"):
+        scorer([{"role": "system", "content": "Be brief."}, *prompt], answers)
+
+
+def test_scorer_takes_thousands_of_responses_in_batches_of_similar_lengths(scorer, monkeypatch):
+    rng = np.random.default_rng(0)
+    words = [" yes", " no", " maybe", " Oslo", " is", " a", " city"]
+    responses = ["".join(rng.choice(words, size=rng.integers(0, 9))) for _ in range(2000)]
+    sizes = []
+    end_scores = score.end_scores
+
+    def counted(model, groups, layout):
+        sizes.append([len(text) for group in groups for text in group])
+        return end_scores(model, groups, layout)
+
+    monkeypatch.setattr(score, "end_scores", counted)
+    found = scorer("Where?", tuple(responses))
+    assert [len(batch) for batch in sizes] == [score.BATCH_SIZE] * (2000 // score.BATCH_SIZE)
+    lengths = list(itertools.chain(*sizes))
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    for i in range(0, 2000, 400):
+        assert scorer("Where?", [responses[i]]) == pytest.approx([found[i]], abs=1e-5)
+    assert scorer("Where?", []) == []
+
+
+def test_scorer_is_used_from_another_directory_and_loads_once(trained, tmp_path):
+    """By sys.path, with a relative path of the checkpoint, whose files are then gone."""
+    shutil.copytree(trained, tmp_path / "model")
+    (tmp_path / "use.py").write_text(
+        f"import shutil, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+        "from tools.score import Scorer\n"
+        "scorer = Scorer('model')\nshutil.rmtree('model')\n"
+        "print(scorer('Where?', [' Paris.', ' No.']), scorer('Where?', [' Paris.']))\n"
+    )
+    command = [sys.executable, "use.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {"prompt": "Where?", "responses": [" Paris.", " No."]}
+    ((first, second),) = scores_by_program(trained, tmp_path / "rows.jsonl", rows)
+    numbers = [float(word.strip("[],")) for word in done.stdout.split()]
+    assert numbers == pytest.approx([first, second, first], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prompt, responses, words",
+    [
+        ("p", "one text", "responses: found text; expected a list of texts, or of dialogues"),
+        ("p", {"role": "assistant", "content": "a"}, "responses: found an object; expected a list"),
+        ("p", None, "responses: found null or nothing; expected a list"),
+        ("p", [{"role": "assistant", "content": "a"}], "responses[0]: found an object; expected"),
+        ("p", ["a", None], "responses[1]: expected text, found null or nothing"),
+        ("p", ["a", 7], "responses[1]: expected text, found a number"),
+        (None, ["a"], "prompt: expected text, found null or nothing"),
+        ("p", ["a", [{"role": "bot", "content": "a"}]], 'responses[1][0]: found role "bot"'),
+        ("p q", ["p q a", "b"], "responses[0] begins with the prompt, responses[1] does not"),
+    ],
+)
+def test_scorer_refuses_what_is_no_prompt_or_response(scorer, prompt, responses, words):
+    with pytest.raises(ValueError) as error:
+        scorer(prompt, responses)
+    assert str(error.value).startswith(words)
+
+
+def test_scorer_refuses_devices_and_checkpoints_that_are_not_there(trained, tmp_path):
+    with pytest.raises(ValueError, match="device: found nowhere, which torch cannot use"):
+        score.Scorer(trained, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: found cuda:0, which torch cannot use"):
+            score.Scorer(trained, device="cuda:0")
+    with pytest.raises(ValueError, match="no config.json"):
+        score.Scorer(tmp_path)
+    RewardModel.from_pretrained(trained).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer"):
+        score.Scorer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches and models
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
 def test_batches_hold_every_comparison_once_and_are_full(batch_size):
     """No batch is too large but for a comparison that is, and the next one would not fit in."""
