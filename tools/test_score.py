@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -557,6 +558,33 @@ def test_scorer_refuses_devices_and_checkpoints_that_are_not_there(trained, tmp_
     RewardModel.from_pretrained(trained).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer"):
         score.Scorer(tmp_path)
+
+
+def test_the_code_of_the_page_about_use_gives_the_numbers_of_the_program(
+    trained, tmp_path, monkeypatch
+):
+    """docs/use.md: its lines with Scorer, and TRL's reward function, of texts and of messages."""
+    page = (HERE / "docs" / "use.md").read_text()
+    assert len(page.split()) <= 900 and max(map(len, page.splitlines())) <= 100
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    blocks = dict(
+        re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", page, re.M | re.S)
+    )
+    names = {}
+    of_scorer = blocks["From Python"].replace('"out"', repr(str(trained)))
+    exec(of_scorer.replace("/path/to/this/repository", str(HERE)), names)
+    exec(blocks["TRL (not run here)"].partition("\n\n\n")[0], names)
+    prompts = ["\n\nHuman: Is it cold?\n\nAssistant:"] * 2, [messages("Is it cold?")] * 2
+    completions = [" Yes.", " No."], [messages(text, first="assistant") for text in ("Yes.", "No.")]
+    rows = [
+        {"prompt": prompt[0], "responses": texts} for prompt, texts in zip(prompts, completions)
+    ]
+    expected = scores_by_program(trained, tmp_path / "rows.jsonl", *rows)
+    assert names["scores"] == pytest.approx(expected[0], abs=1e-6)
+    for prompt, texts, scores in zip(prompts, completions, expected):
+        found = names["reward"](prompts=prompt, completions=texts, completion_ids=[[1], [2]])
+        assert found == pytest.approx(scores, abs=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------
