@@ -680,9 +680,8 @@ def run_page(path, events: list[dict], flags: list[tuple[str, object]], numbers:
     if finite(last.get("bayes_accuracy")):
         figures["best possible accuracy"] = metric(last, "bayes_accuracy", count)
     figures["eval loss"] = number(last.get("loss"))
-    for counts in (counted(last.get("pairs", 0), "eval pair"), counted(len(steps), "step")):
-        amount, _, noun = counts.partition(" ")
-        figures[noun] = amount
+    amount, _, noun = counted(len(steps), "step").partition(" ")
+    figures[noun] = amount
     warning = collapse(numbers["scores"])
     if warning:
         warning = f'<p class="card"><b>This model has {warning}.</b></p>'

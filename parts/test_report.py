@@ -496,7 +496,7 @@ def test_one_pair_and_one_step_are_singular(tmp_path):
         tmp_path / "report.html", [first, step, last], [], numbers_of([1.0], [0.5], [2.0])
     )
     text = Tree((tmp_path / "report.html").read_text()).root.text()
-    assert "1eval pair1step" in text
+    assert "(1 pair)eval accuracy" in text and "0.5000eval loss1step" in text
     assert "Training took 1 second, for 1 pair and 1 token." in text
     assert re.search(r"true 0\.881, learned 0\.622, 1 pair(?!s)", text)
     assert re.search(r"accuracy 1\.0000 ± 0\.4714 \(1 pair\), mean confidence 0\.6225", text)
