@@ -306,12 +306,11 @@ def own_template(directory: Path, own) -> ChatTemplate | None:
     Raises ValueError that names the file, or the names where none is "default".
     """
     templates, place = {}, directory
-    files = sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
-    if (directory / TEMPLATE_FILE).is_file():
-        files.insert(0, directory / TEMPLATE_FILE)
-    for file in files:
-        name = "default" if file.name == TEMPLATE_FILE else file.stem
-        templates[name] = read_source(file, str(file))
+    file = directory / TEMPLATE_FILE
+    if file.is_file():
+        templates["default"] = read_source(file, str(file))
+    for file in sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja")):
+        templates[file.stem] = read_source(file, str(file))
     if not templates:
         place = directory / "tokenizer_config.json"
         templates = named_templates(place, own)
@@ -332,16 +331,13 @@ def named_templates(file: Path, own) -> dict[str, str]:
         return {}
     if isinstance(own, str):
         return {"default": own}
-    named = own
-    if isinstance(own, list):
-        named = {}
-        for item in own:
-            if not isinstance(item, dict):
-                break
-            named[item.get("name")] = item.get("template")
-    is_right = isinstance(named, dict) and len(named) > 0
-    if is_right and all(isinstance(text, str) for pair in named.items() for text in pair):
-        return named
+    pairs = []
+    if isinstance(own, dict):
+        pairs = list(own.items())
+    elif isinstance(own, list) and all(isinstance(item, dict) for item in own):
+        pairs = [(item.get("name"), item.get("template")) for item in own]
+    if pairs and all(isinstance(text, str) for pair in pairs for text in pair):
+        return dict(pairs)
     expected = "expected text, or a list of objects with name and template"
     raise ValueError(f"{file}: chat_template: found {json_type(own)}; {expected}")
 

@@ -697,7 +697,7 @@ def run_page(path, events: list[dict], flags: list[tuple[str, object]], numbers:
         "is.</p>"
         f'{facts(figures)}{warning}<div class="cols">{charts}</div>'
         "<div class='cols' style='margin-top:20px'><div class='card'><h2>Evaluation</h2>"
-        f"{table(head, metric_rows(first, last, numbers))}<p class='small soft'>"
+        f"{table(head, metric_rows(first, last, numbers), 'names')}<p class='small soft'>"
         f"Training took {duration(sum(event['seconds'] for event in steps))}, for "
         f"{counted(sum(event['pairs'] for event in steps), 'pair')} and "
         f"{counted(sum(event['tokens'] for event in steps), 'token')}.</p></div>"

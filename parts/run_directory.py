@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -292,10 +293,9 @@ class RunDirectory:
         earlier run's examples may have been moved). Without one, the user has to fill in a file.
         flags: say how the rows of the file are read.
         """
-        program = "rm.py" if Path.cwd() == REPOSITORY else str(REPOSITORY / "rm.py")
         there = [str(file) for file in files if Path(file).exists()]
         file = there[0] if there else "FILE.jsonl"
-        score = shlex.join(["python", program, str(self.path), file, *flags])
+        score = shlex.join([*how_to_start("rm.py"), str(self.path), file, *flags])
         page, scores = (
             shlex.quote(str(self.path / name)) for name in ("pairs.html", "scores.jsonl")
         )
@@ -307,6 +307,20 @@ class RunDirectory:
             f"    {score} --html {page}\n"
             f"    {score} --out {scores}"
         )
+
+
+def how_to_start(program: str) -> list[str]:
+    """Return the words that start a program of this repository from the current directory.
+
+    Where `python` would not be the Python that runs this, as in a virtual environment that is not
+    activated, its path takes the place.
+    """
+    python, found = "python", shutil.which("python")
+    if not found or Path(found).parent != Path(sys.executable).parent:
+        python = sys.executable
+    if Path.cwd() != REPOSITORY:
+        program = str(REPOSITORY / program)
+    return [python, program]
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -117,13 +117,19 @@ def test_examples_are_comparisons_that_data_files_hold(tmp_path):
         assert list(row) == ["prompt", "chosen", "rejected"]
 
 
-def test_next_commands_are_quoted_and_name_rm_py_as_seen_from_here(tmp_path, monkeypatch):
+def test_next_commands_are_quoted_and_start_this_python_and_rm_py_from_here(tmp_path, monkeypatch):
     (tmp_path / "a b.jsonl").write_text("")
     run = RunDirectory("it's out", 2, {}, Process())
-    for directory, program in ((HERE, "rm.py"), (tmp_path, f"{HERE}/rm.py")):
+    ours = sys.executable
+    for directory, found, python, program in (
+        (HERE, os.path.join(os.path.dirname(ours), "python"), "python", "rm.py"),
+        (tmp_path, "/elsewhere/python", ours, f"{HERE}/rm.py"),
+        (HERE, None, ours, "rm.py"),
+    ):
         monkeypatch.chdir(directory)
+        monkeypatch.setattr(shutil, "which", lambda name: found)
         text = run.last_lines([tmp_path / "missing.jsonl", tmp_path / "a b.jsonl"], [])
-        shared = ["python", program, "it's out", f"{tmp_path}/a b.jsonl"]
+        shared = [python, program, "it's out", f"{tmp_path}/a b.jsonl"]
         assert [shlex.split(command) for command in commands(text)] == [
             [*shared, "--show"],
             [*shared, "--html", "it's out/pairs.html"],

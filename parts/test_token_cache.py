@@ -209,7 +209,7 @@ def test_notes_subsets_and_counts_are_stored_with_the_tokens(tmp_path, monkeypat
         {"prompt": "p", "responses": ["a", "b", "a"], "subset": "x"},
         {"prompt": "p q", "chosen": "p qa", "rejected": "p qb", "margin": 1},
         {"prompt": "p", "chosen": "a" * 30, "rejected": "b", "label": None},
-        {"prompt": "p", "chosen": "a", "rejected": "a", "label": 3, "subset": "z"},
+        {"prompt": "p", "chosen": "a" * 30, "rejected": "a" * 30, "label": 3, "subset": "z"},
         {"prompt": "p"},
         {"chosen": "a", "rejected": "b"},
     ]
@@ -234,10 +234,10 @@ def test_notes_subsets_and_counts_are_stored_with_the_tokens(tmp_path, monkeypat
         assert [one.subset for one in found] == ["x", "y", "x", None, None, "z", None]
         assert [one.target for one in found] == [0.5, 1, 1, 1, 1, 1, 1]
         assert [one.margin for one in found] == [0, 0, 0, 1, 0, 0, 0]
-        assert [one.truncated for one in found] == [False] * 4 + [True] + [False] * 2
+        assert [one.truncated for one in found] == [False] * 4 + [True, True, False]
         assert [len(one.sequences) for one in found] == [2, 2, 2, 2, 2, 0, 2]
         every = data.select([file], np.array([(0, row) for row in range(7)]))
-        assert (len(every), every.dropped, every.truncated) == (6, 1, 1)
+        assert (len(every), every.dropped, every.truncated) == (6, 1, 1)  # of those that are left
         few = data.select([file], np.array([(0, 0), (0, 1)]))
         assert (len(few), few.dropped, few.truncated) == (2, 0, 0)
         monkeypatch.setattr(data, "tokenize_rows", None)  # the second time nothing is tokenized

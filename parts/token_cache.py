@@ -23,6 +23,7 @@ from tqdm import tqdm
 from parts.guards import counted
 from parts.rows import Reading, bad_row, note_lines, nothing_left, read_rows, unused_lines
 
+NO_LIMIT = 1 << 40  # of tokens in a sequence
 CHUNK_BYTES = 1 << 20  # rows of a file are tokenized together up to this size of their JSON
 
 # One row of a file: line number, what `Tokenized` has of it, the index of its subset's name (-1:
@@ -61,8 +62,9 @@ def cut_sequences(
     an earlier one is dropped, with its true reward; all are where one would be left.
     """
     sequences = cut(max_seq_len)
-    is_full = max(map(len, sequences)) == max_seq_len
-    is_truncated = is_full and cut(max_seq_len + 1) != sequences
+    is_truncated = False
+    if max(map(len, sequences)) == max_seq_len:
+        is_truncated = max(map(len, cut(NO_LIMIT))) > max_seq_len
     kept = first_of_each(sequences)
     if len(kept) == 1:
         kept = []

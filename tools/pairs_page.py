@@ -153,7 +153,10 @@ def shown_names(tokenizer) -> dict[int, str]:
     names = {}
     for i, name in tokenizer.special_names().items():
         names[i] = f"⟨{visible(name.strip('<>'))}⟩"  # ⟨|im_start|⟩
-    return names | {tokenizer.pad_id: "⟨pad⟩", tokenizer.eos_id: "⟨eos⟩", tokenizer.bos_id: "⟨bos⟩"}
+    names[tokenizer.pad_id] = "⟨pad⟩"
+    names[tokenizer.eos_id] = "⟨eos⟩"
+    names[tokenizer.bos_id] = "⟨bos⟩"
+    return names
 
 
 def token_texts(tokenizer, sequence: list[int]) -> list[str]:
@@ -383,7 +386,7 @@ def explained_ranking(row: Row) -> str:
         cells.append(
             [
                 f"{row.names[p.i]} &gt; {row.names[p.j]}",
-                p.region,
+                p.region.partition(" ")[2],
                 f"{p.margin:+.4f}",
                 f"{probability(p.margin):.4f}",
                 f'<span data-pair-loss="{p.loss!r}">{p.loss:.4f}</span>',
@@ -396,7 +399,7 @@ def explained_ranking(row: Row) -> str:
         "<code>−logsigmoid(r_better − r_worse)</code> over the positions from where the two "
         "responses diverge to where the longer one ends. P is the model's probability that the "
         "better response is preferred.</p>"
-        + table(["pair", "read by the loss", "margin", "P", "loss"], cells)
+        + table(["pair", "positions", "margin", "P", "loss"], cells)
     )
 
 

@@ -49,7 +49,7 @@ from parts.rows import (
     read_dialogue,
     unused_lines,
 )
-from parts.token_cache import first_of_each
+from parts.token_cache import NO_LIMIT, first_of_each
 from rm import RewardModel
 from tools import pairs_page
 
@@ -418,8 +418,8 @@ def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq
             for comparison, sequences, scores in zip(window, groups, results):
                 counts.add(comparison, sequences, scores)
                 if max(map(len, sequences)) == max_seq_len:
-                    longer = tokenize(comparison, tokenizer, max_seq_len + 1)
-                    counts.truncated += longer != sequences
+                    whole = tokenize(comparison, tokenizer, NO_LIMIT)
+                    counts.truncated += max(map(len, whole)) > max_seq_len
                 row = {"scores": scores} if len(scores) > 1 else {"score": scores[0]}
                 out.write(json.dumps(row) + "\n")
             bar.update(len(window))
