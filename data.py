@@ -37,6 +37,7 @@ class Comparison:
     margin: float = 0.0  # of a pair: by how much the first is to be better (Llama 2, eq. 2)
     target: float = 1.0  # of a pair: the probability that the first is preferred
     subset: str | None = None
+    ranked: bool = True  # False: the first is preferred to each of the others, and that is all
     notes: tuple[str, ...] = ()  # what a reader of the file should know of this row
     where: str = field(default="", compare=False)  # the file and the line that it is from
 
@@ -47,7 +48,7 @@ def load_comparisons(
     """Yield the comparisons of a file, a directory or a glob in order, reading row by row.
 
     fields: {our name: the name in the file}. ignore_fields: names. text_as: "text" or "messages".
-    min_responses: 1 allows rows {"prompt": ..., "response": ...}, comparisons of one response.
+    min_responses: 1 allows rows of one response, and of one chosen and several rejected ones.
     bad_rows: a list; a row that is no comparison is skipped, and "line: what is wrong" appended.
     Raises ValueError that names the file and the line; also with `bad_rows` where a file cannot
     be read to its end, or no row of it is a comparison.

@@ -36,6 +36,7 @@ EXPECTED = [  # of the rows in the table: prompt, responses
     ([], [[USER, GOOD], [USER, BAD]]),
     ("Hi. ", ["Hello.", "Hm.", "No."]),
     ("Hi. ", ["Hello."]),
+    ("Hi. ", ["Hello.", "Hm.", "No."]),
 ]
 
 

@@ -341,9 +341,13 @@ def test_commands_at_the_end_of_a_run_work_as_they_stand(built_in_run):
 def test_last_lines_name_the_accuracy_the_model_and_how_to_score(built_in_run):
     output_dir, done, events = built_in_run
     before, after = events["eval"][0], events["eval"][-1]
-    accuracy, place, _, *how = done.stdout.strip().splitlines()[-6:]
-    assert f"{before['accuracy']:.4f} before, {after['accuracy']:.4f} after" in accuracy
-    assert f"{after['bayes_accuracy']:.4f}" in accuracy
+    *accuracies, place, _, _, _, _ = done.stdout.strip().splitlines()[-8:]
+    how = done.stdout.strip().splitlines()[-3:]
+    shares = before["accuracy"], after["accuracy"], after["bayes_accuracy"]
+    names = "accuracy before training", "accuracy after training", "best possible accuracy"
+    for line, name, share in zip(accuracies, names, shares, strict=True):
+        error = math.sqrt(share * (1 - share) / 64)
+        assert line.startswith(name) and f": {share:.4f} ± {error:.4f} (64 pairs)" in line
     correlation = r"of the scores of 128 eval responses with their true rewards: -?0\.\d{4}$"
     assert re.search(correlation, done.stdout, re.M)
     assert f"{output_dir}/report.html" in place
@@ -594,9 +598,10 @@ def test_evaluation_without_a_preferred_response(tmp_path):
     for event in events_of(tmp_path / "out")["eval"]:
         assert (event["accuracy"], event["ece"], event["pairs"]) == (None, None, 8)
         assert event["by"] == {"x": {"accuracy": None, "pairs": 8}}
-    assert re.search(r"step 0: accuracy none on 8 pairs, loss [0-9.]+, .* error none\n", said)
-    assert "  x: none before, none after (8 pairs)" in said
-    assert "accuracy on 8 eval pairs, 8 of target 0.5 left out: none before, none after" in said
+    left_out = "; 8 pairs of target 0.5 left out"
+    assert re.search(rf"step 0: accuracy none, loss [0-9.]+, .* error none{left_out}\n", said)
+    assert "  x: none before, none after\n" in said
+    assert f"accuracy before training: none\naccuracy after training: none{left_out}\n" in said
     assert "none: every target is 0.5" in (tmp_path / "out" / "report.html").read_text()
 
 

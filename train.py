@@ -310,8 +310,7 @@ def finish(
     events = run.events()
     with run.writing():
         model.save_pretrained(run.path, tokenizer=tokenizer)
-        pairs = scores["chosen"], scores["rejected"], scores["true_margin"], scores["target"]
-        report.run_page(run.path / "report.html", events, list(vars(args).items()), *pairs)
+        report.run_page(run.path / "report.html", events, list(vars(args).items()), scores)
     if failure:
         raise failure
     if skipped:
@@ -391,7 +390,7 @@ def evaluate(
     if run:
         found = metrics.summarize(loss / n, numbers, dataset.dropped, dataset.truncated)
         run.log(event="eval", step=step, **found)
-        process.print(f"step {step}: {metrics.in_a_line(found)}")
+        process.print(f"step {step}: {metrics.in_a_line(found, numbers)}")
     return numbers
 
 

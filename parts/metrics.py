@@ -4,6 +4,8 @@ It runs no model: train.py's `evaluate` computes the scores and hands them in.
 """
 
 import itertools
+import math
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,6 +18,7 @@ from parts.guards import counted, visible
 # score, and the true reward where it is known.
 LISTS = ("chosen", "rejected", "target", "subset", "true_margin", "scores", "rewards")
 SUBSETS_LISTED = 20  # in a terminal
+COLLAPSED = 1e-3  # a standard deviation of end scores below it says that a model has no opinion
 
 
 def collect(
@@ -97,6 +100,20 @@ def accuracy(margin: torch.Tensor, target: torch.Tensor) -> float | None:
     return (margin > 0).double().mean().item()
 
 
+def standard_error(accuracy: float, count: int) -> float:
+    """Compute the binomial standard error of an accuracy a on n = `count` pairs: sqrt(a (1-a) / n).
+
+    Where every pair is right, or none, this would be 0, however few pairs there are; a is then the
+    add-one estimate, (right + 1) / (n + 2), Laplace's rule of succession: 0.4714 for one pair,
+    0.0393 for 24. Pairs count as independent. Those of one ranking are not, so the true error of
+    rankings is larger.
+    """
+    estimate = accuracy
+    if accuracy in (0, 1):
+        estimate = (accuracy * count + 1) / (count + 2)
+    return math.sqrt(estimate * (1 - estimate) / count)
+
+
 def by_subset(margin: torch.Tensor, target: torch.Tensor, subset: Sequence[str | None]) -> dict:
     """Compute {subset: {"accuracy", "pairs"}}, in the order of names; pairs without one are not in.
 
@@ -111,6 +128,11 @@ def by_subset(margin: torch.Tensor, target: torch.Tensor, subset: Sequence[str |
         own = places[name]
         by[name] = {"accuracy": accuracy(margin[own], target[own]), "pairs": len(own)}
     return by
+
+
+def decided_by_subset(subset: Sequence[str | None], target: Sequence[float]) -> Counter:
+    """Count the pairs that accuracy reads, those with a target other than 0.5, in every subset."""
+    return Counter(name for name, probability in zip(subset, target) if probability != 0.5)
 
 
 def confidence_bins(margin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -155,38 +177,99 @@ def in_words(number: float | None) -> str:
     return "none" if number is None else f"{number:.4f}"
 
 
-def in_a_line(found: dict) -> str:
-    """Say in a line what an evaluation has found. metrics.jsonl has all numbers of `summarize`."""
+def accuracy_in_words(accuracy: float | None, count: int, noun: str = "pair") -> str:
+    """Write an accuracy with its standard error: "0.6250 ± 0.0988 (24 pairs)"; None is "none".
+
+    count: the number of pairs, or of what `noun` says, that the accuracy is a share of; at 0, as in
+    a subset that an earlier evaluation alone had, the accuracy stands without an error.
+    """
+    if accuracy is None or count == 0:
+        return in_words(accuracy)
+    return f"{accuracy:.4f} ± {standard_error(accuracy, count):.4f} ({counted(count, noun)})"
+
+
+def ties_in_words(ties: int) -> str:
+    verb = "counts" if ties == 1 else "count"
+    return f"{counted(ties, 'tie')} {verb} as wrong"
+
+
+def remarks(margin: torch.Tensor, target: torch.Tensor) -> list[str]:
+    """List what a reader should know of the pairs of an accuracy: undecided ones, and ties.
+
+    margin, target: (P,), as in `decided`.
+    """
+    found = []
+    left_out = int((target == 0.5).sum())
+    if left_out:
+        found.append(f"{counted(left_out, 'pair')} of target 0.5 left out")
+    ties = int((decided(margin, target) == 0).sum())
+    if ties:
+        found.append(ties_in_words(ties))
+    return found
+
+
+def collapse(scores: Sequence[float]) -> str:
+    """Say that a model has collapsed, where its end scores hardly vary; "" where they do.
+
+    scores: (N,), one for every response. Their standard deviation is compared with COLLAPSED; fewer
+    than two scores tell nothing. A collapsed model looks perfect where ties count as right.
+    """
+    if len(scores) < 2:
+        return ""
+    deviation = float(np.std(scores))
+    if not deviation < COLLAPSED:
+        return ""
     return (
-        f"accuracy {in_words(found['accuracy'])} on {counted(found['pairs'], 'pair')}, "
-        f"loss {found['loss']:.4f}, mean margin {found['margin']:.4f}, "
-        f"calibration error {in_words(found['ece'])}"
+        f"collapsed: the scores of {counted(len(scores), 'response')} have a standard deviation of "
+        f"{deviation:.2g}, below {COLLAPSED:g}"
     )
 
 
-def pairs_in_words(targets: Sequence[float], noun: str = "pair") -> str:
-    """Count pairs for a user; accuracy leaves those of target 0.5 out, so they are named."""
-    text = counted(len(targets), noun)
-    halves = targets.count(0.5)
-    if halves:
-        text += f", {halves} of target 0.5 left out"
-    return text
+def pairs_of(numbers: dict[str, list]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return margins and targets, (P,) float64, from the lists of LISTS."""
+    chosen, rejected, target = (
+        torch.tensor(numbers[name], dtype=torch.float64)
+        for name in ("chosen", "rejected", "target")
+    )
+    return chosen - rejected, target
 
 
-def subset_lines(by: dict[str, dict], before: dict[str, dict] | None = None) -> list[str]:
-    """Write accuracy by subset, a line each; beyond SUBSETS_LISTED they are counted.
+def in_a_line(found: dict, numbers: dict[str, list]) -> str:
+    """Say in a line what an evaluation has found. metrics.jsonl has all numbers of `summarize`.
 
-    by: from `by_subset`. before: the same before training, to be shown beside it.
+    found: from `summarize`. numbers: the lists of LISTS that it is made of.
+    """
+    margin, target = pairs_of(numbers)
+    right = accuracy_in_words(found["accuracy"], len(decided(margin, target)))
+    line = (
+        f"accuracy {right}, loss {found['loss']:.4f}, mean margin {found['margin']:.4f}, "
+        f"calibration error {in_words(found['ece'])}"
+    )
+    parts = [line, *remarks(margin, target), collapse(numbers["scores"])]
+    return "; ".join(filter(None, parts))
+
+
+def subset_lines(
+    by: dict[str, dict],
+    counts: dict[str, int],
+    before: dict[str, dict] | None = None,
+    title: str = "accuracy by subset",
+    noun: str = "pair",
+) -> list[str]:
+    """Write accuracy by subset, a line each; subsets beyond SUBSETS_LISTED are counted.
+
+    by: from `by_subset`. counts: from `decided_by_subset`, of what `noun` says. before: the
+    accuracies before training, to be shown beside those of `by`, or None.
     """
     if not by:
         return []
-    lines = ["accuracy by subset:"]
+    lines = [f"{title}:"]
     for name, found in list(by.items())[:SUBSETS_LISTED]:
-        text = in_words(found["accuracy"])
+        text = accuracy_in_words(found["accuracy"], counts[name], noun)
         if before is not None:
             earlier = before.get(name, {}).get("accuracy")
-            text = f"{in_words(earlier)} before, {text} after"
-        lines.append(f"  {visible(name)}: {text} ({counted(found['pairs'], 'pair')})")
+            text = f"{accuracy_in_words(earlier, counts[name])} before, {text} after"
+        lines.append(f"  {visible(name)}: {text}")
     if len(by) > SUBSETS_LISTED:
         lines.append(f"  and {counted(len(by) - SUBSETS_LISTED, 'more subset')}")
     return lines
@@ -199,9 +282,27 @@ def score_summary(pairs: list[tuple[float, float, str | None]]) -> str:
     """
     margins, targets, subsets = zip(*pairs)
     margin, target = (torch.tensor(x, dtype=torch.float64) for x in (margins, targets))
-    text = f"{pairs_in_words(targets)}: accuracy {in_words(accuracy(margin, target))}"
+    text = f"accuracy {accuracy_in_words(accuracy(margin, target), len(decided(margin, target)))}"
     text += f", mean margin {margin.mean():.4f}"
-    return "\n".join([text, *subset_lines(by_subset(margin, target, subsets))])
+    counts = decided_by_subset(subsets, targets)
+    lines = subset_lines(by_subset(margin, target, subsets), counts)
+    return "\n".join(["; ".join([text, *remarks(margin, target)]), *lines])
+
+
+def best_summary(rows: list[tuple[float, str | None]]) -> str:
+    """Say how often the chosen text of a row scores highest, in lines (python rm.py).
+
+    rows: the score of the chosen text minus the highest score of the others, and the subset of
+    each row, at least one. A tie is not highest, as in RewardBench 2.
+    """
+    leads, subsets = zip(*rows)
+    lead, target = torch.tensor(leads, dtype=torch.float64), torch.ones(len(rows))
+    title = "the chosen text scores highest"
+    text = f"{title}: {accuracy_in_words(accuracy(lead, target), len(rows), 'row')}"
+    counts = decided_by_subset(subsets, target.tolist())
+    by = by_subset(lead, target, subsets)
+    lines = subset_lines(by, counts, title=f"{title}, by subset", noun="row")
+    return "\n".join(["; ".join([text, *remarks(lead, target)]), *lines])
 
 
 def outcome(events: list[dict], numbers: dict[str, list]) -> str:
@@ -218,14 +319,19 @@ def outcome(events: list[dict], numbers: dict[str, list]) -> str:
             f"Spearman's correlation of the scores of {counted(len(scores), 'eval response')} with "
             f"their true rewards: {spearman(scores, rewards):.4f}"
         )
-    lines += subset_lines(after.get("by", {}), before.get("by"))
-    text = (
-        f"accuracy on {pairs_in_words(numbers['target'], 'eval pair')}: "
-        f"{in_words(before['accuracy'])} before, {in_words(after['accuracy'])} after training"
-    )
+    counts = decided_by_subset(numbers["subset"], numbers["target"])
+    lines += subset_lines(after.get("by", {}), counts, before.get("by"))
+    if collapse(scores):
+        lines.append(collapse(scores))
+    margin, target = pairs_of(numbers)
+    count = len(decided(margin, target))
+    lines.append(f"accuracy before training: {accuracy_in_words(before['accuracy'], count)}")
+    text = f"accuracy after training: {accuracy_in_words(after['accuracy'], count)}"
+    lines.append("; ".join([text, *remarks(margin, target)]))
     if after.get("bayes_accuracy") is not None:
-        text += f"; the best possible (Bayes-optimal) is {after['bayes_accuracy']:.4f}"
-    return "\n".join([*lines, text])
+        best = accuracy_in_words(after["bayes_accuracy"], count)
+        lines.append(f"best possible accuracy (Bayes-optimal): {best}")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -14,7 +14,15 @@ import torch
 
 from parts.files import replacing
 from parts.guards import counted, visible
-from parts.metrics import confidence_bins, decided
+from parts.metrics import (
+    accuracy_in_words,
+    collapse,
+    confidence_bins,
+    decided,
+    decided_by_subset,
+    pairs_of,
+    standard_error,
+)
 
 # Hues that the common kinds of colour blindness keep apart, (light, dark), in the order of the
 # series; the last one is grey.
@@ -479,21 +487,26 @@ def reliability(margins: torch.Tensor) -> str:
     """Draw the observed accuracy by confidence, in the bins of the calibration error."""
     confidence, bins = confidence_bins(margins)
     right = (margins > 0).double()
-    observed, counts, notes = [], [], []
+    middles, observed, errors, labels, notes = [], [], [], [], []
     for i in range(10):
         is_in = bins == i
-        counts.append(int(is_in.sum()))
-        # A bin without pairs has neither a bar nor its note.
-        observed.append(right[is_in].mean().item() if counts[i] else None)
+        count = int(is_in.sum())
+        if count == 0:
+            continue
+        accuracy = right[is_in].mean().item()
+        middles.append(0.525 + 0.05 * i)
+        observed.append(accuracy)
+        errors.append(standard_error(accuracy, count))
+        labels.append(str(count))
         notes.append(
             f"confidence {0.5 + 0.05 * i:.2f} to {0.55 + 0.05 * i:.2f}: "
-            f"accuracy {observed[i] or 0:.4f}, "
-            f"mean confidence {confidence[is_in].mean():.4f}, {counted(counts[i], 'pair')}"
+            f"accuracy {accuracy_in_words(accuracy, count)}, "
+            f"mean confidence {confidence[is_in].mean():.4f}"
         )
-    middles = [0.525 + 0.05 * i for i in range(10)]
-    labels = [str(n) for n in counts]
-    name = "ranked right, with the number of pairs"
-    bars = Series(observed, middles, name, "bar", width=0.05, notes=notes, labels=labels)
+    name = "ranked right, with standard error and number of pairs"
+    bars = Series(
+        observed, middles, name, "bar", width=0.05, error=errors, notes=notes, labels=labels
+    )
     calibrated = Series([0.5, 1.0], [0.5, 1.0], "calibrated", color=4, style="dashed")
     x_label = "confidence in the response that the model prefers"
     return chart(
@@ -520,10 +533,37 @@ def learned_and_true(margins: torch.Tensor, true_margins: torch.Tensor) -> str:
     return chart([perfect, points], title, "true", "learned", x_range=(0, 1), y_range=(0, 1))
 
 
-def run_charts(
-    steps: list[dict], evals: list[dict], chosen, rejected, true_margins, targets
-) -> list[str]:
-    """Draw the charts of a run from the arguments of `run_page`, with events by kind."""
+def accuracy_chart(evals: list[dict], undecided: int) -> str:
+    """Draw the accuracy of every evaluation with its standard error, on an axis from guessing to 1.
+
+    undecided: the number of pairs of an evaluation that accuracy leaves out. The axis begins lower
+    only where accuracies or their errors reach lower, so that noise never fills the chart.
+    """
+    x = [event["step"] for event in evals]
+    values = [event["accuracy"] for event in evals]
+    errors = []
+    for event in evals:
+        count = event.get("pairs", 0) - undecided
+        is_known = finite(event["accuracy"]) and count > 0
+        errors.append(standard_error(event["accuracy"], count) if is_known else 0.0)
+    marks = []
+    if evals and finite(evals[-1].get("bayes_accuracy")):
+        marks.append((evals[-1]["bayes_accuracy"], "best possible (Bayes-optimal)"))
+    if min(filter(finite, values), default=1) < NEAR_GUESSING:
+        marks.append((0.5, "guessing"))
+    points = Series(values, x, kind="point", color=1, error=errors)
+    lowest = min([0.5, *(y - error for _, _, y, error in points.points())])
+    return chart(
+        [Series(values, x, color=1), points],
+        "Accuracy in evaluation",
+        "step, with standard errors",
+        hlines=marks,
+        y_range=(max(lowest, 0), 1),
+    )
+
+
+def run_charts(steps: list[dict], evals: list[dict], numbers: dict[str, list]) -> list[str]:
+    """Draw the charts of a run from its events by kind, and from `numbers` as in `run_page`."""
     at = [event["step"] for event in steps]
     losses = [event["loss"] for event in steps]
 
@@ -531,39 +571,29 @@ def run_charts(
         values = [event[name] for event in steps]
         return chart([curve(at, values, color=2)], title, "step", size=(420, 180))
 
-    def of_evals(key, name=""):
-        values = [event.get(key) for event in evals]
-        x = [event["step"] for event in evals]
-        return [Series(values, x, name, color=1), Series(values, x, kind="point", color=1)]
-
     window = max(1, len(steps) // 50)
     curves = [curve(at, losses, "a step", style="thin" if window > 1 else "")]
     if window > 1:
         means = moving_mean(losses, window)
         curves.append(curve(at[window - 1 :], means, f"mean of {window} steps"))
-    marks = []
-    if evals and finite(evals[-1].get("bayes_accuracy")):
-        marks.append((evals[-1]["bayes_accuracy"], "best possible (Bayes-optimal)"))
-    accuracies = [event["accuracy"] for event in evals if finite(event["accuracy"])]
-    if min(accuracies, default=1) < NEAR_GUESSING:
-        marks.append((0.5, "guessing"))
-    margins = torch.tensor(chosen, dtype=torch.float64)
-    margins -= torch.tensor(rejected, dtype=torch.float64)
-    preferred = margins
-    if targets:
-        preferred = decided(margins, torch.tensor(targets, dtype=torch.float64))
-    scores, zero = {"chosen": chosen, "rejected": rejected}, [(0, "ranked right from here on")]
+    eval_losses, eval_steps = ([event[key] for event in evals] for key in ("loss", "step"))
+    curves.append(Series(eval_losses, eval_steps, "evaluation", color=1))
+    curves.append(Series(eval_losses, eval_steps, kind="point", color=1))
+    margins, targets = pairs_of(numbers)
+    preferred = decided(margins, targets)
+    scores = {"chosen": numbers["chosen"], "rejected": numbers["rejected"]}
+    zero = [(0, "ranked right from here on")]
     charts = [
-        chart(curves + of_evals("loss", "evaluation"), "Loss", "step"),
-        chart(of_evals("accuracy"), "Accuracy in evaluation", "step", hlines=marks),
+        chart(curves, "Loss", "step"),
+        accuracy_chart(evals, len(margins) - len(preferred)),
         histogram(scores, "End scores", "reward at the last token"),
         histogram(
             {"margin": preferred.tolist()}, "Margins", "end score of preferred minus other", zero
         ),
         reliability(preferred),
     ]
-    if true_margins:
-        true_margins = torch.tensor(true_margins, dtype=torch.float64)
+    if numbers["true_margin"]:
+        true_margins = torch.tensor(numbers["true_margin"], dtype=torch.float64)
         charts.append(learned_and_true(margins, true_margins))
     charts.append(of_steps("lr", "Learning rate"))
     return [*charts, of_steps("grad_norm", "Gradient norm, before clipping")]
@@ -589,23 +619,27 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} minutes"
 
 
-def metric_rows(first: dict, last: dict) -> list[list[str]]:
+def metric_rows(first: dict, last: dict, numbers: dict[str, list]) -> list[list[str]]:
     """List what two evaluations have found, in words: name, number of the first and of the last.
 
-    Counts that are 0 in both are left out; each subset of the data has a row.
+    numbers: as in `run_page`. Counts that are 0 in both are left out; each subset of the data has a
+    row.
     """
-    rows = []
+    rows, count = [], len(decided(*pairs_of(numbers)))
+    counts = decided_by_subset(numbers["subset"], numbers["target"])
     for name, value in last.items():
         if name in ("event", "step") or (value == 0 == first.get(name) and name in UNUSUAL):
             continue
         if name == "by":
             for subset, found in value.items():
                 before = first.get("by", {}).get(subset, {})
-                title = f"accuracy on {subset} ({counted(found['pairs'], 'pair')})"
-                rows.append((title, metric(before, "accuracy"), metric(found, "accuracy")))
+                title, own = f"accuracy on {subset}", counts[subset]
+                rows.append(
+                    (title, metric(before, "accuracy", own), metric(found, "accuracy", own))
+                )
         else:
             title = METRICS.get(name, name.replace("_", " "))
-            rows.append((title, metric(first, name), metric(last, name)))
+            rows.append((title, metric(first, name, count), metric(last, name, count)))
     return [[safe(title), before, after] for title, before, after in rows]
 
 
@@ -615,44 +649,43 @@ def number(value: float | None) -> str:
     return f"{value:.4f}" if finite(value) else "not finite"
 
 
-def metric(event: dict, name: str) -> str:
-    """Write a number of an evaluation; nothing where an older version did not compute it."""
+def metric(event: dict, name: str, count: int) -> str:
+    """Write a number of an evaluation; nothing where an older version did not compute it.
+
+    count: the number of pairs that accuracies are a share of.
+    """
     if name not in event:
         return ""
     is_undecided = event.get("accuracy", 0) is None
     if is_undecided and name in ("accuracy", "ece"):
         return "none: every target is 0.5"
+    if name in ("accuracy", "bayes_accuracy"):
+        return accuracy_in_words(event[name], count)
     return number(event[name])
 
 
-def run_page(
-    path,
-    events: list[dict],
-    flags: list[tuple[str, object]],
-    chosen: list[float],
-    rejected: list[float],
-    true_margins: list[float] | None = None,
-    targets: list[float] | None = None,
-):
+def run_page(path, events: list[dict], flags: list[tuple[str, object]], numbers: dict[str, list]):
     """Write the page of a training run that has ended.
 
-    events: the objects of its metrics.jsonl. flags: names and values, to be shown. chosen,
-    rejected: (P,), the end scores of the pairs of the last evaluation. true_margins: (P,), the
-    differences of their true rewards, where these are known. targets: (P,); None: all are 1.
+    events: the objects of its metrics.jsonl. flags: names and values, to be shown. numbers: the
+    lists of `metrics.LISTS`, of the last evaluation.
     Margins and reliability are shown of pairs that `metrics.decided` selects.
     """
     steps = [event for event in events if event["event"] == "step"]
     evals = [event for event in events if event["event"] == "eval"]
     first, last = (evals[0], evals[-1]) if evals else ({}, {})
-    numbers = {"eval accuracy": metric(last, "accuracy")}
+    count = len(decided(*pairs_of(numbers)))
+    figures = {"eval accuracy": metric(last, "accuracy", count)}
     if finite(last.get("bayes_accuracy")):
-        numbers["best possible accuracy"] = number(last["bayes_accuracy"])
-    numbers["eval loss"] = number(last.get("loss"))
-    for counts in (counted(last.get("pairs", 0), "eval pair"), counted(len(steps), "step")):
-        count, _, noun = counts.partition(" ")
-        numbers[noun] = count
+        figures["best possible accuracy"] = metric(last, "bayes_accuracy", count)
+    figures["eval loss"] = number(last.get("loss"))
+    amount, _, noun = counted(len(steps), "step").partition(" ")
+    figures[noun] = amount
+    warning = collapse(numbers["scores"])
+    if warning:
+        warning = f'<p class="card"><b>This model has {warning}.</b></p>'
     charts = ""
-    for svg in run_charts(steps, evals, chosen, rejected, true_margins, targets):
+    for svg in run_charts(steps, evals, numbers):
         charts += f'<div class="card">{svg}</div>'
     head = ["", f"step {first.get('step', '')}", f"step {last.get('step', '')}"]
     values = [[f"<code>--{safe(name)}</code>", safe(flag_value(value))] for name, value in flags]
@@ -661,9 +694,9 @@ def run_page(
         "one response was chosen and the other rejected. Its accuracy is the share of held-out "
         "pairs in which it scores the chosen response higher. The loss also depends on how sure it "
         "is.</p>"
-        f'{facts(numbers)}<div class="cols">{charts}</div>'
+        f'{facts(figures)}{warning}<div class="cols">{charts}</div>'
         "<div class='cols' style='margin-top:20px'><div class='card'><h2>Evaluation</h2>"
-        f"{table(head, metric_rows(first, last), 'names')}<p class='small soft'>"
+        f"{table(head, metric_rows(first, last, numbers), 'names')}<p class='small soft'>"
         f"Training took {duration(sum(event['seconds'] for event in steps))}, for "
         f"{counted(sum(event['pairs'] for event in steps), 'pair')} and "
         f"{counted(sum(event['tokens'] for event in steps), 'token')}.</p></div>"

@@ -9,6 +9,7 @@ objects, or .parquet. A row is any of
     {"prompt": "...", "chosen": "...", "rejected": "..."}    text: prompt + response is a sequence
     {"chosen": "...", "rejected": "..."}                     whole dialogues
     {"prompt": ..., "responses": [best, ..., worst]}         a ranking
+    {"prompt": ..., "chosen": [a], "rejected": [b, c, ...]}  RewardBench 2, for rm.py alone
 
 with text, or chat messages [{"role": "...", "content": "..."}, ...] in place of it. docs/data.md
 has the other fields that are read, and what becomes of fields that are not.
@@ -310,8 +311,9 @@ def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2)
 
     "prompt" and "responses" (best first) are all text, or all lists of chat messages {"role",
     "content"}; a prompt that the responses repeat is in the prompt alone. "margin", "target",
-    "subset"; "notes": short labels, the same for all rows that they apply to. min_responses: 1
-    allows rows {"prompt": ..., "response": ...} as well.
+    "subset"; "ranked": False where the first response is preferred to each of the others, which are
+    not compared with one another; "notes": short labels, the same for all rows that they apply to.
+    min_responses: 1 allows rows of one response, and of lists of chosen and rejected ones, as well.
     Raises ValueError that says which field is wrong, and how.
     """
     found = parse_object(text)
@@ -325,8 +327,9 @@ def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2)
             unread[theirs.get(name, name)] = row[name]
     if row.get("prompt") is None:
         check_no_other_prompt(unread, theirs.get("prompt", "prompt"))
+    is_ranked = "chosen[0]" not in responses
     if "prompt" not in row:
-        if "chosen" not in responses:
+        if is_ranked and "chosen" not in responses:
             raise ValueError(
                 "prompt is missing; only rows of chosen and rejected can do without one"
             )
@@ -334,6 +337,8 @@ def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2)
     for name, value in unread.items():
         if value is not None:
             notes.append(f"field {shown(name)} is not read")
+    if not is_ranked:
+        check_plain(row)
     prompt, responses = read_dialogue(row, responses, reading, notes)
     margin = parse_margin(row.get("margin"), len(responses))
     return {
@@ -342,6 +347,7 @@ def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2)
         "margin": margin,
         "target": parse_target(row.get("target"), len(responses), margin),
         "subset": parse_subset(row.get("subset")),
+        "ranked": is_ranked,
         "notes": tuple(notes),
     }
 
@@ -395,7 +401,11 @@ def check_no_other_prompt(unread: dict, missing: str):
 def take_responses(row: dict, min_responses: int) -> dict:
     """Take the responses out of a row: {field: response}, best first; {} where it has none."""
     if "chosen" in row or "rejected" in row:
-        return {"chosen": row.pop("chosen", None), "rejected": row.pop("rejected", None)}
+        pair = {"chosen": row.pop("chosen", None), "rejected": row.pop("rejected", None)}
+        lists = [name for name, value in pair.items() if holds_responses(value)]
+        if len(lists) == 2 or (lists and min_responses == 1):
+            return one_and_others(pair, min_responses)
+        return pair
     if "responses" in row:
         ranking = row.pop("responses")
         if not isinstance(ranking, list) or len(ranking) < 2:
@@ -406,6 +416,52 @@ def take_responses(row: dict, min_responses: int) -> dict:
     if "response" in row and min_responses == 1:
         return {"response": row.pop("response")}
     return {}
+
+
+def holds_responses(value) -> bool:
+    """Return whether a field is a list of responses, text or dialogues, and not of messages."""
+    return isinstance(value, list) and len(value) > 0 and isinstance(value[0], (str, list))
+
+
+def one_and_others(pair: dict, min_responses: int) -> dict:
+    """Name the responses of a row whose chosen and rejected are lists: chosen[0], rejected[0], ...
+
+    Raises ValueError where such rows are not read, or the chosen list has not one response.
+    """
+    if min_responses > 1:
+        raise ValueError(
+            "chosen and rejected: found lists of responses, as in RewardBench 2, which rm.py alone "
+            "reads; for training, give each rejected response a row of its own, beside the chosen "
+            "one"
+        )
+    responses = {}
+    for name, value in pair.items():
+        if not holds_responses(value):
+            found = json_type(value)
+            if isinstance(value, list):
+                found = "chat messages" if value else "an empty list"
+            raise ValueError(
+                f"{name}: found {found}; expected a list of responses, as the other field has one"
+            )
+        for i, response in enumerate(value):
+            responses[f"{name}[{i}]"] = response
+    if len(pair["chosen"]) != 1:
+        raise ValueError(
+            f"chosen: found {counted(len(pair['chosen']), 'response')}; expected a list of one; "
+            "rows in which several responses are right, RewardBench 2's subset Ties, are scored "
+            "by other rules, so take them out"
+        )
+    return responses
+
+
+def check_plain(row: dict):
+    """Raise ValueError for a margin or a target in a row of one chosen and other responses."""
+    for name in ("margin", "target"):
+        if row.get(name) is not None:
+            raise ValueError(
+                f"{name}: found beside lists of chosen and rejected responses; it is of a pair, so "
+                f"take it out (--ignore_fields {name})"
+            )
 
 
 def no_responses(found: dict, min_responses: int) -> str:

@@ -15,13 +15,17 @@ import train
 from parts.metrics import (
     LISTS,
     Writer,
+    accuracy_in_words,
+    best_summary,
     by_subset,
     calibration_error,
+    collapse,
     collect,
     in_a_line,
     outcome,
     score_summary,
     spearman,
+    standard_error,
     subset_lines,
     summarize,
 )
@@ -152,15 +156,16 @@ def test_no_accuracy_where_every_target_is_one_half(subset):
     assert (found["accuracy"], found["ece"], found["pairs"], found["ties"]) == (None, None, 2, 0.5)
     assert found.get("by", {}) == ({subset: {"accuracy": None, "pairs": 2}} if subset else {})
     json.dumps(found, allow_nan=False)
-    assert in_a_line(found).startswith("accuracy none on 2 pairs, loss 0.7000, mean margin ")
-    assert in_a_line(found).endswith("calibration error none")
+    expected = "accuracy none, loss 0.7000, mean margin 0.5000, calibration error none"
+    left_out = "2 pairs of target 0.5 left out"
+    assert in_a_line(found, numbers) == f"{expected}; {left_out}"
     events = [{"event": "eval", "step": step} | found for step in (0, 3)]
-    assert "accuracy on 2 eval pairs, 2 of target 0.5 left out: none before, none after" in outcome(
-        events, numbers
-    )
-    assert score_summary([(1.0, 0.5, subset), (0.0, 0.5, subset)]).startswith(
-        "2 pairs, 2 of target 0.5 left out: accuracy none, mean margin 0.5000"
-    )
+    assert outcome(events, numbers).splitlines()[-2:] == [
+        "accuracy before training: none",
+        f"accuracy after training: none; {left_out}",
+    ]
+    first, *_ = score_summary([(1.0, 0.5, subset), (0.0, 0.5, subset)]).splitlines()
+    assert first == f"accuracy none, mean margin 0.5000; {left_out}"
 
 
 def test_collected_numbers_are_of_every_pair_of_a_ranking():
@@ -186,63 +191,149 @@ def test_collected_numbers_are_of_every_pair_of_a_ranking():
 # In words
 
 
-@pytest.mark.parametrize("pairs, counted", [(1, "1 pair"), (4000, "4,000 pairs")])
-def test_line_of_an_evaluation(pairs, counted):
+def test_standard_error_is_the_spread_of_accuracies():
+    """The accuracies of 20,000 sets of 24 pairs, each ranked right with probability 0.625."""
+    rng = np.random.default_rng(0)
+    accuracies = rng.binomial(24, 0.625, 20_000) / 24
+    assert standard_error(0.625, 24) == pytest.approx(accuracies.std(), rel=0.02)
+    assert standard_error(0.625, 24) == pytest.approx(math.sqrt(0.625 * 0.375 / 24), abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [1, 2, 24, 4000])
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_standard_error_where_all_or_no_pairs_are_right_is_that_of_the_add_one_estimate(
+    accuracy, count
+):
+    estimate = 1 / (count + 2)  # or 1 minus it
+    expected = math.sqrt(estimate * (1 - estimate) / count)
+    assert standard_error(accuracy, count) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "accuracy, count, words",
+    [
+        (0.625, 24, "0.6250 ± 0.0988 (24 pairs)"),
+        (0.0, 1, "0.0000 ± 0.4714 (1 pair)"),
+        (1.0, 24, "1.0000 ± 0.0393 (24 pairs)"),
+        (0.5, 4000, "0.5000 ± 0.0079 (4,000 pairs)"),
+        (None, 0, "none"),
+        (0.25, 0, "0.2500"),
+    ],
+)
+def test_accuracy_in_words(accuracy, count, words):
+    assert accuracy_in_words(accuracy, count) == words
+
+
+def test_a_model_whose_scores_hardly_vary_is_called_collapsed():
+    """At a standard deviation of 0.001; neither one score nor NaN tells anything."""
+    near = [1.0, 1.0 + 1.98e-3]  # the standard deviation is half the difference
+    assert collapse(near) == (
+        "collapsed: the scores of 2 responses have a standard deviation of 0.00099, below 0.001"
+    )
+    assert collapse([5.0] * 3).startswith("collapsed: the scores of 3 responses have")
+    for scores in ([1.0, 1.0 + 2.01e-3], [5.0], [], [math.nan, 1.0]):
+        assert collapse(scores) == ""
+    numbers = numbers_of([0.5, 0.5], [0.5, 0.5], scores=[0.5] * 4)
+    event = {"event": "eval", "step": 0} | summarize(math.log(2), numbers, 0, 0)
+    line, lines = in_a_line(event, numbers), outcome([event], numbers).splitlines()
+    said = "2 ties count as wrong; collapsed: the scores of 4 responses have a standard deviation"
+    assert f"; {said} of 0, below 0.001" in line
+    assert lines[0].startswith("collapsed: the scores of 4 responses")
+    assert lines[2] == ("accuracy after training: 0.0000 ± 0.3062 (2 pairs); 2 ties count as wrong")
+
+
+@pytest.mark.parametrize(
+    "pairs, accuracy", [(1, "1.0000 ± 0.4714 (1 pair)"), (4000, "1.0000 ± 0.0002 (4,000 pairs)")]
+)
+def test_line_of_an_evaluation(pairs, accuracy):
     """Counts of what was dropped, and of anything else, are in metrics.jsonl alone."""
-    found = summarize(0.25, numbers_of([2.0] * pairs, [0.0] * pairs, subset=["a"] * pairs), 0, 0)
-    expected = f"accuracy 1.0000 on {counted}, loss 0.2500, mean margin 2.0000"
-    assert in_a_line(found) == f"{expected}, calibration error {found['ece']:.4f}"
+    numbers = numbers_of([2.0] * pairs, [0.0] * pairs, subset=["a"] * pairs)
+    found = summarize(0.25, numbers, 0, 0)
+    expected = f"accuracy {accuracy}, loss 0.2500, mean margin 2.0000"
+    assert in_a_line(found, numbers) == f"{expected}, calibration error {found['ece']:.4f}"
+
+
+def test_ties_are_counted_among_the_pairs_that_accuracy_reads():
+    chosen, rejected, targets = [1.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.2, 0.5, 1.0]
+    numbers = numbers_of(chosen, rejected, target=targets)
+    line = in_a_line(summarize(0.5, numbers, 0, 0), numbers)
+    assert line.startswith("accuracy 0.3333 ± 0.2722 (3 pairs), loss 0.5000")
+    assert line.endswith("; 1 pair of target 0.5 left out; 2 ties count as wrong")
+    found = score_summary([(0.0, 1.0, None), (1.0, 1.0, None)])
+    assert found == "accuracy 0.5000 ± 0.3536 (2 pairs), mean margin 0.5000; 1 tie counts as wrong"
 
 
 def test_subsets_are_listed_by_name_and_the_others_counted():
     zeros = torch.zeros(30)
     by = by_subset(zeros + 1, zeros + 1, [f"s{i:02}" for i in reversed(range(30))])
-    lines = subset_lines(by)
+    counts = dict.fromkeys(by, 2)
+    lines = subset_lines(by, counts)
     assert lines[0] == "accuracy by subset:"
-    assert lines[1:21] == [f"  s{i:02}: 1.0000 (1 pair)" for i in range(20)]
+    assert lines[1:21] == [f"  s{i:02}: 1.0000 ± 0.3062 (2 pairs)" for i in range(20)]
     assert lines[21:] == ["  and 10 more subsets"]
-    assert len(subset_lines(dict(list(by.items())[:20]))) == 21  # none is left to be counted
-    hostile = by_subset(zeros[:1], zeros[:1], ["\x1b[31m\u202e"])
-    assert subset_lines(hostile)[1] == "  ␛[31m⟨U+202E⟩: 0.0000 (1 pair)"
+    assert len(subset_lines(dict(list(by.items())[:20]), counts)) == 21  # none is left to count
+    name = "\x1b[31m\u202e"
+    hostile = by_subset(zeros[:1], zeros[:1], [name])
+    expected = "  ␛[31m⟨U+202E⟩: 0.0000 ± 0.4714 (1 pair)"
+    assert subset_lines(hostile, {name: 1})[1] == expected
 
 
 def test_outcome_has_the_subsets_before_and_after():
-    numbers = numbers_of([2.0, 1.0, 0.0], [0.0, 2.0, 1.0], subset=["b", "a", None])
+    """The pair of "a" that has target 0.5 is in no accuracy, and in no number of pairs."""
+    subsets = ["b", "a", None, "a"]
+    targets = [1.0, 1.0, 1.0, 0.5]
+    numbers = numbers_of([2.0, 1.0, 0.0, 1.0], [0.0, 2.0, 1.0, 0.0], subset=subsets, target=targets)
     after = {"event": "eval", "step": 3} | summarize(0.5, numbers, 0, 0)
-    before = after | {"accuracy": 0.25, "by": {"b": {"accuracy": 0.0, "pairs": 1}}}
+    before = after | {"accuracy": 2 / 3, "by": {"b": {"accuracy": 0.0, "pairs": 1}}}
     assert outcome([before, {"event": "step"}, after], numbers).splitlines() == [
         "accuracy by subset:",
-        "  a: none before, 0.0000 after (1 pair)",
-        "  b: 0.0000 before, 1.0000 after (1 pair)",
-        "accuracy on 3 eval pairs: 0.2500 before, 0.3333 after training",
+        "  a: none before, 0.0000 ± 0.4714 (1 pair) after",
+        "  b: 0.0000 ± 0.4714 (1 pair) before, 1.0000 ± 0.4714 (1 pair) after",
+        "accuracy before training: 0.6667 ± 0.2722 (3 pairs)",
+        "accuracy after training: 0.3333 ± 0.2722 (3 pairs); 1 pair of target 0.5 left out",
     ]
     del before["by"]  # written by an older version
-    assert outcome([before, after], numbers).splitlines()[1] == "  a: 0.0000 (1 pair)"
+    lines = outcome([before, after], numbers).splitlines()
+    assert lines[1] == "  a: 0.0000 ± 0.4714 (1 pair)"
 
 
 def test_outcome_in_words():
     numbers = numbers_of([2.0], [0.0]) | {"scores": [2.0, 1.0], "rewards": [0.5, 0.1]}
     before, after = {"event": "eval", "accuracy": 0.0, "pairs": 1}, {"event": "eval", "pairs": 1}
     after |= {"accuracy": 1.0, "bayes_accuracy": 1.0}
-    accuracy = "accuracy on 1 eval pair: 0.0000 before, 1.0000 after training"
-    accuracy += "; the best possible (Bayes-optimal) is 1.0000"
     spearmans = "Spearman's correlation of the scores of 2 eval responses with their true rewards"
-    expected = f"{spearmans}: 1.0000\n{accuracy}"
-    assert outcome([before, {"event": "step"}, after], numbers) == expected
+    assert outcome([before, {"event": "step"}, after], numbers).splitlines() == [
+        f"{spearmans}: 1.0000",
+        "accuracy before training: 0.0000 ± 0.4714 (1 pair)",
+        "accuracy after training: 1.0000 ± 0.4714 (1 pair)",
+        "best possible accuracy (Bayes-optimal): 1.0000 ± 0.4714 (1 pair)",
+    ]
 
 
 def test_summary_of_scores_by_hand():
-    pairs = [(1.0, 1.0, "b"), (-1.0, 0.2, "b"), (-2.0, 1.0, "a"), (4.0, 0.5, None)]
+    pairs = [(1.0, 1.0, "b"), (-1.0, 0.2, "b"), (-2.0, 1.0, "a"), (4.0, 0.5, "b")]
+    left_out = "1 pair of target 0.5 left out"
     assert score_summary(pairs).splitlines() == [
-        "4 pairs, 1 of target 0.5 left out: accuracy 0.6667, mean margin 0.5000",
+        f"accuracy 0.6667 ± 0.2722 (3 pairs), mean margin 0.5000; {left_out}",
         "accuracy by subset:",
-        "  a: 0.0000 (1 pair)",
-        "  b: 1.0000 (2 pairs)",
+        "  a: 0.0000 ± 0.4714 (1 pair)",
+        "  b: 1.0000 ± 0.3062 (2 pairs)",
     ]
-    assert score_summary(pairs[3:]) == (
-        "1 pair, 1 of target 0.5 left out: accuracy none, mean margin 4.0000"
-    )
-    assert score_summary([(0.0, 1.0, None)]) == "1 pair: accuracy 0.0000, mean margin 0.0000"
+    found = score_summary([(4.0, 0.5, None)])
+    assert found == f"accuracy none, mean margin 4.0000; {left_out}"
+
+
+def test_summary_of_rows_whose_chosen_text_should_score_highest():
+    """A tie is not highest."""
+    rows = [(0.5, "b"), (-0.1, "b"), (0.0, "a"), (2.0, None)]
+    title = "the chosen text scores highest"
+    assert best_summary(rows).splitlines() == [
+        f"{title}: 0.5000 ± 0.2500 (4 rows); 1 tie counts as wrong",
+        f"{title}, by subset:",
+        "  a: 0.0000 ± 0.4714 (1 row)",
+        "  b: 0.5000 ± 0.3536 (2 rows)",
+    ]
+    assert best_summary(rows[3:]) == f"{title}: 1.0000 ± 0.4714 (1 row)"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import data
 import train
 from parts import report
 from parts.guards import visible
-from parts.metrics import calibration_error
+from parts.metrics import LISTS, calibration_error, standard_error
 
 HOSTILE = (
     "</span><script>alert(1)</script> \"quoted\" 'single' & &amp; ]]> <!-- -->"
@@ -62,14 +62,19 @@ def events_of_a_run(steps=3000):
     ]
 
 
+def numbers_of(chosen, rejected, true_margin=(), **known):
+    """Make the lists of an evaluation of pairs: targets 1 and no subset, unless given."""
+    numbers = {name: [] for name in LISTS}
+    numbers |= {"chosen": chosen, "rejected": rejected, "true_margin": list(true_margin)}
+    numbers |= {"target": [1.0] * len(chosen), "subset": [None] * len(chosen)}
+    return numbers | {"scores": [*chosen, *rejected]} | known
+
+
 def scores_of_a_run(pairs=500):
     true = torch.randn(pairs, generator=torch.manual_seed(0), dtype=torch.float64) * 2
     chosen = torch.randn(pairs, dtype=torch.float64)
-    return (
-        chosen.tolist(),
-        (chosen - true - torch.randn(pairs, dtype=torch.float64)).tolist(),
-        true.tolist(),
-    )
+    rejected = chosen - true - torch.randn(pairs, dtype=torch.float64)
+    return chosen.tolist(), rejected.tolist(), true.tolist()
 
 
 FLAGS = [
@@ -86,7 +91,7 @@ FLAGS = [
 @pytest.fixture(scope="module")
 def run_page(tmp_path_factory):
     path = tmp_path_factory.mktemp("run") / "report.html"
-    report.run_page(path, events_of_a_run(), FLAGS, *scores_of_a_run())
+    report.run_page(path, events_of_a_run(), FLAGS, numbers_of(*scores_of_a_run()))
     return path.read_text(encoding="utf-8")
 
 
@@ -372,7 +377,9 @@ def test_hostile_text_in_flags_arrives_as_text(run_page):
 
 
 def test_a_long_run_makes_a_small_page(tmp_path):
-    report.run_page(tmp_path / "report.html", events_of_a_run(20_000), [], *scores_of_a_run())
+    report.run_page(
+        tmp_path / "report.html", events_of_a_run(20_000), [], numbers_of(*scores_of_a_run())
+    )
     page = (tmp_path / "report.html").read_text()
     assert len(page) < 200_000
     assert "nan" not in page.lower().replace("nans", "")
@@ -385,7 +392,10 @@ def test_the_bins_of_the_reliability_diagram_are_those_of_the_calibration_error(
         for node in Tree(run_page).root.all(lambda node: node.tag == "title")
         if node.text().startswith("confidence")
     ]
-    error = sum(abs(numbers(note)[2] - numbers(note)[3]) * numbers(note)[4] for note in notes) / 500
+    error = 0
+    for note in notes:
+        _, _, accuracy, _, count, confidence = numbers(note)
+        error += abs(accuracy - confidence) * count / 500
     margins = torch.tensor(chosen, dtype=torch.float64) - torch.tensor(
         rejected, dtype=torch.float64
     )
@@ -411,10 +421,11 @@ def test_the_page_of_a_run_has_its_numbers(run_page):
             lambda node: node.tag == "svg" and node.attributes["aria-label"] == heading
         ), heading
     assert (
-        "0.7500eval accuracy0.9000best possible accuracy" in text.replace("\n", "")
+        "0.7500 ± 0.0194 (500 pairs)eval accuracy0.9000 ± 0.0134 (500 pairs)best possible accuracy"
+        in text.replace("\n", "")
         and "best possible (Bayes-optimal)" in text
     )
-    assert "best possible accuracy0.90000.9000" in text
+    assert "best possible accuracy" + 2 * "0.9000 ± 0.0134 (500 pairs)" in text
     assert "Training took 25.0 minutes, for 24,000 pairs and 300,000 tokens." in text
     notes = [node.text() for node in root.all(lambda node: node.tag == "title")]
     counts = [
@@ -457,21 +468,23 @@ def test_metrics_are_shown_in_words_without_counts_that_are_0(tmp_path):
     first, *steps, last = events_of_a_run(1)
     first |= {"ties": 0.0, "dropped": 0, "truncated": 0}
     last |= {"ties": 0.25, "dropped": 0, "truncated": 2, "margin": None}
-    last["by"] = {"<chat>": {"accuracy": 0.5, "pairs": 1}, "code": {"accuracy": 1.0, "pairs": 1200}}
-    report.run_page(tmp_path / "report.html", [first, *steps, last], [], [1.0], [0.5])
+    last["by"] = {"<chat>": {"accuracy": 0.5, "pairs": 2}, "code": {"accuracy": 1.0, "pairs": 498}}
+    subsets = ["<chat>"] * 2 + ["code"] * 498
+    numbers = numbers_of([1.0] * 500, [0.5] * 500, subset=subsets)
+    report.run_page(tmp_path / "report.html", [first, *steps, last], [], numbers)
     assert table_of((tmp_path / "report.html").read_text(), "Evaluation") == [
         ["loss", "0.7000", "0.5000"],
-        ["accuracy", "0.7500", "0.7500"],
+        ["accuracy", *["0.7500 ± 0.0194 (500 pairs)"] * 2],
         ["mean score of the chosen", "1.0000", "1.0000"],
         ["mean score of the rejected", "-1.0000", "-1.0000"],
         ["mean margin", "2.0000", "not finite"],
         ["calibration error (ECE)", "0.1000", "0.1000"],
         ["pairs", "500", "500"],
-        ["best possible accuracy", "0.9000", "0.9000"],
+        ["best possible accuracy", *["0.9000 ± 0.0134 (500 pairs)"] * 2],
         ["share of ties", "0.0000", "0.2500"],
         ["truncated", "0", "2"],
-        ["accuracy on <chat> (1 pair)", "", "0.5000"],
-        ["accuracy on code (1,200 pairs)", "", "1.0000"],
+        ["accuracy on <chat>", "", "0.5000 ± 0.3536 (2 pairs)"],
+        ["accuracy on code", "", "1.0000 ± 0.0020 (498 pairs)"],
     ]
 
 
@@ -479,12 +492,23 @@ def test_one_pair_and_one_step_are_singular(tmp_path):
     first, step, last = events_of_a_run(1)
     last["pairs"] = step["pairs"] = step["tokens"] = 1
     step["seconds"] = 0.9
-    report.run_page(tmp_path / "report.html", [first, step, last], [], [1.0], [0.5], [2.0])
+    report.run_page(
+        tmp_path / "report.html", [first, step, last], [], numbers_of([1.0], [0.5], [2.0])
+    )
     text = Tree((tmp_path / "report.html").read_text()).root.text()
-    assert "1eval pair1step" in text
+    assert "(1 pair)eval accuracy" in text and "0.5000eval loss1step" in text
     assert "Training took 1 second, for 1 pair and 1 token." in text
     assert re.search(r"true 0\.881, learned 0\.622, 1 pair(?!s)", text)
-    assert re.search(r"accuracy 1\.0000, mean confidence 0\.6225, 1 pair(?!s)", text)
+    assert re.search(r"accuracy 1\.0000 ± 0\.4714 \(1 pair\), mean confidence 0\.6225", text)
+
+
+def y_axis_of(root):
+    """Return the heights of the numbers at the y axis of a chart of accuracies, by number."""
+    places = {}
+    for node in root.iter("text"):
+        if node.get("text-anchor") == "end" and re.fullmatch("[01][.0-9]*", node.text):
+            places[float(node.text)] = float(node.get("y")) - 4
+    return places
 
 
 @pytest.mark.parametrize("lowest, is_shown", [(0.45, True), (0.55, True), (0.7, False)])
@@ -493,17 +517,61 @@ def test_guessing_is_a_line_in_the_accuracy_of_a_model_that_begins_there(lowest,
         {"step": step, "accuracy": accuracy, "loss": 0.5}
         for step, accuracy in [(0, lowest), (200, 0.8), (400, None), (600, 0.9)]
     ]
-    charts = report.run_charts([], events, [1.0], [0.5], [], None)
+    charts = report.run_charts([], events, numbers_of([1.0], [0.5]))
     (svg,) = [svg for svg in charts if 'aria-label="Accuracy in evaluation"' in svg]
     root = ElementTree.fromstring(svg)
     texts = {node.text: float(node.get("y")) for node in root.iter("text")}
     assert ("guessing" in texts) == is_shown
     assert len(list(root.iter("circle"))) == 3
+    axis = y_axis_of(root)
+    assert (min(axis), max(axis)) == (0.4 if lowest < 0.5 else 0.5, 1.0)
     if is_shown:
         rules = [node for node in root.iter("line") if node.get("class") == "rule"]
         (rule,) = rules
-        assert float(rule.get("y1")) == float(rule.get("y2")) == texts["0.5"] - 4
-        assert "0.4" in texts or lowest > 0.5
+        at = axis[1.0] + (axis[min(axis)] - axis[1.0]) * 0.5 / (1 - min(axis))
+        assert float(rule.get("y1")) == float(rule.get("y2")) == pytest.approx(at, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "accuracies, pairs, lowest",
+    [
+        ([0.9071, 0.9068, 0.9073], 4000, 0.5),  # noise
+        ([0.9, 0.95], 20, 0.5),
+        ([0.45, 0.9], 4000, 0.4),
+        ([0.0, 1.0], 1, 0.0),  # the error of 0.0000 ends at the axis
+        ([0.5], 2, 0.0),
+        ([None, None], 9, 0.5),
+        ([], 9, 0.5),
+    ],
+)
+def test_the_axis_of_accuracy_reaches_from_guessing_to_1_and_points_have_errors(
+    accuracies, pairs, lowest
+):
+    events = []
+    for step, accuracy in enumerate(accuracies):
+        events.append({"step": step, "accuracy": accuracy, "pairs": pairs + 3})
+    root = ElementTree.fromstring(report.accuracy_chart(events, undecided=3))
+    places = y_axis_of(root)
+    assert (min(places), max(places)) == (lowest, 1.0)
+    unit = (places[lowest] - places[1.0]) / (1 - lowest)
+    bars = [node.get("d") for node in root.iter("path") if "V" in node.get("d")]
+    known = [accuracy for accuracy in accuracies if accuracy is not None]
+    for accuracy, bar in zip(known, bars, strict=True):
+        error = standard_error(accuracy, pairs)
+        bottom, top = map(float, bar.partition(",")[2].split("V"))
+        shown = min(accuracy + error, 1) - max(accuracy - error, 0)
+        assert bottom - top == pytest.approx(shown * unit, abs=0.11)
+
+
+def test_a_collapsed_model_is_called_so_on_the_page(tmp_path):
+    path, events = tmp_path / "report.html", events_of_a_run(2)
+    same = numbers_of([0.25, 0.25], [0.25, 0.25])
+    report.run_page(path, events, [], same)
+    said = "This model has collapsed: the scores of 4 responses have a standard deviation of 0, "
+    assert said in Tree(path.read_text()).root.text()
+    check_whole(path.read_text())
+    report.run_page(path, events, [], numbers_of([0.26, 0.25], [0.25, 0.25]))
+    assert "collapsed" not in path.read_text()
 
 
 def test_the_page_has_accuracy_by_subset_ties_and_truncated_comparisons(tmp_path):
@@ -512,28 +580,32 @@ def test_the_page_has_accuracy_by_subset_ties_and_truncated_comparisons(tmp_path
     events[0] |= {"ties": 0.5, "truncated": 7}
     events[-1] |= {"ties": 0.125, "truncated": 7, "by": by}
     path = tmp_path / "report.html"
-    report.run_page(path, events, [], *scores_of_a_run())
+    known = {"subset": [HOSTILE] * 1200 + ["b"] * 3, "target": [1.0] * 1200 + [0.5] * 3}
+    numbers = numbers_of(*scores_of_a_run(1203), **known)
+    report.run_page(path, events, [], numbers)
     rows = table_of(path.read_text(), "Evaluation")
     assert ["share of ties", "0.5000", "0.1250"] in rows and ["truncated", "7", "7"] in rows
-    assert [f"accuracy on {visible(HOSTILE)} (1,200 pairs)", "", "0.2500"] in rows
-    assert ["accuracy on b (3 pairs)", "", "none: every target is 0.5"] in rows
+    assert ["accuracy", *["0.7500 ± 0.0125 (1,200 pairs)"] * 2] in rows
+    found = "0.2500 ± 0.0125 (1,200 pairs)"
+    assert [f"accuracy on {visible(HOSTILE)}", "", found] in rows
+    assert ["accuracy on b", "", "none: every target is 0.5"] in rows
     events[0]["by"] = {"b": {"accuracy": 0.75, "pairs": 4}}
-    report.run_page(path, events, [], *scores_of_a_run())
+    report.run_page(path, events, [], numbers)
     rows = table_of(path.read_text(), "Evaluation")
-    assert ["accuracy on b (3 pairs)", "0.7500", "none: every target is 0.5"] in rows
+    assert ["accuracy on b", "0.7500", "none: every target is 0.5"] in rows
     check_whole(path.read_text())
 
 
 def test_metrics_of_an_older_version_still_make_a_page(tmp_path):
     """It had no ties, truncated or by; a run that resumes with this version has both kinds."""
     path = tmp_path / "report.html"
-    report.run_page(path, events_of_a_run(2), [], *scores_of_a_run())
+    report.run_page(path, events_of_a_run(2), [], numbers_of(*scores_of_a_run()))
     rows = table_of(path.read_text(), "Evaluation")
-    assert ["accuracy", "0.7500", "0.7500"] in rows
+    assert ["accuracy", *["0.7500 ± 0.0194 (500 pairs)"] * 2] in rows
     assert not {"share of ties", "truncated"} & {row[0] for row in rows}
     events = events_of_a_run(2)
     events[-1]["ties"] = 0.5
-    report.run_page(path, events, [], *scores_of_a_run())
+    report.run_page(path, events, [], numbers_of(*scores_of_a_run()))
     assert ["share of ties", "", "0.5000"] in table_of(path.read_text(), "Evaluation")
 
 
@@ -541,7 +613,7 @@ def test_margins_and_reliability_are_of_decided_pairs_turned_to_the_preferred_re
     path, targets = tmp_path / "report.html", [1.0, 0.2, 0.5, 0.5, 0.0]
     # Margins 1, 2 (reversed: -2), 3 and 4 (left out), -1 (reversed: 1)
     scores = [1.0, 2.0, 3.0, 4.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]
-    report.run_page(path, events_of_a_run(2), [], *scores, targets=targets)
+    report.run_page(path, events_of_a_run(2), [], numbers_of(*scores, target=targets))
     notes = [
         node.text() for node in Tree(path.read_text()).root.all(lambda node: node.tag == "title")
     ]
@@ -555,7 +627,7 @@ def test_margins_and_reliability_are_of_decided_pairs_turned_to_the_preferred_re
     found = [numbers(bar) for bar in bars if not bar.endswith(": 0 pairs")]
     assert found == [[pytest.approx(-2, abs=0.1), 1], [pytest.approx(1, abs=0.1), 2]]
     # Without a decided pair there is a page, too.
-    report.run_page(path, events_of_a_run(2), [], [1.0], [0.0], targets=[0.5])
+    report.run_page(path, events_of_a_run(2), [], numbers_of([1.0], [0.0], target=[0.5]))
     assert "Reliability" in path.read_text()
 
 
@@ -569,7 +641,7 @@ def test_a_run_without_true_rewards_or_with_one_step_or_none(tmp_path):
             {key: value for key, value in event.items() if key != "bayes_accuracy"}
             for event in events
         ]
-        report.run_page(tmp_path / "report.html", events, [], [1.0], [0.5])
+        report.run_page(tmp_path / "report.html", events, [], numbers_of([1.0], [0.5]))
         page = (tmp_path / "report.html").read_text()
         assert (
             "better" not in page
@@ -610,7 +682,7 @@ def test_the_page_of_a_real_run(tmp_path, monkeypatch):
     events = [
         json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     ]
-    report.run_page(tmp_path / "report.html", events, [("seed", 1)], *scores_of_a_run())
+    report.run_page(tmp_path / "report.html", events, [("seed", 1)], numbers_of(*scores_of_a_run()))
     last = [event for event in events if event["event"] == "eval"][-1]
     text = Tree((tmp_path / "report.html").read_text()).root.text()
     for name, title in (
@@ -619,4 +691,7 @@ def test_the_page_of_a_real_run(tmp_path, monkeypatch):
         ("margin", "mean margin"),
         ("ece", "calibration error (ECE)"),
     ):
-        assert re.search(rf"{re.escape(title)}-?[0-9.]+{last[name]:.4f}", text), name
+        before = r"-?[0-9.]+"
+        if name == "accuracy":
+            before += r" ± [0-9.]+ \(500 pairs\)"
+        assert re.search(rf"{re.escape(title)}{before}{last[name]:.4f}", text), name

@@ -145,6 +145,63 @@ def test_a_single_response_is_a_row_only_where_asked_for(tmp_path):
         load(tmp_path / "a.jsonl", '{"prompt": "p", "response": "r"}')
 
 
+LISTS = {"prompt": "p", "chosen": ["a"], "rejected": ["b", "c"]}
+
+
+@pytest.mark.parametrize(
+    "row, prompt, responses",
+    [
+        (LISTS, "p", ["a", "b", "c"]),
+        ({**LISTS, "rejected": ["b"]}, "p", ["a", "b"]),
+        ({**LISTS, "prompt": [U]}, [U], [[{**A, "content": text}] for text in "abc"]),
+        (
+            {"prompt": "hi", "chosen": [[A]], "rejected": [[B], "b"]},
+            [U],
+            [[A], [B], [{**A, "content": "b"}]],
+        ),
+        ({"prompt": [U], "chosen": [[U, A]], "rejected": [[U, B]] * 2}, [U], [[A], [B], [B]]),
+        ({"chosen": ["x a"], "rejected": ["x b", "x c"]}, "", ["x a", "x b", "x c"]),
+        ({"chosen": [[U, A]], "rejected": [[U, B]]}, [], [[U, A], [U, B]]),
+        (
+            {"prompt": "Say: ", "chosen": ["Say: a"], "rejected": ["Say: b"] * 3},
+            "Say:",
+            [" a", *[" b"] * 3],
+        ),
+    ],
+)
+def test_lists_of_chosen_and_rejected_are_one_comparison_to_be_scored(row, prompt, responses):
+    """RewardBench 2's rows: texts, dialogues or whole dialogues, the chosen one first."""
+    found = parsed({**row, "subset": "Math"}, min_responses=1)
+    assert (found["prompt"], found["responses"]) == (prompt, responses)
+    assert (found["ranked"], found["subset"], found["target"]) == (False, "Math", 1.0)
+    with pytest.raises(ValueError) as error:
+        parsed(row)
+    assert str(error.value).startswith("chosen and rejected: found lists of responses")
+    assert "for training, give each rejected response a row of its own" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"chosen": "a"}, "chosen: found text; expected a list of responses"),
+        ({"chosen": []}, "chosen: found an empty list; expected a list of responses"),
+        ({"rejected": []}, "rejected: found an empty list; expected a list of responses"),
+        ({"rejected": None}, "rejected: found null or nothing; expected a list of responses"),
+        ({"rejected": [A]}, "rejected: found chat messages; expected a list of responses"),
+        ({"chosen": ["a", "b"]}, "chosen: found 2 responses; expected a list of one; rows in "),
+        ({"rejected": ["b", None]}, "rejected[1]: expected text, found null or nothing"),
+        ({"rejected": ["b", [A], 7]}, "rejected[2]: expected text or a list of chat messages"),
+        ({"target": 0.5}, "target: found beside lists of chosen and rejected responses"),
+        ({"margin": 1}, "margin: found beside lists of chosen and rejected responses"),
+        ({"rejected": ["b", "\ud800"]}, "rejected[1]: character 0 is half of a surrogate pair"),
+    ],
+)
+def test_bad_lists_of_chosen_and_rejected(change, words):
+    with pytest.raises(ValueError) as error:
+        parsed({**LISTS, **change}, min_responses=1)
+    assert str(error.value).startswith(words)
+
+
 def parsed(row: dict, min_responses=2, **reading) -> dict:
     return parse_row(json.dumps(row).encode(), reading_of(**reading), min_responses)
 
@@ -155,7 +212,7 @@ def notes(row: dict, **reading) -> list[str]:
 
 def test_plain_fields():
     """Texts stay texts, but beside a list of messages they become messages."""
-    usual = {"margin": 0.0, "target": 1.0, "subset": None, "notes": ()}
+    usual = {"margin": 0.0, "target": 1.0, "subset": None, "ranked": True, "notes": ()}
     row = {"prompt": "p", "responses": ["a", "b"], "margin": 2, "subset": "s"}
     expected = {"prompt": "p", "responses": ["a", "b"], "margin": 2.0, "subset": "s"}
     assert parsed(row) == usual | expected

@@ -343,7 +343,7 @@ def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_p
     output_dir = shutil.copytree(undisturbed, tmp_path / "out")
     (output_dir / "pytorch_model.bin").unlink()  # killed while it was saved
     said = forked_ok(output_dir, *small, "--resume")
-    assert "resuming after step 12" in said and "accuracy on" in said
+    assert "resuming after step 12" in said and "accuracy after training" in said
     same_bits(output_dir, undisturbed)
 
 
@@ -940,4 +940,4 @@ def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(
     monkeypatch.setattr(sys, "argv", ["train.py", *words(flags)])
     monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
     train.main()  # finished, with three checkpoints
-    assert "accuracy on" in capsys.readouterr().out
+    assert "accuracy after training" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from data import pad_rows, shared_prefix, tokenize
 from parts.chat import encode_prompt
 from parts.guards import check_scores, counted, visible
-from parts.metrics import accuracy, in_words
+from parts.metrics import accuracy, accuracy_in_words, collapse, decided
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
 from parts.rows import convert_rows, files_of, read_rows
 from rm import divergent_region, pair_loss
@@ -60,6 +60,7 @@ class Row:
     marks: frozenset[str]  # what stands for special tokens
     margin: float = 0.0  # by how much the data wants a pair to differ
     target: float = 1.0  # the probability, in the data, that the first of two is preferred
+    ranked: bool = True  # False: the first is preferred to each of the others, and that is all
 
     @property
     def names(self) -> list[str]:
@@ -67,6 +68,8 @@ class Row:
             return ["response"]
         if len(self.sequences) == 2:
             return ["chosen", "rejected"]
+        if not self.ranked:
+            return ["chosen", *(f"rejected {i}" for i in range(1, len(self.sequences)))]
         return [f"rank {i + 1}" for i in range(len(self.sequences))]
 
     @property
@@ -81,6 +84,8 @@ class Row:
     def pairs(self) -> list[Pair]:
         pairs = []
         for i, j in itertools.combinations(range(len(self.sequences)), 2):
+            if i > 0 and not self.ranked:
+                continue
             start, stop = divergent_region(self.sequences[i], self.sequences[j])
             start = min(start, stop - 1)  # identical texts: the last token, as in rm.py
             region = self.rewards[i, start:stop], self.rewards[j, start:stop]
@@ -138,7 +143,7 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
         # The last token, where the score is, is the response's.
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]
-        variants = comparison.margin, comparison.target
+        variants = comparison.margin, comparison.target, comparison.ranked
         row = Row(sequences, texts, rewards, prompt, cut, lost, marks, *variants)
         rows.append(row)
         check_scores(row.scores, comparison.where)
@@ -389,8 +394,9 @@ def explained_ranking(row: Row) -> str:
                 f'<span data-pair-loss="{p.loss!r}">{p.loss:.4f}</span>',
             ]
         )
+    kind = "a ranking" if row.ranked else "one chosen response beside several others"
     return (
-        f"<p>The loss of a ranking is the mean over its {counted(len(row.pairs), 'pair')}: "
+        f"<p>The loss of {kind} is the mean over its {counted(len(row.pairs), 'pair')}: "
         f"<b>{row.loss:.4f}</b>. The loss of a pair is the mean of "
         "<code>−logsigmoid(r_better − r_worse)</code> over the positions from where the two "
         "responses diverge to where the longer one ends. P is the model's probability that the "
@@ -459,30 +465,47 @@ LEGEND = (
 )
 
 
+def figures(rows: list[Row]) -> dict[str, str]:
+    """Compute the figures at the head of the page, as text by their names."""
+    margins, targets = [], []
+    for row in rows:
+        margins += [pair.margin for pair in row.pairs]
+        targets += [row.target] * len(row.pairs)
+    if not margins:
+        count, noun = counted(len(rows), "response").split()
+        return {noun: count}
+    margin, target = torch.tensor([margins, targets], dtype=torch.float64)
+    preferred = decided(margin, target)
+    count, noun = counted(len(margins), "pair").split()
+    found = {noun: count}
+    found["accuracy"] = accuracy_in_words(accuracy(margin, target), len(preferred))
+    ties = int((preferred == 0).sum())
+    if ties:
+        count, noun = counted(ties, "tie").split()
+        found[noun] = count
+    unranked = [row for row in rows if not row.ranked]
+    if unranked:
+        best = sum(row.scores[0] > max(row.scores[1:]) for row in unranked)
+        words = accuracy_in_words(best / len(unranked), len(unranked), "row")
+        found["chosen scores highest"] = words
+    found["mean margin"] = f"{mean(margins):+.4f}"
+    found["mean loss"] = f"{mean([row.loss for row in rows if row.pairs]):.4f}"
+    return found
+
+
 def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
     """Write the page of the first rows of a file, at least one, as `scored_rows` gives them."""
     scale, total = Scale(rows), 0
     for each in files_of([file]):
         total += sum(1 for _ in read_rows(each))
-    margins, targets = [], []
-    for row in rows:
-        margins += [pair.margin for pair in row.pairs]
-        targets += [row.target] * len(row.pairs)
-    count, noun = counted(len(rows), "response").split()
-    numbers = {noun: count}
-    if margins:
-        count, noun = counted(len(margins), "pair").split()
-        numbers = {
-            noun: count,
-            "accuracy": in_words(accuracy(*torch.tensor([margins, targets], dtype=torch.float64))),
-            "mean margin": f"{mean(margins):+.4f}",
-            "mean loss": f"{mean([row.loss for row in rows if row.pairs]):.4f}",
-        }
     which = f"all {counted(total, 'row')}"
     if len(rows) < total:
         which = f"the first {len(rows):,} of {counted(total, 'row')} (<code>--rows</code>)"
     if total == 1:
         which = "the only row"
+    warning = collapse([score for row in rows for score in row.scores])
+    if warning:
+        warning = f'<p class="card"><b>This model has {warning}.</b></p>'
     bar = "".join(f'<span class="s{level}"></span>' for level in range(-LEVELS, LEVELS + 1))
     ends = (scale.middle - scale.reach, scale.middle, scale.middle + scale.reach)
     ends = "".join(f"<span>{reward:.2f}</span>" for reward in ends)
@@ -492,7 +515,8 @@ def write(path, rows: list[Row], file, checkpoint, max_seq_len: int):
         "response. The model learns from pairs of a chosen and a rejected response. The loss of a "
         "pair compares their rewards position by position, from where the two responses diverge "
         "to where the longer one ends: it is small where the chosen response has the higher "
-        f'reward.</p>{facts(numbers)}<p class="small soft">This page shows {which} of '
+        f"reward.</p>{facts(figures(rows))}{warning}"
+        f'<p class="small soft">This page shows {which} of '
         f"<code>{safe(file)}</code>, scored by <code>{safe(checkpoint)}</code> with at most "
         f"{counted(max_seq_len, 'token')} a sequence. The figures above are of these rows.</p>"
         f'<div class="card small"><div class="bar">{bar}</div>'

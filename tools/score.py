@@ -4,7 +4,8 @@
     python rm.py CHECKPOINT FILE --show | --html page.html   the same, token by token
     python rm.py convert CHECKPOINT DIRECTORY --layout hf    (needs requirements-hf.txt)
 
-The model is in rm.py, file formats are in data.py, pages in tools/pairs_page.py.
+From Python, `Scorer("out")(prompt, responses)` returns the same scores. The model is in rm.py, file
+formats are in data.py, pages in tools/pairs_page.py.
 """
 
 import argparse
@@ -13,8 +14,9 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from data import (
     Comparison,
+    Tokenizer,
     has_tokenizer,
     load_comparisons,
     load_tokenizer,
@@ -31,16 +34,27 @@ from data import (
     pad_rows,
     tokenize,
 )
+from model import GPTConfig
 from parts import metrics
 from parts.chat import notes_on
 from parts.files import replacing
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import check_scores, counted
 from parts.huggingface import LAYOUTS, rows_to_add
-from parts.rows import Reading, convert_rows, files_of, note_lines, unused_lines
+from parts.rows import (
+    Reading,
+    convert_rows,
+    files_of,
+    json_type,
+    note_lines,
+    read_dialogue,
+    unused_lines,
+)
 from parts.token_cache import NO_LIMIT, first_of_each
 from rm import RewardModel
 from tools import pairs_page
+
+BATCH_SIZE = 16  # sequences computed at once
 
 # --------------------------------------------------------------------------------------------------
 # Scores
@@ -101,6 +115,113 @@ def trained_model(checkpoint) -> RewardModel:
     return model.eval()
 
 
+def load_to_score(checkpoint, device) -> tuple[RewardModel, Tokenizer]:
+    """Load a reward model onto a device, and its tokenizer.
+
+    Raises ValueError where the model is none, or the two don't belong together.
+    """
+    model = trained_model(checkpoint).to(device)
+    tokenizer = load_tokenizer(checkpoint, model.pad_id)
+    rows = model.backbone.config.vocab_size
+    missing = rows_to_add(rows, tokenizer)
+    if missing is None:
+        raise ValueError(
+            f"{checkpoint}: the model has {rows} token ids, "
+            f"its tokenizer {tokenizer.text_size}; they don't belong together"
+        )
+    if missing:
+        model.backbone.resize_embedding(tokenizer.vocab_size)
+    return model, tokenizer
+
+
+def longest_row(config: GPTConfig) -> tuple[int, str]:
+    """Return how many tokens a model takes at most, and what sets this limit, in words."""
+    if config.sliding_window is not None and config.sliding_window < config.n_positions:
+        return config.sliding_window, "its sliding_window"
+    return config.n_positions, "the positions that the model has"
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+# --------------------------------------------------------------------------------------------------
+# From Python
+
+
+class Scorer:
+    """A trained reward model that scores the responses to a prompt.
+
+        scorer = Scorer("out")
+        scorer("Where is Oslo?", [" In Norway.", " In Rome."])    # two numbers
+
+    checkpoint: a directory as `python rm.py` takes it; it is loaded once. device: as torch names
+    it, such as "cpu" or "cuda:1"; None is the GPU where there is one. Raises ValueError as rm.py
+    does, and for a device that is not there.
+    """
+
+    def __init__(self, checkpoint, device=None):
+        device = default_device() if device is None else device
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:  # torch raises both
+            found = str(error).splitlines()[0]
+            raise ValueError(f"device: found {device}, which torch cannot use ({found})") from None
+        self.model, self.tokenizer = load_to_score(checkpoint, device)
+        self.max_seq_len, _ = longest_row(self.model.backbone.config)
+
+    def __call__(self, prompt: str | list[dict], responses: list) -> list[float]:
+        """Compute the end score of every response, in their order.
+
+        prompt: text, or chat messages {"role", "content"}. responses: texts, or lists of chat
+        messages. Where one of them has messages, text counts as a message, the prompt's as the
+        user's, a response's as the assistant's; messages go through the chat template, text alone
+        does not. The numbers are those of `python rm.py` for a row {"prompt": prompt, "responses":
+        responses}, of one response or more: so where they are too long, all lose the same tokens of
+        the prompt.
+        Any number of responses is computed in batches of similar lengths. A note on the texts, such
+        as rm.py prints, is a warning. Raises ValueError that names the response.
+        """
+        named = named_responses(responses)
+        if not named:
+            return []
+        notes = []
+        prompt, texts = read_dialogue({"prompt": prompt}, named, Reading(), notes)
+        if isinstance(prompt, str) and self.tokenizer.has_own_template:
+            notes.append("text, which the chat template is not applied to; give chat messages")
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        sequences = tokenize(Comparison(prompt, texts), self.tokenizer, self.max_seq_len)
+        # A batch is a comparison, so that its sequences share the computation of the prompt.
+        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+        scores = [0.0] * len(sequences)
+        for start in range(0, len(order), BATCH_SIZE):
+            batch = order[start : start + BATCH_SIZE]
+            ends = end_scores(self.model, [[sequences[i] for i in batch]], "packed")
+            for i, end in zip(batch, ends.tolist()):
+                scores[i] = end
+        return scores
+
+
+def named_responses(responses) -> dict:
+    """Return responses by the names that errors give them: responses[0], responses[1], ...
+
+    Raises ValueError where they are one text, or messages, in place of a list of responses.
+    """
+    if isinstance(responses, (str, dict)) or not isinstance(responses, Iterable):
+        found = json_type(responses)
+        raise ValueError(f"responses: found {found}; expected a list of texts, or of dialogues")
+    named = {}
+    for i, response in enumerate(responses):
+        if isinstance(response, dict):
+            raise ValueError(
+                f"responses[{i}]: found an object; expected text, or a list of chat messages: a "
+                "dialogue stands in a list, as [messages]"
+            )
+        named[f"responses[{i}]"] = response
+    return named
+
+
 # --------------------------------------------------------------------------------------------------
 # python rm.py CHECKPOINT FILE
 
@@ -123,7 +244,7 @@ def score_flags() -> argparse.ArgumentParser:
     show = "print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set"
     flag("--show", action="store_true", help=show)
     flag("--rows", type=int, help="with --html or --show: rows of the file to show (100)")
-    flag("--batch_size", type=int, default=16, help="sequences computed at once (16)")
+    flag("--batch_size", type=int, default=BATCH_SIZE, help="sequences computed at once (16)")
     layouts = ("packed", "padded")
     flag("--layout", choices=layouts, default="packed", help="padded is the reference (packed)")
     length = "longer sequences are truncated, on the left (default: the model's positions)"
@@ -175,21 +296,8 @@ def score_program(argv: list[str]):
     parser = score_flags()
     args = parser.parse_args(argv)
     check_score_flags(parser, args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = trained_model(args.checkpoint).to(device)
-    tokenizer = load_tokenizer(args.checkpoint, model.pad_id)
-    config = model.backbone.config
-    missing = rows_to_add(config.vocab_size, tokenizer)
-    if missing is None:
-        raise ValueError(
-            f"{args.checkpoint}: the model has {config.vocab_size} token ids, "
-            f"its tokenizer {tokenizer.text_size}; they don't belong together"
-        )
-    if missing:
-        model.backbone.resize_embedding(tokenizer.vocab_size)
-    longest, limit = config.n_positions, "the positions that the model has"
-    if config.sliding_window is not None and config.sliding_window < longest:
-        longest, limit = config.sliding_window, "its sliding_window"
+    model, tokenizer = load_to_score(args.checkpoint, default_device())
+    longest, limit = longest_row(model.backbone.config)
     max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
     if not 2 <= max_seq_len <= longest:
         parser.error(
@@ -246,16 +354,28 @@ class Rows:
 
 @dataclass
 class Counts:
-    """Pairs and rows of a scored file; responses whose tokens equal earlier ones make no pair."""
+    """Pairs and rows of a scored file; responses whose tokens equal earlier ones make no pair.
+
+    Rows that are no ranking (RewardBench 2) are counted as rows, and not as pairs.
+    """
 
     pairs: list[tuple] = field(default_factory=list)  # margin of scores, target, subset
+    leads: list[tuple] = field(default_factory=list)  # of unranked rows: lead of the first, subset
+    scores: list[float] = field(default_factory=list)  # of responses, repeated ones aside
     identical: int = 0  # pairs of two equal responses
     repeating: int = 0  # rankings in which a response stands twice
     truncated: int = 0  # rows
 
     def add(self, comparison: Comparison, sequences: list[list[int]], scores: list[float]):
-        """Count the pairs of a comparison."""
+        """Count the pairs of a comparison; of one that is no ranking, whether the first is best."""
         kept = first_of_each(sequences)
+        self.scores += [scores[i] for i in kept]
+        if not comparison.ranked:
+            lead = scores[0] - max(scores[1:])
+            if sequences[0] in sequences[1:]:
+                lead = min(lead, 0.0)  # a tie, whatever the last digits are
+            self.leads.append((lead, comparison.subset))
+            return
         for i, j in itertools.combinations(kept, 2):
             self.pairs.append((scores[i] - scores[j], comparison.target, comparison.subset))
         if len(kept) < len(sequences) == 2:
@@ -269,6 +389,10 @@ class Counts:
         if self.pairs:
             whole, *subsets = metrics.score_summary(self.pairs).splitlines()
             parts.append(whole)
+        if self.leads:
+            whole, *others = metrics.best_summary(self.leads).splitlines()
+            parts.append(whole)
+            subsets += others
         if self.identical:
             parts.append(f"{counted(self.identical, 'identical pair')} left out")
         if self.repeating:
@@ -276,7 +400,8 @@ class Counts:
             parts.append(f"{rankings} with a response twice, which counts once")
         if self.truncated:
             parts.append(f"{counted(self.truncated, 'row')} truncated to {max_seq_len} tokens")
-        return ["; ".join(parts), *subsets] if parts else []
+        lines = ["; ".join(parts), *subsets, metrics.collapse(self.scores)]
+        return list(filter(None, lines))
 
 
 def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:

@@ -218,10 +218,53 @@ def test_the_numbers_on_the_page_are_those_of_pairwise_loss(page, checkpoint):
         sum(margins) / len(margins),
         sum(losses) / len(losses),
     )
-    assert (
-        f"{len(margins)}pairs{accuracy:.4f}accuracy{margin:+.4f}mean margin{loss:.4f}mean loss"
-        in Tree(page).root.text()
-    )
+    count = len(margins)
+    error = math.sqrt(accuracy * (1 - accuracy) / count)
+    figures = f"{count}pairs{accuracy:.4f} ± {error:.4f} ({count} pairs)accuracy"
+    ties = sum(m == 0 for m in margins)
+    if ties:
+        figures += f"{ties}tie" + "s" * (ties > 1)
+    figures += f"{margin:+.4f}mean margin{loss:.4f}mean loss"
+    assert figures in Tree(page).root.text()
+
+
+def test_a_collapsed_model_is_called_so(checkpoint, file, page, tmp_path):
+    """With a value head of 0 all pairs are ties."""
+    model = rm.RewardModel.from_pretrained(checkpoint)
+    torch.nn.init.zeros_(model.v_head.weight)
+    model.save_pretrained(tmp_path, tokenizer=data.load_tokenizer(checkpoint))
+    run_program([tmp_path, file, "--html", tmp_path / "page.html"])
+    text = Tree((tmp_path / "page.html").read_text()).root.text()
+    assert "11pairs0.0000 ± 0.0803 (11 pairs)accuracy11ties+0.0000mean margin" in text
+    said = "This model has collapsed: the scores of 15 responses have a standard deviation of 0, "
+    assert said in text and "collapsed" not in page
+
+
+def test_a_row_of_one_chosen_and_several_rejected_texts(checkpoint, tmp_path, capsys):
+    """The chosen response stands beside each of the others, which are not compared."""
+    responses = ROWS[5]["responses"]
+    rows = [
+        {"prompt": "Which?", "chosen": responses[:1], "rejected": responses[1:]},
+        {"prompt": "Which?", "responses": responses},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run_program([checkpoint, file, "--show", "--html", tmp_path / "page.html"])
+    tree = Tree((tmp_path / "page.html").read_text())
+    found, ranking = tree.root.having("data-row")
+    pairs = [
+        [float(node.attributes["data-pair-loss"]) for node in html.having("data-pair-loss")]
+        for html in (found, ranking)
+    ]
+    assert len(pairs[1]) == 6 and pairs[0] == pairs[1][:3]
+    names = [row.children[0].text() for row in found.all(lambda node: node.tag == "tr")[1:]]
+    assert names == [f"chosen > rejected {i}" for i in (1, 2, 3)]
+    scores = [float(node.attributes["data-score"]) for node in found.having("data-score")]
+    share = float(scores[0] > max(scores[1:]))
+    expected = f"{share:.4f} ± 0.4714 (1 row)chosen scores highest"
+    assert expected in tree.root.text()
+    shown = capsys.readouterr().out
+    assert "chosen over rejected 3: loss" in shown and "rejected 1 over" not in shown
 
 
 def test_positions_that_the_loss_reads_are_said_in_words(page):
@@ -393,7 +436,7 @@ def test_target_of_a_row_is_in_its_loss_and_in_its_terms(checkpoint, tmp_path, c
     if rewards[0, len(sequences[0]) - 1] < rewards[1, len(sequences[1]) - 1]:
         right, wrong = wrong, right
     assert said == [right, right, "neither response is preferred", wrong, wrong]
-    assert "5pairs0.5000accuracy" in Tree(page).root.text()
+    assert "5pairs0.5000 ± 0.2500 (4 pairs)accuracy" in Tree(page).root.text()
 
 
 def test_responses_that_are_too_long_themselves(checkpoint, tmp_path):

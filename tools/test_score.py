@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -37,6 +38,14 @@ def trained(tmp_path_factory):
         patch.setattr(signal, "signal", lambda *_: None)  # an interrupt stays pytest's
         train.main()
     return directory
+
+
+def with_error(outcomes):
+    """Write the share of what is right as the program does: "0.6250 ± 0.0988 (24 pairs)"."""
+    share, n = np.mean(outcomes), len(outcomes)
+    estimate = (sum(outcomes) + 1) / (n + 2) if share in (0, 1) else share
+    noun = "pair" if n == 1 else "pairs"
+    return f"{share:.4f} ± {math.sqrt(estimate * (1 - estimate) / n):.4f} ({n} {noun})"
 
 
 def write_rows(path, n, ranking=()):
@@ -163,7 +172,8 @@ def test_scores_of_comparisons_and_of_single_rows(trained, tmp_path, run_here):
     scores = [json.loads(line)["scores"] for line in done.stdout.splitlines()]
     assert [len(s) for s in scores] == [2, 2, 2, 2, 3, 2, 2, 2, 2]
     margins = [s[i] - s[j] for s in scores for i in range(len(s)) for j in range(i + 1, len(s))]
-    assert f"11 pairs: accuracy {np.mean([m > 0 for m in margins]):.4f}" in done.stderr
+    assert len(margins) == 11
+    assert f"accuracy {with_error([m > 0 for m in margins])}, mean margin" in done.stderr
     singles = tmp_path / "singles.jsonl"
     singles.write_text(
         "\n".join(
@@ -226,10 +236,70 @@ def test_repeated_responses_have_scores_and_no_pairs(tmp_path, scored):
     assert found[0]["scores"][0] == pytest.approx(found[0]["scores"][1], abs=1e-6)
     pairs = [(0, 0, 2), (1, 0, 1), (1, 0, 3), (1, 1, 3), (5, 0, 1)]  # row, better, worse
     margins = [found[row]["scores"][i] - found[row]["scores"][j] for row, i, j in pairs]
-    assert said[-1].startswith(f"5 pairs: accuracy {np.mean([m > 0 for m in margins]):.4f}")
+    assert said[-1].startswith(f"accuracy {with_error([m > 0 for m in margins])}, mean margin ")
     assert f"mean margin {np.mean(margins):.4f}; 2 identical pairs left out; 3 rankings" in said[-1]
     only = rows_file(tmp_path / "b.jsonl", rows[3])
     assert scored(only)[1] == ["1 identical pair left out"]
+
+
+@pytest.mark.parametrize("kind", ["text", "messages", "dialogues"])
+def test_rows_of_one_chosen_and_several_rejected_texts(
+    trained, tmp_path, scored, monkeypatch, kind
+):
+    """RewardBench 2: the share of rows whose chosen text scores highest, by hand, and by subset.
+
+    Scores equal those of the texts in rows of their own.
+    """
+    answers, rows = [" Paris.", " Rome.", " No.", " Oslo is a city."], []
+    for subset, chosen in (("Math", 0), ("Math", 1), ("Focus", 2), (None, 3), ("Focus", 1)):
+        others = answers[:chosen] + answers[chosen + 1 :]
+        row = {"prompt": "Where?", "chosen": [answers[chosen]], "rejected": others}
+        rows.append(row | {"subset": subset})
+    rows[4]["rejected"] = [answers[1], answers[2]]  # a tie at best
+    singles = [{"prompt": "Where?", "response": answer} for answer in answers]
+    if kind != "text":
+        for row in [*rows, *singles]:
+            row["prompt"] = messages(row["prompt"])
+    if kind == "dialogues":
+        for row in rows:
+            for name in ("chosen", "rejected"):
+                row[name] = [messages(text, first="assistant") for text in row[name]]
+    alone, _ = scored(rows_file(tmp_path / "singles.jsonl", *singles))
+    known = dict(zip(answers, [row["score"] for row in alone]))
+    file = rows_file(tmp_path / "rows.jsonl", *rows)
+    found, said = scored(file)
+    is_best = []
+    for line, row in zip(found, rows, strict=True):
+        texts = [*row["chosen"], *row["rejected"]]
+        if kind == "dialogues":
+            texts = [text[0]["content"] for text in texts]
+        assert line["scores"] == pytest.approx([known[text] for text in texts], abs=1e-5)
+        is_best.append(all(known[texts[0]] > known[text] for text in texts[1:]))
+    assert is_best[4] is False and sum(is_best) == 1
+    title = "the chosen text scores highest"
+    assert said[0].startswith(f"{title}: {with_error(is_best).replace('pairs', 'rows')}")
+    by = {"Focus": [is_best[2], is_best[4]], "Math": is_best[:2]}
+    subsets = [f"  {name}: {with_error(own).replace('pairs', 'rows')}" for name, own in by.items()]
+    assert said[1:] == [f"{title}, by subset:", *subsets]
+    # train.py names the row and the way out.
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data_path", str(file)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert f"{file}:1: chosen and rejected: found lists of responses" in str(stop.value)
+    assert "give each rejected response a row of its own" in str(stop.value)
+
+
+def test_a_chosen_text_that_is_rejected_too_ties_and_is_not_highest():
+    comparison = data.Comparison("", ["a", "b", "a"], ranked=False)
+    counts = score.Counts()
+    counts.add(comparison, [[1], [2], [1]], [3.0 + 1e-7, 1.0, 3.0])
+    counts.add(comparison, [[1], [2], [1]], [3.0, 4.0, 3.0])
+    counts.add(comparison, [[1], [2], [3]], [3.0, 3.0, 1.0])
+    counts.add(comparison, [[1], [2], [3]], [3.0, 2.0, 1.0])
+    assert [lead for lead, _ in counts.leads] == [0.0, -1.0, 0.0, 1.0]
+    assert counts.summary(9) == [
+        "the chosen text scores highest: 0.2500 ± 0.2165 (4 rows); 2 ties count as wrong"
+    ]
 
 
 @pytest.mark.parametrize("targets", [[1], [0.25], [0.5, 1], [0.5, 0.2, 0.9]])
@@ -240,9 +310,9 @@ def test_accuracy_of_soft_labels(tmp_path, scored, targets):
     found, said = scored(rows_file(tmp_path / "a.jsonl", *rows))
     margin = found[0]["scores"][0] - found[0]["scores"][1]
     right = [(margin > 0) == (target > 0.5) for target in targets if target != 0.5]
-    noun = "pair" if len(targets) == 1 else "pairs"
-    assert said[-1].startswith(f"{len(targets)} {noun}")
-    assert f": accuracy {np.mean(right):.4f}, " in said[-1]
+    assert said[-1].startswith(f"accuracy {with_error(right)}, mean margin ")
+    left_out = "; 1 pair of target 0.5 left out"
+    assert said[-1].endswith(left_out) == (len(right) < len(targets))
 
 
 def test_rows_that_are_truncated_are_counted(tmp_path, scored):
@@ -281,7 +351,7 @@ def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here)
             f'{folder}/b.jsonl: field "more" is not read (1 row)',
             '--ignore_fields other: no row has a field "other"',
         ]
-        assert said[4].startswith("3 pairs: ")
+        assert "(3 pairs)" in said[4]
     message, _ = run_here(trained, folder)
     assert f"{folder}/a.jsonl:1: fields found: question, good, bad" in message
     message, _ = run_here(trained, folder, "--fields", "chosen=good", "rejected=bad")
@@ -319,13 +389,206 @@ def test_summary_has_targets_and_subsets(trained, tmp_path, monkeypatch, capsys)
             is_right = better > worse if target > 0.5 else worse > better
             for name in {"all", row.get("subset", "all")}:
                 outcomes.setdefault(name, []).append(None if target == 0.5 else is_right)
-    accuracy = {name: np.mean([r for r in o if r is not None]) for name, o in outcomes.items()}
+    accuracy = {name: with_error([r for r in o if r is not None]) for name, o in outcomes.items()}
     last = said.err.splitlines()[-5:]
-    assert last[0].startswith(f"14 pairs, 4 of target 0.5 left out: accuracy {accuracy['all']:.4f}")
+    assert last[0].startswith(f"accuracy {accuracy['all']}, mean margin ")
+    assert "; 4 pairs of target 0.5 left out" in last[0]
     assert last[1] == "accuracy by subset:"
     for i, line in enumerate(last[2:], start=1):
-        count = len(outcomes[f"part {i}"])
-        assert line == f"  part {i}: {accuracy[f'part {i}']:.4f} ({count} pairs)"
+        assert line == f"  part {i}: {accuracy[f'part {i}']}"
+
+
+def test_a_collapsed_model_is_called_so(trained, tmp_path, monkeypatch, capsys):
+    """Its value head is 0 but for one weight: the scores of pairs, or of single rows, are close."""
+    model = RewardModel.from_pretrained(trained)
+    torch.nn.init.normal_(model.v_head.weight, std=1e-5)
+    model.save_pretrained(tmp_path / "model", tokenizer=data.load_tokenizer(trained))
+    pairs = write_rows(tmp_path / "pairs.jsonl", 8)
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    singles = [{"prompt": row["prompt"], "response": row["chosen"]} for row in rows]
+    twice = [{"prompt": "Where?", "responses": [" Paris."] * 3}]
+    for directory, is_collapsed in ((trained, False), (tmp_path / "model", True)):
+        for name, some, count in (("a", rows, 16), ("b", singles, 8), ("c", twice, 1)):
+            file, out = rows_file(tmp_path / f"{name}.jsonl", *some), tmp_path / "out.jsonl"
+            monkeypatch.setattr(
+                sys, "argv", ["rm.py", str(directory), str(file), "--out", str(out)]
+            )
+            score.main()
+            said = capsys.readouterr().err.splitlines()[-1]
+            scores = []
+            for line in map(json.loads, out.read_text().splitlines()):
+                scores += line.get("scores", [line.get("score")])
+            if is_collapsed and count > 1:
+                deviation = f"{np.std(scores):.2g}, below 0.001"
+                said_so = f"the scores of {count} responses have a standard deviation of"
+                assert said == f"collapsed: {said_so} {deviation}"
+            else:
+                assert "collapsed" not in said
+
+
+# --------------------------------------------------------------------------------------------------
+# From Python
+
+
+def scores_by_program(checkpoint, path, *rows):
+    """Run `python rm.py` as a user does; return the scores of every row."""
+    done = run(checkpoint, rows_file(path, *rows))
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [line["scores"] if "scores" in line else [line["score"]] for line in lines]
+
+
+@pytest.fixture(scope="module")
+def scorer(trained):
+    return score.Scorer(trained, device="cpu")
+
+
+def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path):
+    """Rankings, single responses, repeats, prompts that are too long, and no prompt."""
+    built_in = [[c.prompt, c.responses] for c in itertools.islice(data.known_rewards(0), 6)]
+    calls = [
+        *built_in,
+        ["Where?", [" Paris.", " No.", " Paris.", ""]],
+        ["Where?", [" Paris."]],
+        ["Where? " * 40, [" Paris.", " No, and not there either."]],
+        ["Where? " * 40, [" Paris."]],
+        ["", ["Paris.", "Rome."]],
+        ["Is it Paris?", ["Is it Paris? Yes.", "Is it Paris? No."]],
+        [messages("Where?"), [messages("Paris.", first="assistant"), "Rome."]],
+        ["Where?", ["Paris.", messages("Rome.", first="assistant")]],
+    ]
+    rows = []
+    for prompt, responses in calls:
+        row = {"prompt": prompt, "responses": responses}
+        if len(responses) == 1:
+            row = {"prompt": prompt, "response": responses[0]}
+        rows.append(row)
+    expected = scores_by_program(trained, tmp_path / "rows.jsonl", *rows)
+    for (prompt, responses), scores in zip(calls, expected, strict=True):
+        found = scorer(prompt, responses)
+        assert all(type(number) is float for number in found)
+        assert found == pytest.approx(scores, abs=1e-6)
+    assert len({round(number, 5) for scores in expected for number in scores}) > 20
+
+
+def test_scorer_renders_messages_by_the_checkpoints_template(chat_checkpoint, tmp_path):
+    """A text beside messages is the user's, or the assistant's; text alone gets no template."""
+    scorer = score.Scorer(chat_checkpoint)
+    prompt = messages("the cat", "a dog", "and?")
+    answers = [messages(text, first="assistant") for text in ("a mat", "a log")]
+    rows = [{"prompt": prompt, "responses": answers}, {"prompt": "the cat", "responses": answers}]
+    of_dialogue, of_text = scores_by_program(chat_checkpoint, tmp_path / "rows.jsonl", *rows)
+    assert scorer(prompt, answers) == pytest.approx(of_dialogue, abs=1e-6)
+    assert scorer(prompt, ["a mat", answers[1]]) == pytest.approx(of_dialogue, abs=1e-6)
+    assert scorer("the cat", answers) == pytest.approx(of_text, abs=1e-6)
+    with pytest.warns(UserWarning, match="text, which the chat template is not applied to"):
+        plain = scorer("the cat", ["a mat", "a log"])
+    assert plain != pytest.approx(of_text, abs=1e-2)
+    with pytest.raises(ValueError, match="does not take these messages: no system"):
+        scorer([{"role": "system", "content": "Be brief."}, *prompt], answers)
+
+
+def test_scorer_takes_thousands_of_responses_in_batches_of_similar_lengths(scorer, monkeypatch):
+    rng = np.random.default_rng(0)
+    words = [" yes", " no", " maybe", " Oslo", " is", " a", " city"]
+    responses = ["".join(rng.choice(words, size=rng.integers(0, 9))) for _ in range(2000)]
+    sizes = []
+    end_scores = score.end_scores
+
+    def counted(model, groups, layout):
+        sizes.append([len(text) for group in groups for text in group])
+        return end_scores(model, groups, layout)
+
+    monkeypatch.setattr(score, "end_scores", counted)
+    found = scorer("Where?", tuple(responses))
+    assert [len(batch) for batch in sizes] == [score.BATCH_SIZE] * (2000 // score.BATCH_SIZE)
+    lengths = list(itertools.chain(*sizes))
+    assert lengths == sorted(lengths) and lengths[0] < lengths[-1]
+    for i in range(0, 2000, 400):
+        assert scorer("Where?", [responses[i]]) == pytest.approx([found[i]], abs=1e-5)
+    assert scorer("Where?", []) == []
+
+
+def test_scorer_is_used_from_another_directory_and_loads_once(trained, tmp_path):
+    """By sys.path, with a relative path of the checkpoint, whose files are then gone."""
+    shutil.copytree(trained, tmp_path / "model")
+    (tmp_path / "use.py").write_text(
+        f"import shutil, sys\nsys.path.insert(0, {str(HERE)!r})\n"
+        "from tools.score import Scorer\n"
+        "scorer = Scorer('model')\nshutil.rmtree('model')\n"
+        "print(scorer('Where?', [' Paris.', ' No.']), scorer('Where?', [' Paris.']))\n"
+    )
+    command = [sys.executable, "use.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = {"prompt": "Where?", "responses": [" Paris.", " No."]}
+    ((first, second),) = scores_by_program(trained, tmp_path / "rows.jsonl", rows)
+    numbers = [float(word.strip("[],")) for word in done.stdout.split()]
+    assert numbers == pytest.approx([first, second, first], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "prompt, responses, words",
+    [
+        ("p", "one text", "responses: found text; expected a list of texts, or of dialogues"),
+        ("p", {"role": "assistant", "content": "a"}, "responses: found an object; expected a list"),
+        ("p", None, "responses: found null or nothing; expected a list"),
+        ("p", [{"role": "assistant", "content": "a"}], "responses[0]: found an object; expected"),
+        ("p", ["a", None], "responses[1]: expected text, found null or nothing"),
+        ("p", ["a", 7], "responses[1]: expected text, found a number"),
+        (None, ["a"], "prompt: expected text, found null or nothing"),
+        ("p", ["a", [{"role": "bot", "content": "a"}]], 'responses[1][0]: found role "bot"'),
+        ("p q", ["p q a", "b"], "responses[0] begins with the prompt, responses[1] does not"),
+    ],
+)
+def test_scorer_refuses_what_is_no_prompt_or_response(scorer, prompt, responses, words):
+    with pytest.raises(ValueError) as error:
+        scorer(prompt, responses)
+    assert str(error.value).startswith(words)
+
+
+def test_scorer_refuses_devices_and_checkpoints_that_are_not_there(trained, tmp_path):
+    with pytest.raises(ValueError, match="device: found nowhere, which torch cannot use"):
+        score.Scorer(trained, device="nowhere")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="device: found cuda:0, which torch cannot use"):
+            score.Scorer(trained, device="cuda:0")
+    with pytest.raises(ValueError, match="no config.json"):
+        score.Scorer(tmp_path)
+    RewardModel.from_pretrained(trained).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer"):
+        score.Scorer(tmp_path)
+
+
+def test_the_code_of_the_page_about_use_gives_the_numbers_of_the_program(
+    trained, tmp_path, monkeypatch
+):
+    """docs/use.md: its lines with Scorer, and TRL's reward function, of texts and of messages."""
+    page = (HERE / "docs" / "use.md").read_text()
+    assert len(page.split()) <= 900 and max(map(len, page.splitlines())) <= 100
+    monkeypatch.syspath_prepend(str(HERE))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    blocks = dict(
+        re.findall(r"^## ([^\n]*)\n(?:(?!^## ).)*?```python\n(.*?)```", page, re.M | re.S)
+    )
+    names = {}
+    of_scorer = blocks["From Python"].replace('"out"', repr(str(trained)))
+    exec(of_scorer.replace("/path/to/this/repository", str(HERE)), names)
+    exec(blocks["TRL (not run here)"].partition("\n\n\n")[0], names)
+    prompts = ["\n\nHuman: Is it cold?\n\nAssistant:"] * 2, [messages("Is it cold?")] * 2
+    completions = [" Yes.", " No."], [messages(text, first="assistant") for text in ("Yes.", "No.")]
+    rows = [
+        {"prompt": prompt[0], "responses": texts} for prompt, texts in zip(prompts, completions)
+    ]
+    expected = scores_by_program(trained, tmp_path / "rows.jsonl", *rows)
+    assert names["scores"] == pytest.approx(expected[0], abs=1e-6)
+    for prompt, texts, scores in zip(prompts, completions, expected):
+        found = names["reward"](prompts=prompt, completions=texts, completion_ids=[[1], [2]])
+        assert found == pytest.approx(scores, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches and models
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 5, 100])
