@@ -440,8 +440,7 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
     """A chat model made from Llama 2: the tokens that were added are in tokenizer.json alone."""
     proto = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
     n = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
-    files = parts.tokenizers.sentencepiece_files(data.Tokenizer(proto, pad_id=0))
-    spec = files["tokenizer.json"]
+    spec = llama_spec(proto)
     spec["added_tokens"] += [
         parts.tokenizers.added_token(n, "<|im_end|>"),
         parts.tokenizers.added_token(n + 1, "<|im_start|>"),
@@ -619,10 +618,15 @@ def test_names_of_special_tokens_are_text_where_the_files_say_so(tmp_path, saved
     assert ours.encode("a<|endoftext|>") == ids == again.encode("a<|endoftext|>")
 
 
+def llama_spec(proto: bytes) -> dict:
+    """Make the tokenizer.json of a sentencepiece model as transformers writes it for Llama 2."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    return parts.tokenizers.bpe_spec(pieces, parts.tokenizers.piece_names_of(pieces))
+
+
 def metaspace_json() -> tokenizers.Tokenizer:
     """Make a tokenizer.json as transformers 4 wrote it for Llama 2: each part gets a space."""
-    files = parts.tokenizers.sentencepiece_files(data.Tokenizer(sentencepiece_model(**IDENTITY)))
-    return tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    return tokenizers.Tokenizer.from_str(json.dumps(llama_spec(sentencepiece_model(**IDENTITY))))
 
 
 def digits_json() -> tokenizers.Tokenizer:
@@ -852,11 +856,20 @@ def assert_transformers_agrees(tokenizer, directory):
                 assert sequence == theirs(text)["input_ids"], text
     chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
     messages = [{"role": role, "content": content} for role, content in chat]
-    assert theirs.apply_chat_template(messages, tokenize=False) == chat_text(messages)
-    assert (
-        theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-        == chat_text(messages[:2]) + "\n\nAssistant:"
-    )
+    ends = {"bos": "", "eos": ""}
+    if tokenizer.bos_id is not None and not tokenizer.splits_special:
+        ends["bos"] = theirs.bos_token
+    if tokenizer.eos_id not in (None, tokenizer.pad_id) and not tokenizer.splits_special:
+        ends["eos"] = theirs.eos_token
+    (sequence,) = data.tokenize(Comparison(messages[:2], [messages[2:]]), tokenizer, 10**6)
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert text == chat_text(messages, **ends)
+    assert again.render(messages) == chat_text(messages) == tokenizer.render(messages)
+    question = theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert question == ends["bos"] + chat_text(messages[:2]) + "\n\nAssistant:"
+    if not tokenizer.splits_special:
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ids == sequence == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("above", [None, 0, 7])

@@ -18,7 +18,13 @@ from pathlib import Path
 
 import sentencepiece
 
-from parts.chat import TEMPLATE_DIRECTORY, TEMPLATE_FILE, ChatTemplate, find_template
+from parts.chat import (
+    TEMPLATE_DIRECTORY,
+    TEMPLATE_FILE,
+    ChatTemplate,
+    find_template,
+    plain_template,
+)
 from parts.guards import listed, visible
 from parts.rows import json_type
 from parts.token_cache import hash_of
@@ -49,7 +55,10 @@ class Tokenizer:
     text_size: number of ids that the tokenizer came with.
     model_size: number of ids before tokens were added to them.
     vocab_size: number of ids, a new pad id included.
+    splits_special: whether the names of special tokens are text in texts.
     """
+
+    splits_special = False
 
     def __init__(
         self,
@@ -61,10 +70,12 @@ class Tokenizer:
         self.model_proto = model_proto
         self.config = config or {}
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-        self.names = {i: self.pieces.id_to_piece(i) for i in range(self.pieces.get_piece_size())}
+        self.names = special_piece_names(self.pieces)
+        piece_names = piece_names_of(self.pieces)
         for i, token in self.config.get("added_tokens_decoder", {}).items():
             self.names[int(i)] = token["content"]
-        ids = {name: i for i, name in self.names.items()}
+        # Files may call special pieces by the model's names.
+        ids = {name: i for names in (piece_names, self.names) for i, name in names.items()}
         own_ids = (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id())
         pad, bos, eos = (i if i >= 0 else None for i in own_ids)  # -1: the model has none
         bos = ids.get(self.config.get("bos_token"), bos)
@@ -72,13 +83,19 @@ class Tokenizer:
         named_pad = ids.get(self.config.get("pad_token"))
         if named_pad not in (None, bos, eos):
             pad = named_pad
-        named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        texts = {name: self.names[i] for name, i in named.items() if i is not None}
-        texts |= special_texts(self.config, ids)
+        special = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        for name, text in special_texts(self.config, ids).items():
+            special[name] = ids[text]
         if self.config.get("add_bos_token") is False:
             bos = None
         self.model_size = self.pieces.get_piece_size()
-        self.set_ids(max(self.names) + 1, pad, bos, eos, pad_id)
+        self.set_ids(max([*self.names, *piece_names]) + 1, pad, bos, eos, pad_id)
+        # Texts are split at these, which no text has by chance.
+        self.marks = {name: i for i, name in self.names.items()}
+        self.marks |= {new_name(i): i for i in range(self.text_size, self.vocab_size)}
+        self.mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
+        self.names = piece_names | self.names
+        texts = {name: self.names[i] for name, i in special.items() if i is not None}
         self.set_template(template, texts, ids)
 
     def set_ids(
@@ -99,6 +116,10 @@ class Tokenizer:
         The texts are those that transformers gives to it. `save` names the pad id that is used, so
         a template that reads another pad token would not stay the same.
         """
+        if template.is_plain:
+            has_bos = self.bos_id is not None and not self.splits_special
+            has_eos = self.eos_id not in (None, self.pad_id) and not self.splits_special
+            template = ChatTemplate(plain_template(has_bos, has_eos))
         is_replaced = ids.get(texts.get("pad_token")) != self.pad_id
         replaced = ("pad_token",) if is_replaced else ()
         self.template = replace(template, special_tokens=texts, replaced=replaced)
@@ -138,12 +159,21 @@ class Tokenizer:
         return {i: name for i, name in self.names.items() if i in special or i >= size}
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without special tokens."""
-        return self.pieces.encode(text)
+        """Return the token ids of a text, without special tokens around it."""
+        ids, start = [], 0
+        for found in self.mark.finditer(text):
+            ids += self.pieces.encode(text[start : found.start()])
+            ids.append(self.marks[found[0]])
+            start = found.end()
+        return ids + self.pieces.encode(text[start:])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode every text as `encode` does, on all cores."""
-        return self.pieces.encode(texts, num_threads=len(os.sched_getaffinity(0)))
+        encoded = self.pieces.encode(texts, num_threads=len(os.sched_getaffinity(0)))
+        for i, text in enumerate(texts):
+            if self.mark.search(text):
+                encoded[i] = self.encode(text)
+        return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; special ids have none."""
@@ -151,18 +181,19 @@ class Tokenizer:
         size = self.pieces.get_piece_size()
         return self.pieces.decode([int(i) for i in ids if i < size and i not in special])
 
-    def save(self, directory):
+    def save(self, directory, settings: dict = {}):
         """Write the files from which `load_tokenizer`, and AutoTokenizer, make this tokenizer.
 
+        settings: keys of tokenizer_config.json that follow from the model beside it.
         Raises ValueError where the directory has a file of another tokenizer.
         """
         directory = Path(directory)
-        # Names of special tokens are text, here and, with split_special_tokens, in transformers.
-        config = self.config | {"pad_token_id": self.pad_id, "split_special_tokens": True}
+        config = self.config | {"pad_token_id": self.pad_id}
         config["chat_template"] = self.template.source
         config.pop("flags_hold", None)
         files = {"tokenizer_config.json": config}
         files |= sentencepiece_files(self)
+        files["tokenizer_config.json"] |= {"sentencepiece_model": "tokenizer.model"} | settings
         others = [name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)]
         refuse_others("tokenizer", [directory / name for name in others])
         refuse_templates(directory)
@@ -216,12 +247,35 @@ class HuggingFaceTokenizer(Tokenizer):
         added = self.backend.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special}
 
-    def save(self, directory):
+    def save(self, directory, settings: dict = {}):
         refuse_others("tokenizer", [Path(directory) / "tokenizer.model"])
         refuse_templates(Path(directory))
         spec = json.loads(self.backend.to_str())
-        config = {"split_special_tokens": self.splits_special}
+        config = {"split_special_tokens": self.splits_special} | settings
         write_json(directory, transformers_files(self, spec, self.backend.id_to_token, config))
+
+
+def piece_names_of(pieces: sentencepiece.SentencePieceProcessor) -> dict[int, str]:
+    return {i: pieces.id_to_piece(i) for i in range(pieces.get_piece_size())}
+
+
+def special_piece_names(pieces: sentencepiece.SentencePieceProcessor) -> dict[int, str]:
+    """Name the special pieces of a sentencepiece model, by id, so that no text is taken for one.
+
+    The model's own names, such as <s>, are text to sentencepiece, and may be HTML.
+    """
+    kinds = {pieces.unk_id(): "unk", pieces.pad_id(): "pad"}
+    kinds |= {pieces.bos_id(): "bos", pieces.eos_id(): "eos"}
+    names = {}
+    for i in range(pieces.get_piece_size()):
+        if pieces.is_control(i) or pieces.is_unknown(i):
+            names[i] = f"<|reward model {kinds.get(i, i)}|>"
+    return names
+
+
+def new_name(i: int) -> str:
+    """Name a new id behind the vocabulary, a pad or one that a new pad id skips."""
+    return f"<|reward model pad {i}|>"
 
 
 def special_texts(config: dict, ids: dict[str, int]) -> dict[str, str]:
@@ -278,7 +332,8 @@ def bpe_backend(file: Path) -> "tokenizers.Tokenizer | None":
 
     Returns None for a model which is no BPE with bytes, or normalizes text.
     """
-    spec = bpe_spec(Tokenizer(file.read_bytes()))
+    pieces = Tokenizer(file.read_bytes()).pieces
+    spec = bpe_spec(pieces, piece_names_of(pieces))  # texts are split at the model's own names
     if spec is None or not spec["model"]["byte_fallback"]:
         return None
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
@@ -343,7 +398,9 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     config = tokenizer_config(file.parent)
     template = find_template(chat_template, file.parent, config.get("chat_template"))
     # `save` writes which pad id was chosen; files of Hugging Face have no such key.
-    is_ours = bool(config.get("split_special_tokens")) and "pad_token_id" in config
+    is_ours = "pad_token_id" in config and (
+        "sentencepiece_model" in config or bool(config.get("split_special_tokens"))
+    )
     model_file = path / "tokenizer.model"
     if model_file in files and is_ours:
         file = model_file  # it needs no library
@@ -589,7 +646,7 @@ def transformers_files(
     # number of names.
     new = range(tokenizer.text_size, tokenizer.vocab_size)
     names = {i: id_to_token(i) for i in named.values() if i is not None}
-    names |= {i: f"<|reward model pad {i}|>" for i in new}
+    names |= {i: new_name(i) for i in new}
     known = {token["id"] for token in spec["added_tokens"]}
     if pad_id < tokenizer.text_size and pad_id not in (*known, bos_id, eos_id):
         named["pad_token"] = None  # a token of text, which would be special in texts, too
@@ -620,6 +677,8 @@ def transformers_files(
         "add_eos_token": bool(behind),
         "pad_token_id": pad_id,
         "chat_template": tokenizer.template.source,
+        # Without these transformers 4 makes token_type_ids, which gpt2 adds up and opt refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     return {"tokenizer.json": spec, "tokenizer_config.json": config}
 
@@ -634,23 +693,19 @@ def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
 
     Returns {} for a model that `bpe_spec` cannot describe.
     """
-    spec = bpe_spec(tokenizer)
+    spec = bpe_spec(tokenizer.pieces, tokenizer.names)
     if spec is None:
         return {}
-    # transformers takes the name of a special token in a text for the token, sentencepiece for
-    # text. With split_special_tokens both take it for text.
     size = tokenizer.pieces.get_piece_size()
     added = {token["id"]: token for token in spec["added_tokens"] if token["id"] >= size}
-    config = {"added_tokens_decoder": added, "split_special_tokens": True}
-    return transformers_files(tokenizer, spec, tokenizer.names.get, config)
+    return transformers_files(tokenizer, spec, tokenizer.names.get, {"added_tokens_decoder": added})
 
 
-def bpe_spec(tokenizer: Tokenizer) -> dict | None:
-    """Return the tokenizer.json of a sentencepiece BPE model.
+def bpe_spec(pieces: sentencepiece.SentencePieceProcessor, names: dict[int, str]) -> dict | None:
+    """Return the tokenizer.json of a sentencepiece BPE model, with the names of its ids.
 
     Returns None for other models, and for BPE that normalizes text or has pieces of a user.
     """
-    pieces, names = tokenizer.pieces, tokenizer.names
     size = pieces.get_piece_size()
     special = [i for i in range(size) if pieces.is_control(i) or pieces.is_unknown(i)]
     ordinary = [i for i in range(size) if i not in special and not pieces.is_byte(i)]
