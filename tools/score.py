@@ -35,7 +35,7 @@ from parts import metrics
 from parts.chat import notes_on
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import counted
-from parts.huggingface import LAYOUTS, rows_to_add
+from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
 from parts.rows import Reading, convert_rows, files_of, note_lines, unused_lines
 from parts.token_cache import first_of_each
 from rm import RewardModel
@@ -94,8 +94,7 @@ def trained_model(checkpoint) -> RewardModel:
     model = RewardModel.from_pretrained(checkpoint)
     if model.has_fresh_head:
         raise ValueError(
-            f"{checkpoint}: has no v_head.weight, so it is no reward model yet; "
-            "train it first (train.py)"
+            f"{checkpoint}: {model.head_remark}; it is no reward model: train it first (train.py)"
         )
     return model.eval()
 
@@ -125,8 +124,10 @@ def score_flags() -> argparse.ArgumentParser:
     flag("--batch_size", type=int, default=16, help="sequences computed at once (16)")
     layouts = ("packed", "padded")
     flag("--layout", choices=layouts, default="packed", help="padded is the reference (packed)")
-    length = "longer sequences are truncated, on the left (default: the model's positions)"
+    length = "longer sequences are truncated (default: as in training, else the model's positions)"
     flag("--max_seq_len", type=int, help=length)
+    side = "the side that is cut (default: as in training, else left)"
+    flag("--truncation_side", choices=("left", "right"), help=side)
     add_row_flags(flags_of(parser, "fields of rows"))
     return parser
 
@@ -186,17 +187,19 @@ def score_program(argv: list[str]):
         )
     if missing:
         model.backbone.resize_embedding(tokenizer.vocab_size)
-    longest, limit = config.n_positions, "the positions that the model has"
-    if config.sliding_window is not None and config.sliding_window < longest:
-        longest, limit = config.sliding_window, "its sliding_window"
-    max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
+    longest, limit = longest_row(vars(config))
+    max_seq_len, side = truncation_of(vars(config))
+    if args.max_seq_len is not None:
+        max_seq_len = args.max_seq_len
+    side = args.truncation_side or side
     if not 2 <= max_seq_len <= longest:
         parser.error(
             f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, {limit}"
         )
     rows = Rows(files_of([args.file]), row_reading(args), tokenizer)
     if args.html or args.show:
-        shown = pairs_page.scored_rows(model, tokenizer, rows, args.rows or 100, max_seq_len)
+        how = args.rows or 100, max_seq_len, side
+        shown = pairs_page.scored_rows(model, tokenizer, rows, *how)
         if args.html:
             pairs_page.write(args.html, shown, args.file, args.checkpoint, max_seq_len)
             print(f"{args.html}: a page of {counted(len(shown), 'row')}", file=sys.stderr)
@@ -205,7 +208,7 @@ def score_program(argv: list[str]):
             pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
     counts = Counts()
     if args.out or not (args.html or args.show):
-        settings = args.batch_size, args.layout, max_seq_len
+        settings = args.batch_size, args.layout, max_seq_len, side
         # An earlier --out stays until there is a whole new one.
         part = f"{args.out}.part"
         with open(part, "w") if args.out else nullcontext(sys.stdout) as out:
@@ -281,10 +284,13 @@ class Counts:
         return ["; ".join(parts), *subsets] if parts else []
 
 
-def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:
+def write_scores(
+    out, comparisons, model, tokenizer, batch_size, layout, max_seq_len, side="left"
+) -> Counts:
     """Write a line of JSON for every comparison, with a score for every response as written."""
     counts, rows = Counts(), iter(comparisons)
-    to_sequences = partial(tokenize, tokenizer=tokenizer, max_seq_len=max_seq_len)
+    how = dict(tokenizer=tokenizer, max_seq_len=max_seq_len, truncation_side=side)
+    to_sequences = partial(tokenize, **how)
     with tqdm(unit=" rows", file=sys.stderr) as bar:
         # Batches are of similar lengths within a window of the file.
         while window := list(itertools.islice(rows, 64 * batch_size)):
@@ -293,7 +299,7 @@ def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq
             for comparison, sequences, scores in zip(window, groups, results):
                 counts.add(comparison, sequences, scores)
                 if max(map(len, sequences)) == max_seq_len:
-                    longer = tokenize(comparison, tokenizer, max_seq_len + 1)
+                    longer = tokenize(comparison, tokenizer, max_seq_len + 1, side)
                     counts.truncated += longer != sequences
                 row = {"scores": scores} if len(scores) > 1 else {"score": scores[0]}
                 out.write(json.dumps(row) + "\n")
