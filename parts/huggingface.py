@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from parts.guards import counted
-from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
+from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
 # Families
@@ -759,6 +759,8 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")
     safetensors = import_safetensors(f"layout {layout!r}") if layout == "hf" else None
     path = Path(path)
+    if layout == "hf" and tokenizer and tokenizer.gap().startswith(NO_JSON):
+        raise ValueError(f"layout 'hf': {tokenizer.gap()}; layout 'deepspeed-chat' keeps the model")
     file = path / ("model.safetensors" if layout == "hf" else "pytorch_model.bin")
     refuse_others("model", [path / name for name in WEIGHT_FILES if path / name != file])
     path.mkdir(parents=True, exist_ok=True)

@@ -8,10 +8,12 @@ merges.txt), which need the `tokenizers` library. Both are saved with a tokenize
 say the same, from which transformers' `AutoTokenizer` makes the same tokenizer.
 """
 
+import base64
 import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +44,16 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # How a text is searched for an added token; `AddedToken` in the library `tokenizers`.
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SPACE = "\u2581"  # sentencepiece's sign for a space
+NO_JSON = "no tokenizer.json can say what the tokenizer does, so AutoTokenizer makes other ids"
+# Names of bytes, <0x41>, are text in texts, but a unigram model of the library `tokenizers` takes
+# them for the byte, unless they are in parts.
+BYTE_NAMES = {
+    "type": "Split",
+    "pattern": {"Regex": "(?<=<)0x[0-9A-F]{2}>"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+UNIGRAM, USER_DEFINED = 1, 4  # in its protobuf: a type of models, and a type of pieces
 
 # --------------------------------------------------------------------------------------------------
 # Two kinds of tokenizers
@@ -181,10 +193,26 @@ class Tokenizer:
         size = self.pieces.get_piece_size()
         return self.pieces.decode([int(i) for i in ids if i < size and i not in special])
 
+    def gap(self) -> str:
+        """Say where transformers makes other ids of a text, "" where it makes the same.
+
+        It begins with NO_JSON where the difference is not confined to rare characters.
+        """
+        spec = sentencepiece_spec(self.pieces, self.names)
+        if spec is None:
+            return f"{NO_JSON}: it is not BPE or unigram, or has pieces that its user defined"
+        if {"type": "NFKC"} in spec["normalizer"]["normalizers"]:
+            return (
+                "the tokenizer normalizes text (NFKC); transformers does the same, except for "
+                "some characters that are written with several marks"
+            )
+        return ""
+
     def save(self, directory, settings: dict = {}):
         """Write the files from which `load_tokenizer`, and AutoTokenizer, make this tokenizer.
 
         settings: keys of tokenizer_config.json that follow from the model beside it.
+        Where AutoTokenizer cannot make it, see `gap`, a line on standard error says so.
         Raises ValueError where the directory has a file of another tokenizer.
         """
         directory = Path(directory)
@@ -199,6 +227,8 @@ class Tokenizer:
         refuse_templates(directory)
         (directory / "tokenizer.model").write_bytes(self.model_proto)
         write_json(directory, files)
+        if "tokenizer.json" not in files:
+            print(f"{directory}: {self.gap()}", file=sys.stderr)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -242,6 +272,9 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         text_ids = [int(i) for i in ids if i != self.pad_id]
         return self.backend.decode(text_ids, skip_special_tokens=True)
+
+    def gap(self) -> str:
+        return ""
 
     def special_names(self) -> dict[int, str]:
         added = self.backend.get_added_tokens_decoder()
@@ -333,8 +366,13 @@ def bpe_backend(file: Path) -> "tokenizers.Tokenizer | None":
     Returns None for a model which is no BPE with bytes, or normalizes text.
     """
     pieces = Tokenizer(file.read_bytes()).pieces
-    spec = bpe_spec(pieces, piece_names_of(pieces))  # texts are split at the model's own names
-    if spec is None or not spec["model"]["byte_fallback"]:
+    spec = sentencepiece_spec(
+        pieces, piece_names_of(pieces)
+    )  # texts are split at the model's own names
+    # prepare_as replaces the normalizer, so the model must have no other one.
+    if spec is None or spec["model"]["type"] != "BPE" or not spec["model"]["byte_fallback"]:
+        return None
+    if len(spec["normalizer"]["normalizers"]) != 2:
         return None
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
@@ -669,7 +707,7 @@ def transformers_files(
         "special_tokens": ids,
     }
     # The chat template may write special tokens that no sequence begins or ends with.
-    config = config | tokenizer.template.special_tokens
+    config = {"unk_token": None} | config | tokenizer.template.special_tokens
     config |= {
         "pad_token": names.get(named["pad_token"]),
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -689,11 +727,11 @@ def added_token(i: int, name: str) -> dict:
 
 
 def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
-    """Return tokenizer.json and tokenizer_config.json of a sentencepiece BPE model.
+    """Return tokenizer.json and tokenizer_config.json of a sentencepiece model.
 
-    Returns {} for a model that `bpe_spec` cannot describe.
+    Returns {} for a model that `sentencepiece_spec` cannot describe.
     """
-    spec = bpe_spec(tokenizer.pieces, tokenizer.names)
+    spec = sentencepiece_spec(tokenizer.pieces, tokenizer.names)
     if spec is None:
         return {}
     size = tokenizer.pieces.get_piece_size()
@@ -701,48 +739,116 @@ def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
     return transformers_files(tokenizer, spec, tokenizer.names.get, {"added_tokens_decoder": added})
 
 
-def bpe_spec(pieces: sentencepiece.SentencePieceProcessor, names: dict[int, str]) -> dict | None:
-    """Return the tokenizer.json of a sentencepiece BPE model, with the names of its ids.
+def sentencepiece_spec(
+    pieces: sentencepiece.SentencePieceProcessor, names: dict[int, str]
+) -> dict | None:
+    """Return the tokenizer.json of a sentencepiece model, BPE or unigram, with names of its ids.
 
-    Returns None for other models, and for BPE that normalizes text or has pieces of a user.
+    Returns None for other models, and where pieces of a user are taken out of a text first.
     """
     size = pieces.get_piece_size()
     special = [i for i in range(size) if pieces.is_control(i) or pieces.is_unknown(i)]
+    model = model_spec(pieces, names, special)
+    normalizer = proto_fields(proto_fields(pieces.serialized_model_proto()).get(3, [b""])[-1])
+    adds_prefix, strips, escapes = (normalizer.get(field, [1])[-1] for field in (3, 4, 5))
+    if model is None or not escapes:
+        return None
+    normalizers = []
+    charsmap = normalizer.get(2, [b""])[-1]
+    if b"nfkc" in normalizer.get(1, [b""])[-1]:
+        # sentencepiece composes characters with their marks; "Precompiled" looks at each alone.
+        normalizers.append({"type": "NFKC"})
+    if charsmap:
+        encoded = base64.b64encode(charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": encoded})
+    if strips:
+        normalizers += [replacement("Regex", r"\A +", ""), replacement("Regex", " {2,}", " ")]
+    if adds_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append(replacement("String", " ", SPACE))
+    if strips:
+        normalizers.append(replacement("Regex", SPACE + r"+\z", ""))
+    decoders = [replacement("String", SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if adds_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    pre_tokenizer = None
+    if model["type"] == "Unigram" and model["byte_fallback"]:
+        pre_tokenizer = BYTE_NAMES
+    added = sorted({*special, *(i for i in names if i >= size)})
+    return {
+        "version": "1.0",
+        "added_tokens": [added_token(i, names[i]) for i in added],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model,
+    }
+
+
+def replacement(kind: str, pattern: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def model_spec(
+    pieces: sentencepiece.SentencePieceProcessor, names: dict[int, str], special: list[int]
+) -> dict | None:
+    """Return the model of a tokenizer.json, or None as `sentencepiece_spec` says."""
+    size = pieces.get_piece_size()
+    proto = proto_fields(pieces.serialized_model_proto())
+    trainer = proto_fields(proto.get(2, [b""])[-1])
+    puts_space_behind = trainer.get(24, [0])[-1]
+    kinds = {proto_fields(piece).get(3, [1])[-1] for piece in proto[1]}
+    if puts_space_behind or USER_DEFINED in kinds:
+        return None
+    has_bytes = any(pieces.is_byte(i) for i in range(size))
+    if trainer.get(3, [UNIGRAM])[-1] == UNIGRAM:
+        vocab = [[names[i], pieces.get_score(i)] for i in range(size)]
+        unk = pieces.unk_id()
+        return {"type": "Unigram", "unk_id": unk, "vocab": vocab, "byte_fallback": has_bytes}
     ordinary = [i for i in range(size) if i not in special and not pieces.is_byte(i)]
-    dummy_prefix = pieces.normalize("a")[:-1]
-    not_normal = "A  \ufb01 \u2460\n"  # text that every way to normalize changes
-    if dummy_prefix not in ("", SPACE):
-        return None
-    if pieces.normalize(not_normal) != dummy_prefix + not_normal.replace(" ", SPACE):
-        return None
     # The scores of BPE are the ranks of merges.
     if [pieces.get_score(i) for i in ordinary] != [-rank for rank in range(len(ordinary))]:
         return None
-    added = [added_token(i, name) for i, name in sorted(names.items()) if i >= size]
-    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    decoders = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if dummy_prefix:
-        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
-        "version": "1.0",
-        "added_tokens": [*(added_token(i, names[i]) for i in special), *added],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "unk_token": names[pieces.unk_id()],
-            "fuse_unk": True,
-            "vocab": {names[i]: i for i in range(size)},
-            "merges": merges([names[i] for i in ordinary]),
-            "byte_fallback": any(pieces.is_byte(i) for i in range(size)),
-        },
+        "type": "BPE",
+        "unk_token": names[pieces.unk_id()],
+        "fuse_unk": True,
+        "vocab": {names[i]: i for i in range(size)},
+        "merges": merges([names[i] for i in ordinary]),
+        "byte_fallback": has_bytes,
     }
+
+
+def proto_fields(message: bytes) -> dict[int, list]:
+    """Return the values of each field of a protobuf message: integers, or bytes.
+
+    The fields of sentencepiece's are in its sentencepiece_model.proto.
+    """
+    fields, at = {}, 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            value = varint()
+        else:
+            length = {1: 8, 5: 4}.get(wire_type)
+            if length is None:
+                length = varint()
+            value = message[at : at + length]
+            at += length
+        fields.setdefault(number, []).append(value)
+    return fields
 
 
 def merges(names: list[str]) -> list[list[str]]:

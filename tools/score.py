@@ -336,14 +336,38 @@ def convert_program(argv: list[str]):
     if has_tokenizer(args.checkpoint):
         tokenizer, note = load_tokenizer(args.checkpoint, model.pad_id), "with its tokenizer"
     model.save_pretrained(directory, args.layout, tokenizer)
+    print(f"{args.checkpoint}: {model.head_remark}")
     print(f"{directory}: {args.layout} layout, {note}")
     if args.layout == "hf":
         print(how_to_load(directory, tokenizer is not None))
+    for line in differences(model, tokenizer):
+        print(line)
     if model.reward_bias:
         print(
             "its rewards were normalized: other programs must add "
             f"{model.reward_bias:.6g} (reward_bias in config.json) to what they compute"
         )
+
+
+def differences(model: RewardModel, tokenizer) -> list[str]:
+    """List where a converted model scores otherwise in transformers than here."""
+    config = model.backbone.config
+    max_seq_len, side = truncation_of(vars(config))
+    lines = []
+    if side == "right":
+        lines.append(
+            f"texts over {max_seq_len} tokens: transformers truncates on the right before it adds "
+            "eos, so its sequences end with eos; those of training and of rm.py do not"
+        )
+    eos = config.token_ids.get("eos_token_id") if tokenizer is None else tokenizer.eos_id
+    if eos == model.pad_id or (isinstance(eos, list) and model.pad_id in eos):
+        lines.append(
+            f"pad is eos (id {model.pad_id}): transformers scores a text that ends with it one "
+            "token earlier, at the last token that is no pad; training without --pad_id gives the "
+            "pad an id of its own"
+        )
+    gap = "" if tokenizer is None else tokenizer.gap()
+    return [*lines, gap] if gap else lines
 
 
 def how_to_load(directory: Path, has_tokenizer: bool) -> str:
