@@ -38,6 +38,7 @@ from parts.guards import counted
 from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
 from parts.rows import Reading, convert_rows, files_of, note_lines, unused_lines
 from parts.token_cache import first_of_each
+from parts.tokenizers import HuggingFaceTokenizer
 from rm import RewardModel
 from tools import pairs_page
 
@@ -366,8 +367,16 @@ def differences(model: RewardModel, tokenizer) -> list[str]:
             "token earlier, at the last token that is no pad; training without --pad_id gives the "
             "pad an id of its own"
         )
-    gap = "" if tokenizer is None else tokenizer.gap()
-    return [*lines, gap] if gap else lines
+    if tokenizer is None:
+        return lines
+    if config.model_type == "qwen2" and not isinstance(tokenizer, HuggingFaceTokenizer):
+        lines.append(
+            "copy the tokenizer's files as they are: what transformers' save_pretrained makes of "
+            "them for qwen2 is a Qwen2Tokenizer, which makes other ids"
+        )
+    if tokenizer.gap():
+        lines.append(tokenizer.gap())
+    return lines
 
 
 def how_to_load(directory: Path, has_tokenizer: bool) -> str:
