@@ -78,6 +78,7 @@ class GPTConfig:
     init_std: float | None = None  # of fresh weights; None: 0.02 * sqrt(768 / n_embd)
     token_ids: dict = field(default_factory=dict)  # bos, eos, pad, under config.json's keys
     window_keys: dict = field(default_factory=dict)  # config.json's: which layers have the window
+    other_keys: dict = field(default_factory=dict)  # config.json's that no computation here reads
 
     def __post_init__(self):
         for name, value in huggingface.family_of(self.model_type).variant.items():

@@ -233,6 +233,7 @@ class RewardModel(nn.Module):
         self.center_rewards_coefficient = center_rewards_coefficient
         self.reward_bias = reward_bias
         self.has_fresh_head = has_fresh_head
+        self.head_remark = ""  # where the checkpoint had the value head, or why it is fresh
 
     def forward(
         self,
@@ -373,6 +374,7 @@ class RewardModel(nn.Module):
         attention_mask: torch.Tensor | None = None,
         return_value_only: bool = False,
         prompt_length: int = 0,
+        use_cache: bool = False,
     ) -> torch.Tensor | dict[str, torch.Tensor]:
         """Compute values and end scores for step 3 of RLHF (PPO); DeepSpeed-Chat calls this name.
 
@@ -381,12 +383,14 @@ class RewardModel(nn.Module):
         input_ids: (N, L) int64, prompts of `prompt_length` columns, padded on the left or not, then
             answers padded on the right.
         attention_mask: (N, L); None: every id but the pad id is attended to.
+        use_cache: DeepSpeed-Chat's trainer passes it; it changes nothing.
         Returns values (N, L) alone, or a dict of `values` and `chosen_end_scores` (N,): the value
-        before the first pad id at or after `prompt_length` (leading pad ids of a text aside), or at
-        the row's end. Values at left padding have no meaning. Raises ValueError that names the row.
+        at the mask's last 1; without a mask the value before the first pad id at or after
+        `prompt_length` (leading pad ids of a text aside), or at the row's end. Values where the
+        mask is 0 have no meaning. Raises ValueError that names the row.
         """
         vocab_size = self.backbone.config.vocab_size
-        ids, _ = guards.check_rows(input_ids, attention_mask, vocab_size=vocab_size)
+        ids, mask = guards.check_rows(input_ids, attention_mask, vocab_size=vocab_size)
         L = ids.shape[1]
         if not 0 <= prompt_length <= L:
             raise ValueError(
@@ -403,6 +407,8 @@ class RewardModel(nn.Module):
         for row, row_ids in enumerate(ids):
             pads = (row_ids[start:] == self.pad_id).nonzero()
             end = start + int(pads[0]) if len(pads) else L
+            if mask is not None:
+                end = int(mask[row].nonzero()[-1]) + 1
             if end == 0:
                 raise ValueError(
                     f"row {row} begins with the pad id {self.pad_id}: at prompt_length 0 no value "
@@ -423,13 +429,14 @@ class RewardModel(nn.Module):
         """
         hf, weights = huggingface.read_checkpoint(path)
         backbone = GPT.from_hf(hf, weights, source=path)
-        head = huggingface.value_head(weights, backbone.config.embed_dim, source=path)
+        head, remark = huggingface.value_head(weights, backbone.config.embed_dim, source=path)
         pad_id, leading = huggingface.padding_of(path, hf, pad_id, num_padding_at_beginning)
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
         bias = hf.get("reward_bias", 0.0)
         model = cls(
             backbone, pad_id, leading, reward_bias=bias, has_fresh_head=head is None, **objective
         )
+        model.head_remark = remark
         if head is not None:
             model.v_head.weight.data.copy_(head)
         return model

@@ -314,6 +314,12 @@ def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
         ]
     with pytest.raises(ValueError, match="row 0 .*prompt_length"):
         model.forward_value(ids, prompt_length=0)
+    # With a mask its last 1 is the end, wherever the pad id stands.
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 0]])
+    for prompt_length in (0, 3):
+        out = model.forward_value(ids, mask, prompt_length=prompt_length, use_cache=True)
+        ends = out["values"][[0, 1, 2], [5, 5, 2]]
+        assert torch.equal(out["chosen_end_scores"], ends)
     opt_like = RewardModel(model.backbone, pad_id=2, num_padding_at_beginning=1)
     out = opt_like.forward_value(
         torch.tensor([[2, 5, 6, 2, 2]]), attention_mask=torch.tensor([[1, 1, 1, 0, 0]])

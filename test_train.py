@@ -269,7 +269,7 @@ def test_held_out_data_is_the_end_of_the_shuffled_second_share(monkeypatch, tmp_
 
 
 def test_value_head_follows_from_the_seed_and_dropout_from_the_flag(
-    monkeypatch, tmp_path, built_in_run
+    monkeypatch, tmp_path, built_in_run, capsys
 ):
     backbone = shutil.copytree(built_in_run[0], tmp_path / "backbone")
     weights = torch.load(backbone / "pytorch_model.bin", weights_only=True)
@@ -286,12 +286,19 @@ def test_value_head_follows_from_the_seed_and_dropout_from_the_flag(
         found = {block.config.dropout for block in model.backbone.blocks}
         assert found == {0.25}  # the flag's, not the checkpoint's
         heads.append(model.v_head.weight)
+        said = "no v_head.weight and no score.weight there, so the value head is fresh"
+        assert f"{backbone}: {said}" in capsys.readouterr().out
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs
+
+
+def test_a_run_saves_how_it_truncated(built_in_run):
+    config = json.loads((built_in_run[0] / "config.json").read_text())
+    assert (config["max_seq_len"], config["truncation_side"]) == (64, "left")
 
 
 def test_metrics_of_a_run(built_in_run):

@@ -463,6 +463,7 @@ def load_model(args, tokenizer: data.Tokenizer, process: Process) -> RewardModel
         model.backbone.resize_embedding(tokenizer.vocab_size)
         process.print(f"{missing} rows of zeros added to the embedding, for the added tokens")
     check_positions(model.backbone.config, args.max_seq_len, directory)
+    process.print(f"{directory}: {model.head_remark}")
     return model
 
 
@@ -503,6 +504,8 @@ def set_up(model: RewardModel, args) -> int:
     Returns the number of layers that got LoRA.
     """
     model.backbone.config.dropout = args.dropout
+    model.backbone.config.other_keys["max_seq_len"] = args.max_seq_len
+    model.backbone.config.other_keys["truncation_side"] = args.truncation_side
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
     if not args.lora_dim:
         return 0
@@ -644,7 +647,7 @@ def result_follows_from(
     result = {name: getattr(args, name) for name in RESULT_FLAGS}
     result["global_batch"] = global_batch
     for name, value in asdict(model.backbone.config).items():
-        if name != "dropout":  # the flag's
+        if name not in ("dropout", "other_keys"):  # the flag's, and without effect
             result[f"config.{name}"] = value
     result["padding"] = [model.pad_id, model.num_padding_at_beginning]
     result["tokenizer"] = tokenizer.fingerprint()

@@ -5,6 +5,7 @@ needed only to render messages.
 """
 
 import functools
+import itertools
 import json
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -28,26 +29,36 @@ TEMPLATE_DIRECTORY = "additional_chat_templates"  # with NAME.jinja, one for eac
 # The plain template, that of Anthropic's hh-rlhf dialogues
 
 
-def chat_text(messages: list[dict], add_generation_prompt: bool = False) -> str:
+def chat_text(
+    messages: list[dict], add_generation_prompt: bool = False, bos: str = "", eos: str = ""
+) -> str:
     """Render chat messages, each {"role", "content"}, as text, by the plain template.
 
     A system message's content stands as it is; a turn is "\\n\\nHuman: " or "\\n\\nAssistant: "
-    and its content. add_generation_prompt: the text ends with "\\n\\nAssistant:".
+    and its content. bos stands in front and eos at the end, as Llama 3's template writes its own.
+    add_generation_prompt: in place of eos the text ends with "\\n\\nAssistant:".
     """
     starts = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-    text = "".join(starts[message["role"]] + message["content"] for message in messages)
-    if add_generation_prompt:
-        text += "\n\nAssistant:"
-    return text
+    text = bos + "".join(starts[message["role"]] + message["content"] for message in messages)
+    return text + ("\n\nAssistant:" if add_generation_prompt else eos)
 
 
-# The same in jinja, for transformers; a test holds the two together.
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ {'system': '', 'user': '\\n\\nHuman: ', 'assistant': '\\n\\nAssistant: '}"
-    "[message['role']] + message['content'] }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
-)
+def plain_template(has_bos: bool, has_eos: bool) -> str:
+    """Write `chat_text` in jinja, for transformers, with the special tokens of a tokenizer.
+
+    has_bos, has_eos: whether its sequences begin and end with these. A test holds the two together.
+    """
+    bos = "{{ bos_token }}" if has_bos else ""
+    eos = "{% else %}{{ eos_token }}" if has_eos else ""
+    return (
+        bos + "{% for message in messages %}"
+        "{{ {'system': '', 'user': '\\n\\nHuman: ', 'assistant': '\\n\\nAssistant: '}"
+        "[message['role']] + message['content'] }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}" + eos + "{% endif %}"
+    )
+
+
+PLAIN_TEMPLATES = {plain_template(*ends) for ends in itertools.product((False, True), repeat=2)}
 
 # --------------------------------------------------------------------------------------------------
 # Any template
@@ -67,24 +78,26 @@ class ChatTemplate:
         tokenizer is saved, so that a template which reads them would not stay the same.
     """
 
-    source: str = PLAIN_TEMPLATE
+    source: str = plain_template(False, False)
     origin: str = "the plain chat template"
     special_tokens: dict[str, str] = field(default_factory=TRAINED_TOKENS.copy)
     replaced: tuple[str, ...] = ()
 
     @property
     def is_plain(self) -> bool:
-        return self.source == PLAIN_TEMPLATE
+        return self.source in PLAIN_TEMPLATES
 
     def render(self, messages: list[dict], add_generation_prompt: bool = False) -> str:
         """Render chat messages, each {"role", "content"}, as one text.
 
         add_generation_prompt: end with what stands in front of an answer, where the template has
             such a text.
+        The plain template's own bos and eos, which `source` writes for transformers, are left out.
         Raises ValueError where the template refuses the messages, and SetupError where it could
         render none: jinja2 is missing, or the template is damaged.
         """
         if self.is_plain:
+            # data.py puts bos and eos around every text.
             return chat_text(messages, add_generation_prompt)
         template, variables = self.compiled()
         for name in self.replaced:

@@ -17,7 +17,7 @@ import torch
 
 from parts.files import replacing
 from parts.guards import check_weights, counted
-from parts.tokenizers import has_tokenizer, load_tokenizer, refuse_others
+from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
 # Families
@@ -47,6 +47,7 @@ class Family:
     config: dict[str, str]  # field of GPTConfig -> key of config.json
     fixed: dict  # key that would change the computation -> the only value that is supported
     missing: dict  # key -> its value in transformers where config.json has none, unless it is ours
+    dropouts: dict[str, float]  # the same of dropouts that are not 0
     names: dict[str, str]  # module of GPT -> Hugging Face's name
     layer_names: dict[str, str]  # module of Block -> Hugging Face's name, which several may share
     prefixes: tuple[str, ...]  # may stand before a name; first: the prefix of classifiers
@@ -87,6 +88,7 @@ LLAMA = Family(
     ),
     fixed=dict(partial_rotary_factor=1.0),
     missing={},
+    dropouts={},
     names=dict(embed="embed_tokens", blocks="layers", norm="norm"),
     layer_names=dict(
         attn_norm="input_layernorm",
@@ -131,6 +133,7 @@ FAMILIES = {
             add_cross_attention=False,
         ),
         missing={},
+        dropouts=dict(resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1),
         names=dict(embed="wte", pos_embed="wpe", blocks="h", norm="ln_f"),
         layer_names=dict(
             attn_norm="ln_1",
@@ -166,6 +169,7 @@ FAMILIES = {
             _remove_final_layer_norm=False, enable_bias=True, layer_norm_elementwise_affine=True
         ),
         missing={},
+        dropouts=dict(dropout=0.1),
         names=dict(
             embed="decoder.embed_tokens",
             pos_embed="decoder.embed_positions",
@@ -230,6 +234,7 @@ FAMILIES = {
         ),
         fixed={},
         missing={},
+        dropouts={},
         names=dict(embed="embed_in", blocks="layers", norm="final_layer_norm"),
         layer_names=dict(
             attn_norm="input_layernorm",
@@ -274,6 +279,7 @@ TOKEN_ID = ("a token id or null", lambda value: value is None or INTEGER[1](valu
 FRACTION = ("a number above 0, at most 1", lambda value: POSITIVE[1](value) and value <= 1)
 COUNT_OR_NULL = (f"{COUNT[0]}, or null", lambda value: value is None or COUNT[1](value))
 COUNT_FROM_0 = ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**31)
+SIDE = ("left or right", lambda value: value in ("left", "right"))
 LAYER_TYPES = ("full_attention", "sliding_attention")
 LAYERS = (
     f"a list of {' and '.join(LAYER_TYPES)}, or null",
@@ -298,6 +304,8 @@ KEY_KINDS = dict(  # of keys that any config.json may have
     pad_token_id=TOKEN_ID,
     num_padding_at_beginning=INTEGER,
     reward_bias=FINITE,
+    max_seq_len=COUNT,
+    truncation_side=SIDE,
 )
 WINDOW_KINDS = dict(  # of keys that say which layers have a sliding window
     sliding_window=COUNT_OR_NULL,
@@ -307,6 +315,15 @@ WINDOW_KINDS = dict(  # of keys that say which layers have a sliding window
 )
 LLAMA_3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPE = ("rope_type", "rope_theta", "partial_rotary_factor", *LLAMA_3)
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Keys that `config_to_hf` or `save_reward_model` write anew, or that would not hold for what they
+# write: its weights are in float32, and code that a model brought along is not copied.
+REWRITTEN = (
+    *("model_type", "architectures", "_name_or_path", "dtype", "torch_dtype", "auto_map"),
+    *("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"),
+    *("num_labels", "id2label", "label2id", "problem_type"),
+    *("num_padding_at_beginning", "reward_bias"),
+)
 
 
 def all_of(value, names: tuple[str, ...]) -> bool:
@@ -327,6 +344,7 @@ def config_fields(hf: dict) -> dict:
     Raises ValueError that names the key where a backbone cannot be computed, or a value is wrong.
     """
     family = family_of(hf.get("model_type"))
+    found = family.dropouts | hf
     hf = family.missing | hf | rope_keys(family, hf)
     for key, value in (FIXED | family.fixed).items():
         if hf.get(key, value) != value:
@@ -347,9 +365,11 @@ def config_fields(hf: dict) -> dict:
     missing = [family.config[field] for field in family.required if field not in fields]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
-    token_ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    fields["token_ids"] = {key: hf[key] for key in token_ids if key in hf}
-    return fields | window_fields(family, hf)
+    fields["token_ids"] = {key: hf[key] for key in TOKEN_IDS if key in hf}
+    fields |= window_fields(family, hf)
+    used = (*family.config.values(), *TOKEN_IDS, *fields.get("window_keys", ()), *REWRITTEN)
+    fields["other_keys"] = {key: value for key, value in found.items() if key not in used}
+    return fields
 
 
 def rope_keys(family: Family, hf: dict) -> dict:
@@ -431,13 +451,15 @@ def config_to_hf(fields: dict) -> dict:
     Raises ValueError where two fields that share a key differ.
     """
     family = family_of(fields["model_type"])
-    hf = {"model_type": fields["model_type"], "architectures": [family.classes + "Model"]}
+    hf = {"tie_word_embeddings": False} | dict.fromkeys(family.dropouts, fields["dropout"])
+    hf |= fields["other_keys"]
+    hf |= {"model_type": fields["model_type"], "architectures": [family.classes + "Model"]}
     for field, key in family.config.items():
         if hf.setdefault(key, fields[field]) != fields[field]:
             raise ValueError(f"{field} is {fields[field]}, but another field makes {key} {hf[key]}")
     if "use_sliding_window" in family.missing:
         hf |= {"use_sliding_window": hf["sliding_window"] is not None, "max_window_layers": 0}
-    return hf | {"tie_word_embeddings": False} | fields["token_ids"] | fields["window_keys"]
+    return hf | fields["token_ids"] | fields["window_keys"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -711,20 +733,25 @@ def rows_to_add(rows: int, tokenizer) -> int | None:
     return missing
 
 
-def value_head(weights: dict[str, torch.Tensor], width: int, source) -> torch.Tensor | None:
-    """Return the value head of a checkpoint, (1, width), or None where it has none.
+def value_head(
+    weights: dict[str, torch.Tensor], width: int, source
+) -> tuple[torch.Tensor | None, str]:
+    """Return the value head of a checkpoint, (1, width), or None where it has none; and a remark.
 
-    A score.weight of more rows is a classifier's. Raises ValueError for another width.
+    The remark says where the head was read, or why there is none: a score.weight of more rows is a
+    classifier's. Raises ValueError for another width, and for a v_head.weight of another shape.
     """
-    name = "v_head.weight" if "v_head.weight" in weights else "score.weight"
-    head = weights.get(name)
-    if head is None or (name == "score.weight" and head.shape[:1] != (1,)):
-        return None
-    if head.shape != (1, width):
-        raise ValueError(
-            f"{source}: weight {name} has shape {list(head.shape)}; expected {[1, width]}"
-        )
-    return head
+    names = [name for name in ("v_head.weight", "score.weight") if name in weights]
+    if not names:
+        return None, "no v_head.weight and no score.weight there, so the value head is fresh"
+    name = names[0]
+    shape = list(weights[name].shape)
+    found = f"weight {name} has shape {shape}; expected {[1, width]}"
+    if shape == [1, width]:
+        return weights[name], f"value head read from {name}"
+    if name == "score.weight" and len(shape) == 2 and shape[0] != 1:
+        return None, f"{found}; that is a classifier's, so the value head is fresh"
+    raise ValueError(f"{source}: {found}")
 
 
 def save_reward_model(model, path, layout: str, tokenizer=None):
@@ -733,6 +760,8 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         raise ValueError(f"layout {layout!r} is not known; known are {' and '.join(LAYOUTS)}")
     safetensors = import_safetensors(f"layout {layout!r}") if layout == "hf" else None
     path = Path(path)
+    if layout == "hf" and tokenizer and tokenizer.gap().startswith(NO_JSON):
+        raise ValueError(f"layout 'hf': {tokenizer.gap()}; layout 'deepspeed-chat' keeps the model")
     file = path / ("model.safetensors" if layout == "hf" else "pytorch_model.bin")
     refuse_others("model", [path / name for name in WEIGHT_FILES if path / name != file])
     path.mkdir(parents=True, exist_ok=True)
@@ -751,6 +780,7 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         prefix, head_name = family.prefixes[0], "score.weight"
         hf["architectures"] = [family.classes + "ForSequenceClassification"]
         hf |= {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        hf["problem_type"] = "regression"  # pipelines then give the score itself
     weights = model.backbone.to_hf()
     embed = family.names["embed"] + ".weight"
     weights[embed] = resize_rows(weights[embed], rows)
@@ -766,4 +796,36 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         (path / "config.json").write_text(json.dumps(hf, indent=2) + "\n")
         shutil.copymode(path / "config.json", part)  # safetensors lets its owner alone read it
     if tokenizer:
-        tokenizer.save(path)
+        tokenizer.save(path, tokenizer_settings(vars(model.backbone.config)))
+
+
+def longest_row(fields: dict) -> tuple[int, str]:
+    """Return how many tokens a row may have at most, by the fields of a GPTConfig, and why."""
+    longest, window = fields["n_positions"], fields["sliding_window"]
+    if window is not None and window < longest:
+        return window, "its sliding_window"
+    return longest, "the positions that the model has"
+
+
+def truncation_of(fields: dict) -> tuple[int, str]:
+    """Return the length to which the texts of a model are truncated, and the side that is cut.
+
+    fields: of its GPTConfig. That is as in training; else to the longest row, on the left.
+    """
+    keys = fields["other_keys"]
+    return keys.get("max_seq_len", longest_row(fields)[0]), keys.get("truncation_side", "left")
+
+
+def tokenizer_settings(fields: dict) -> dict:
+    """Return the keys of a tokenizer_config.json that follow from the model beside it.
+
+    fields: of its GPTConfig.
+    """
+    length, side = truncation_of(fields)
+    settings = {"model_max_length": length, "truncation_side": side}
+    if fields["model_type"] == "qwen2":
+        # AutoTokenizer of transformers 5 takes its Qwen2Tokenizer here, whatever class is asked
+        # for; that replaces all of tokenizer.json but the vocabulary, unless told so. No code comes
+        # with the tokenizer that could be run.
+        settings |= {"trust_remote_code": True}
+    return settings

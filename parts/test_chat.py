@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 import data
 import parts.chat
 from data import Comparison
-from parts.chat import ChatTemplate, chat_text, given_template
+from parts.chat import ChatTemplate, chat_text, given_template, plain_template
 from parts.rows import SetupError
 from parts.test_tokenizers import (
     FAST,
@@ -509,13 +509,21 @@ def test_a_template_that_tries_to_leave_the_sandbox_is_refused(source, tmp_path)
     assert json.dumps(CHAT) == before
 
 
-def test_the_plain_template_is_the_same_in_jinja():
-    jinja = ChatTemplate(parts.chat.PLAIN_TEMPLATE + "{# #}", "the template")
-    assert not jinja.is_plain
+@pytest.mark.parametrize("has_bos", [False, True])
+@pytest.mark.parametrize("has_eos", [False, True])
+def test_the_plain_template_is_the_same_in_jinja(has_bos, has_eos):
+    source = plain_template(has_bos, has_eos)
+    tokens = {"bos_token": "<b>", "eos_token": "<e>"}
+    plain = ChatTemplate(source)
+    jinja = ChatTemplate(source + "{# #}", "the template", tokens)
+    assert plain.is_plain and not jinja.is_plain
+    ends = "<b>" if has_bos else "", "<e>" if has_eos else ""
     for dialogue in DIALOGUES.values():
         for ask in (False, True):
-            text = chat_text(dialogue, ask)
-            assert jinja.render(dialogue, ask) == text == ChatTemplate().render(dialogue, ask)
+            text = chat_text(dialogue, ask, *ends)
+            assert jinja.render(dialogue, ask) == text
+            assert plain.render(dialogue, ask) == chat_text(dialogue, ask)
+            assert text.startswith(ends[0]) and text.endswith("\n\nAssistant:" if ask else ends[1])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -669,7 +677,9 @@ def test_the_flag_takes_the_place_of_the_own_template(tmp_path):
         assert again.render(CHAT) == tokenizer.render(CHAT)
         assert again.has_own_template == tokenizer.has_own_template
         theirs = transformers.AutoTokenizer.from_pretrained(saved)
-        assert theirs.apply_chat_template(CHAT, tokenize=False) == tokenizer.render(CHAT)
+        ends = {} if tokenizer.has_own_template else {"bos": "<s>", "eos": "</s>"}
+        rendered = chat_text(CHAT, **ends) if ends else tokenizer.render(CHAT)
+        assert theirs.apply_chat_template(CHAT, tokenize=False) == rendered
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/a.jinja"])
@@ -762,7 +772,7 @@ def test_the_fingerprint_has_the_template_and_its_special_tokens(tmp_path):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_trained_tokenizer_with_a_template_of_a_file(tmp_path, name):
-    """Names of special tokens are text for it, for us and for transformers."""
+    """The special tokens that it writes are one bos and one eos, for us and for transformers."""
     source, _ = TEMPLATES[name]
     (tmp_path / "my.jinja").write_text(source)
     template = given_template(str(tmp_path / "my.jinja"))

@@ -11,7 +11,14 @@ import torch
 
 import data
 from model import GPT, GPTConfig
-from parts.huggingface import FAMILIES, LAYOUTS, config_to_hf, read_config, rows_to_add
+from parts.huggingface import (
+    FAMILIES,
+    LAYOUTS,
+    config_to_hf,
+    read_config,
+    rows_to_add,
+    truncation_of,
+)
 from rm import RewardModel
 from test_model import LLAMA_3, close, left_padded, positions_of, small
 
@@ -281,6 +288,171 @@ def test_sliding_windows_load_and_are_saved_as_they_were(model_type, keys, windo
 # Saving
 
 
+OTHER_KEYS = {  # of families, under the names of transformers; none is its default
+    "gpt2": dict(resid_pdrop=0.2, embd_pdrop=0.0, attn_pdrop=0.3, reorder_and_upcast_attn=True),
+    "opt": dict(dropout=0.0, attention_dropout=0.2, layerdrop=0.25),
+    "llama": dict(attention_dropout=0.2),
+    "mistral": dict(attention_dropout=0.2),
+    "qwen2": dict(attention_dropout=0.2),
+    "qwen3": dict(attention_dropout=0.2),
+    "gpt_neox": dict(attention_dropout=0.2, hidden_dropout=0.3, classifier_dropout=0.4),
+}
+# What a saved model has of its own: shape of the head, its dtype, padding, labels.
+NOT_KEPT = {
+    *(
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "transformers_version",
+        "vocab_size",
+        "pad_token_id",
+    ),
+    *("id2label", "label2id", "problem_type", "num_padding_at_beginning"),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_keys_that_we_do_not_use_are_saved_as_they_were(model_type, layout, tmp_path):
+    """transformers reads every setting of the source in what we save, but for those of our own."""
+    import transformers
+
+    theirs = language_model(model_type)
+    keys = OTHER_KEYS[model_type] | dict(initializer_range=0.5, use_cache=False)
+    keys |= dict(my_own_key=[1, {"a": None}], bos_token_id=3, eos_token_id=[4, 5])
+    for key, value in keys.items():
+        setattr(theirs.config, key, value)
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    model = RewardModel.from_pretrained(tmp_path / "source", pad_id=7)
+    model.save_pretrained(tmp_path / "saved", layout)
+    saved = read_config(tmp_path / "saved")
+    assert {key: saved[key] for key in keys} == keys
+    before, after = (
+        transformers.AutoConfig.from_pretrained(tmp_path / name).to_dict()
+        for name in ("source", "saved")
+    )
+    different = {key for key in before | after if before.get(key) != after.get(key)}
+    assert different <= NOT_KEPT
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "source", dtype="float32")
+    again = RewardModel.from_pretrained(tmp_path / "saved").backbone
+    ids = torch.randint(0, 40, (2, 9))
+    close(again(ids), loaded.eval()(ids).last_hidden_state)
+    assert again.config.other_keys == model.backbone.config.other_keys
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_dropouts_of_a_new_model_are_those_of_its_training(model_type, dropout, tmp_path):
+    """transformers' default of 0.1, in gpt2 and opt, would be back in DeepSpeed-Chat's step 3."""
+    import transformers
+
+    model = RewardModel(GPT(small(model_type, dropout=dropout)), pad_id=0)
+    model.save_pretrained(tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    names = FAMILIES[model_type].dropouts
+    assert [getattr(config, name) for name in names] == [dropout] * len(names)
+    if dropout == 0:
+        theirs = transformers.AutoModel.from_config(config).train()
+        ids = torch.randint(0, 40, (2, 9))
+        assert torch.equal(theirs(ids).last_hidden_state, theirs(ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_dropouts_that_a_file_does_not_name_are_transformers_defaults(model_type, tmp_path):
+    import transformers
+
+    hf = small(model_type).to_hf()
+    for name in FAMILIES[model_type].dropouts:
+        del hf[name]
+    save_backbone(GPT(small(model_type)), tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    RewardModel.from_pretrained(tmp_path, pad_id=0).save_pretrained(tmp_path / "saved")
+    before, after = (
+        transformers.AutoConfig.from_pretrained(directory)
+        for directory in (tmp_path, tmp_path / "saved")
+    )
+    for name in FAMILIES[model_type].dropouts:
+        assert getattr(after, name) == getattr(before, name) == 0.1
+
+
+@pytest.mark.parametrize(
+    "other_keys, expected",
+    [({}, (32, "left")), ({"max_seq_len": 20, "truncation_side": "right"}, (20, "right"))],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [None, 24])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_length_and_side_of_truncation_are_saved_with_model_and_tokenizer(
+    layout, window, other_keys, expected, tmp_path
+):
+    import transformers
+
+    config = small("mistral", sliding_window=window, other_keys=other_keys, vocab_size=300)
+    tokenizer = data.train_tokenizer(["a few words", "and some more"], 290)
+    model = RewardModel(GPT(config), tokenizer.pad_id)
+    model.save_pretrained(tmp_path, layout, tokenizer)
+    loaded = RewardModel.from_pretrained(tmp_path).backbone.config
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    if window and not other_keys:
+        expected = (window, "left")
+    assert truncation_of(vars(loaded)) == expected
+    assert (theirs.model_max_length, theirs.truncation_side) == expected
+    assert theirs.model_input_names == ["input_ids", "attention_mask"]
+    assert theirs.unk_token is None and len(theirs) == tokenizer.vocab_size
+
+
+def test_qwen2_keeps_a_tokenizer_that_is_not_qwens(tmp_path):
+    """AutoTokenizer takes Qwen2Tokenizer for the family, also where remote code is trusted."""
+    import transformers
+
+    tokenizer = data.train_tokenizer(["a few words", "and some more"], 290)
+    model = RewardModel(GPT(small("qwen2", vocab_size=300)), tokenizer.pad_id)
+    model.save_pretrained(tmp_path, "hf", tokenizer)
+    for how in ({}, {"trust_remote_code": True}):
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, **how)
+        text = "some  few, e\u0301 words <s>\n"
+        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text)
+        assert len(theirs) == tokenizer.vocab_size
+
+
+HEADS_FOUND = [  # name and shape of a head; whether it is the value head; what is said
+    (None, None, False, "no v_head.weight and no score.weight there, so the value head is fresh"),
+    ("v_head.weight", (1, 16), True, "value head read from v_head.weight"),
+    ("score.weight", (1, 16), True, "value head read from score.weight"),
+    ("score.weight", (3, 16), False, "score.weight has shape [3, 16]; expected [1, 16]; that is a"),
+]
+
+
+@pytest.mark.parametrize("name, shape, is_read, words", HEADS_FOUND, ids=str)
+def test_it_is_said_where_the_value_head_was_read(name, shape, is_read, words, tmp_path):
+    backbone = GPT(small("llama"))
+    save_backbone(backbone, tmp_path)
+    width = backbone.config.n_embd
+    head = None
+    if name:
+        head = torch.randn(shape[0], width)
+        add_weight(tmp_path, name, head)
+    model = RewardModel.from_pretrained(tmp_path, pad_id=0)
+    assert model.head_remark == words or words.replace("16", str(width)) in model.head_remark
+    assert model.has_fresh_head != is_read
+    assert not is_read or torch.equal(model.v_head.weight, head)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_score_head_of_transformers_is_read(model_type, tmp_path):
+    import transformers
+
+    config = transformers.AutoConfig.for_model(**small(model_type).to_hf())
+    config.num_labels, config.pad_token_id = 1, 0
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    theirs.save_pretrained(tmp_path)
+    model = RewardModel.from_pretrained(tmp_path)
+    assert model.head_remark == "value head read from score.weight" and model.pad_id == 0
+    ids = torch.randint(1, 40, (3, 9))
+    scores = model.forward_value(ids)["chosen_end_scores"]
+    close(scores, theirs(ids).logits[:, 0])
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_hf_layout_gives_the_same_end_scores_in_transformers(model_type, tmp_path):
     import transformers
@@ -532,6 +704,8 @@ BAD_CONFIGS = {  # what is wrong: keys, words of the error
         {"num_padding_at_beginning": None},
         ["config.json", "num_padding_at_beginning", "None"],
     ),
+    "a length of 0": ({"max_seq_len": 0}, ["config.json", "max_seq_len", "0", "above 0"]),
+    "a side": ({"truncation_side": "top"}, ["config.json", "'top'", "left or right"]),
     "text for a bias": ({"reward_bias": "0"}, ["config.json", "reward_bias", "'0'", "finite"]),
     "quantized": ({"quantization_config": {"bits": 4}}, ["config.json", "quantization_config"]),
     "list for rope": ({"rope_parameters": [1]}, ["config.json", "rope_parameters", "[1]"]),

@@ -440,8 +440,7 @@ def test_sentencepiece_beside_a_tokenizer_json_with_more_tokens(tmp_path, saved,
     """A chat model made from Llama 2: the tokens that were added are in tokenizer.json alone."""
     proto = sentencepiece_model(normalization_rule_name="identity", remove_extra_whitespaces=False)
     n = sentencepiece.SentencePieceProcessor(model_proto=proto).get_piece_size()
-    files = parts.tokenizers.sentencepiece_files(data.Tokenizer(proto, pad_id=0))
-    spec = files["tokenizer.json"]
+    spec = llama_spec(proto)
     spec["added_tokens"] += [
         parts.tokenizers.added_token(n, "<|im_end|>"),
         parts.tokenizers.added_token(n + 1, "<|im_start|>"),
@@ -619,10 +618,15 @@ def test_names_of_special_tokens_are_text_where_the_files_say_so(tmp_path, saved
     assert ours.encode("a<|endoftext|>") == ids == again.encode("a<|endoftext|>")
 
 
+def llama_spec(proto: bytes) -> dict:
+    """Make the tokenizer.json of a sentencepiece model as transformers writes it for Llama 2."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=proto)
+    return parts.tokenizers.sentencepiece_spec(pieces, parts.tokenizers.piece_names_of(pieces))
+
+
 def metaspace_json() -> tokenizers.Tokenizer:
     """Make a tokenizer.json as transformers 4 wrote it for Llama 2: each part gets a space."""
-    files = parts.tokenizers.sentencepiece_files(data.Tokenizer(sentencepiece_model(**IDENTITY)))
-    return tokenizers.Tokenizer.from_str(json.dumps(files["tokenizer.json"]))
+    return tokenizers.Tokenizer.from_str(json.dumps(llama_spec(sentencepiece_model(**IDENTITY))))
 
 
 def digits_json() -> tokenizers.Tokenizer:
@@ -852,11 +856,20 @@ def assert_transformers_agrees(tokenizer, directory):
                 assert sequence == theirs(text)["input_ids"], text
     chat = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello {}")]
     messages = [{"role": role, "content": content} for role, content in chat]
-    assert theirs.apply_chat_template(messages, tokenize=False) == chat_text(messages)
-    assert (
-        theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
-        == chat_text(messages[:2]) + "\n\nAssistant:"
-    )
+    ends = {"bos": "", "eos": ""}
+    if tokenizer.bos_id is not None and not tokenizer.splits_special:
+        ends["bos"] = theirs.bos_token
+    if tokenizer.eos_id not in (None, tokenizer.pad_id) and not tokenizer.splits_special:
+        ends["eos"] = theirs.eos_token
+    (sequence,) = data.tokenize(Comparison(messages[:2], [messages[2:]]), tokenizer, 10**6)
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    assert text == chat_text(messages, **ends)
+    assert again.render(messages) == chat_text(messages) == tokenizer.render(messages)
+    question = theirs.apply_chat_template(messages[:2], tokenize=False, add_generation_prompt=True)
+    assert question == ends["bos"] + chat_text(messages[:2]) + "\n\nAssistant:"
+    if not tokenizer.splits_special:
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ids == sequence == theirs(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("above", [None, 0, 7])
@@ -903,13 +916,13 @@ def test_two_new_pad_ids_one_after_the_other_are_two_tokens(gpt2, saved, tmp_pat
     assert_transformers_agrees(data.load_tokenizer(saved, first.pad_id + 6), tmp_path / "two")
 
 
-@pytest.mark.parametrize("kinds", [("ours", "hub"), ("hub", "unigram")], ids=" then ".join)
+@pytest.mark.parametrize("kinds", [("ours", "hub"), ("hub", "words")], ids=" then ".join)
 def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(
     kinds, tokenizer, gpt2, saved
 ):
     of_kind = {
         "ours": tokenizer,
-        "unigram": data.Tokenizer(sentencepiece_model(model_type="unigram")),
+        "words": data.Tokenizer(sentencepiece_model(**WORDS)),
         "hub": data.load_tokenizer(gpt2),
     }
     of_kind[kinds[0]].save(saved)
@@ -917,27 +930,73 @@ def test_tokenizer_is_not_saved_beside_one_that_could_be_read_in_its_place(
         of_kind[kinds[1]].save(saved)
 
 
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("byte_fallback", [True, False])
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        dict(model_type="unigram"),
-        dict(normalization_rule_name="identity"),
-        dict(user_defined_symbols=["ab"]),
+        dict(remove_extra_whitespaces=False),
+        dict(remove_extra_whitespaces=True),
+        dict(remove_extra_whitespaces=True, add_dummy_prefix=False),
     ],
-    ids=["normalizes", "not BPE", "removes spaces", "pieces of a user"],
+    ids=str,
 )
-def test_a_tokenizer_json_that_would_differ_is_not_written(options, tmp_path):
-    same = dict(normalization_rule_name="identity", remove_extra_whitespaces=False)
-    options = (
-        {**same, **options}
-        if "model_type" in options or "user_defined_symbols" in options
-        else options
+def test_saved_sentencepiece_of_other_kinds_is_the_same_for_transformers(
+    tmp_path, model_type, byte_fallback, options
+):
+    """Random texts have names of bytes, characters beyond the vocabulary, and spaces in a row."""
+    options |= dict(
+        model_type=model_type,
+        byte_fallback=byte_fallback,
+        normalization_rule_name="identity",
+        vocab_size=290,
     )
     tokenizer = data.Tokenizer(sentencepiece_model(**options))
+    assert tokenizer.gap() == ""
+    assert_transformers_agrees(tokenizer, tmp_path)
+
+
+NORMALIZED = [
+    "\ufb01 \u2460 \uff21\uff22 \u00bd\u3000a\u00a0b",
+    "a   b\t\tc\r\nd  ",
+    "e\u0301 \u00e9 A\u030a",
+    "\uff76\uff9e \u1100\u1161 \uac00",  # half-width kana and Hangul, each with its mark
+    "\u200b\ufeffthe cat\u2028",
+]
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("rule", ["nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf"])
+@pytest.mark.parametrize("prefix", [True, False])
+def test_saved_sentencepiece_that_normalizes_is_the_same_for_transformers(
+    tmp_path, model_type, rule, prefix
+):
+    options = dict(model_type=model_type, normalization_rule_name=rule, add_dummy_prefix=prefix)
+    tokenizer = data.Tokenizer(sentencepiece_model(vocab_size=290, **options))
     tokenizer.save(tmp_path)
-    assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "tokenizer.model",
-        "tokenizer_config.json",
-    ]
-    assert data.load_tokenizer(tmp_path).encode("a  ﬁ ab") == tokenizer.encode("a  ﬁ ab")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in NORMALIZED + HARD_TEXTS + TEXTS:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text), text
+    assert "several marks" in tokenizer.gap()
+
+
+WORDS = dict(model_type="word", byte_fallback=False, vocab_size=20)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(user_defined_symbols=["ab"]),
+        dict(treat_whitespace_as_suffix=True),
+        dict(model_type="char", byte_fallback=False),
+        WORDS,
+    ],
+    ids=str,
+)
+def test_a_tokenizer_json_that_would_differ_is_not_written(options, tmp_path, capsys):
+    tokenizer = data.Tokenizer(sentencepiece_model(**options))
+    tokenizer.save(tmp_path)
+    names = sorted(file.name for file in tmp_path.iterdir())
+    assert names == ["tokenizer.model", "tokenizer_config.json"]
+    assert f"{tmp_path}: no tokenizer.json can say" in capsys.readouterr().err
+    assert data.load_tokenizer(tmp_path).encode("a  \ufb01 ab") == tokenizer.encode("a  \ufb01 ab")

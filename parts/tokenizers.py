@@ -8,17 +8,25 @@ merges.txt), which need the `tokenizers` library. Both are saved with a tokenize
 say the same, from which transformers' `AutoTokenizer` makes the same tokenizer.
 """
 
+import base64
 import io
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import sentencepiece
 
-from parts.chat import TEMPLATE_DIRECTORY, TEMPLATE_FILE, ChatTemplate, find_template
+from parts.chat import (
+    TEMPLATE_DIRECTORY,
+    TEMPLATE_FILE,
+    ChatTemplate,
+    find_template,
+    plain_template,
+)
 from parts.guards import listed, visible
 from parts.rows import json_type
 from parts.token_cache import hash_of
@@ -36,6 +44,16 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 # How a text is searched for an added token; `AddedToken` in the library `tokenizers`.
 TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 SPACE = "\u2581"  # sentencepiece's sign for a space
+NO_JSON = "no tokenizer.json can say what the tokenizer does, so AutoTokenizer makes other ids"
+# Names of bytes, <0x41>, are text in texts, but a unigram model of the library `tokenizers` takes
+# them for the byte, unless they are in parts.
+BYTE_NAMES = {
+    "type": "Split",
+    "pattern": {"Regex": "(?<=<)0x[0-9A-F]{2}>"},
+    "behavior": "Isolated",
+    "invert": False,
+}
+UNIGRAM, USER_DEFINED = 1, 4  # in its protobuf: a type of models, and a type of pieces
 
 # --------------------------------------------------------------------------------------------------
 # Two kinds of tokenizers
@@ -49,7 +67,10 @@ class Tokenizer:
     text_size: number of ids that the tokenizer came with.
     model_size: number of ids before tokens were added to them.
     vocab_size: number of ids, a new pad id included.
+    splits_special: whether the names of special tokens are text in texts.
     """
+
+    splits_special = False
 
     def __init__(
         self,
@@ -61,10 +82,12 @@ class Tokenizer:
         self.model_proto = model_proto
         self.config = config or {}
         self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
-        self.names = {i: self.pieces.id_to_piece(i) for i in range(self.pieces.get_piece_size())}
+        self.names = special_piece_names(self.pieces)
+        piece_names = piece_names_of(self.pieces)
         for i, token in self.config.get("added_tokens_decoder", {}).items():
             self.names[int(i)] = token["content"]
-        ids = {name: i for i, name in self.names.items()}
+        # Files may call special pieces by the model's names.
+        ids = {name: i for names in (piece_names, self.names) for i, name in names.items()}
         own_ids = (self.pieces.pad_id(), self.pieces.bos_id(), self.pieces.eos_id())
         pad, bos, eos = (i if i >= 0 else None for i in own_ids)  # -1: the model has none
         bos = ids.get(self.config.get("bos_token"), bos)
@@ -72,13 +95,19 @@ class Tokenizer:
         named_pad = ids.get(self.config.get("pad_token"))
         if named_pad not in (None, bos, eos):
             pad = named_pad
-        named = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
-        texts = {name: self.names[i] for name, i in named.items() if i is not None}
-        texts |= special_texts(self.config, ids)
+        special = {"bos_token": bos, "eos_token": eos, "pad_token": pad}
+        for name, text in special_texts(self.config, ids).items():
+            special[name] = ids[text]
         if self.config.get("add_bos_token") is False:
             bos = None
         self.model_size = self.pieces.get_piece_size()
-        self.set_ids(max(self.names) + 1, pad, bos, eos, pad_id)
+        self.set_ids(max([*self.names, *piece_names]) + 1, pad, bos, eos, pad_id)
+        # Texts are split at these, which no text has by chance.
+        self.marks = {name: i for i, name in self.names.items()}
+        self.marks |= {new_name(i): i for i in range(self.text_size, self.vocab_size)}
+        self.mark = re.compile("|".join(map(re.escape, self.marks)) or "(?!)")
+        self.names = piece_names | self.names
+        texts = {name: self.names[i] for name, i in special.items() if i is not None}
         self.set_template(template, texts, ids)
 
     def set_ids(
@@ -99,6 +128,10 @@ class Tokenizer:
         The texts are those that transformers gives to it. `save` names the pad id that is used, so
         a template that reads another pad token would not stay the same.
         """
+        if template.is_plain:
+            has_bos = self.bos_id is not None and not self.splits_special
+            has_eos = self.eos_id not in (None, self.pad_id) and not self.splits_special
+            template = ChatTemplate(plain_template(has_bos, has_eos))
         is_replaced = ids.get(texts.get("pad_token")) != self.pad_id
         replaced = ("pad_token",) if is_replaced else ()
         self.template = replace(template, special_tokens=texts, replaced=replaced)
@@ -138,12 +171,21 @@ class Tokenizer:
         return {i: name for i, name in self.names.items() if i in special or i >= size}
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without special tokens."""
-        return self.pieces.encode(text)
+        """Return the token ids of a text, without special tokens around it."""
+        ids, start = [], 0
+        for found in self.mark.finditer(text):
+            ids += self.pieces.encode(text[start : found.start()])
+            ids.append(self.marks[found[0]])
+            start = found.end()
+        return ids + self.pieces.encode(text[start:])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Encode every text as `encode` does, on all cores."""
-        return self.pieces.encode(texts, num_threads=len(os.sched_getaffinity(0)))
+        encoded = self.pieces.encode(texts, num_threads=len(os.sched_getaffinity(0)))
+        for i, text in enumerate(texts):
+            if self.mark.search(text):
+                encoded[i] = self.encode(text)
+        return encoded
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of token ids; special ids have none."""
@@ -151,23 +193,42 @@ class Tokenizer:
         size = self.pieces.get_piece_size()
         return self.pieces.decode([int(i) for i in ids if i < size and i not in special])
 
-    def save(self, directory):
+    def gap(self) -> str:
+        """Say where transformers makes other ids of a text, "" where it makes the same.
+
+        It begins with NO_JSON where the difference is not confined to rare characters.
+        """
+        spec = sentencepiece_spec(self.pieces, self.names)
+        if spec is None:
+            return f"{NO_JSON}: it is not BPE or unigram, or has pieces that its user defined"
+        if {"type": "NFKC"} in spec["normalizer"]["normalizers"]:
+            return (
+                "the tokenizer normalizes text (NFKC); transformers does the same, except for "
+                "some characters that are written with several marks"
+            )
+        return ""
+
+    def save(self, directory, settings: dict = {}):
         """Write the files from which `load_tokenizer`, and AutoTokenizer, make this tokenizer.
 
+        settings: keys of tokenizer_config.json that follow from the model beside it.
+        Where AutoTokenizer cannot make it, see `gap`, a line on standard error says so.
         Raises ValueError where the directory has a file of another tokenizer.
         """
         directory = Path(directory)
-        # Names of special tokens are text, here and, with split_special_tokens, in transformers.
-        config = self.config | {"pad_token_id": self.pad_id, "split_special_tokens": True}
+        config = self.config | {"pad_token_id": self.pad_id}
         config["chat_template"] = self.template.source
         config.pop("flags_hold", None)
         files = {"tokenizer_config.json": config}
         files |= sentencepiece_files(self)
+        files["tokenizer_config.json"] |= {"sentencepiece_model": "tokenizer.model"} | settings
         others = [name for name in TOKENIZER_FILES if name not in ("tokenizer.model", *files)]
         refuse_others("tokenizer", [directory / name for name in others])
         refuse_templates(directory)
         (directory / "tokenizer.model").write_bytes(self.model_proto)
         write_json(directory, files)
+        if "tokenizer.json" not in files:
+            print(f"{directory}: {self.gap()}", file=sys.stderr)
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -212,16 +273,42 @@ class HuggingFaceTokenizer(Tokenizer):
         text_ids = [int(i) for i in ids if i != self.pad_id]
         return self.backend.decode(text_ids, skip_special_tokens=True)
 
+    def gap(self) -> str:
+        return ""
+
     def special_names(self) -> dict[int, str]:
         added = self.backend.get_added_tokens_decoder()
         return {i: token.content for i, token in added.items() if token.special}
 
-    def save(self, directory):
+    def save(self, directory, settings: dict = {}):
         refuse_others("tokenizer", [Path(directory) / "tokenizer.model"])
         refuse_templates(Path(directory))
         spec = json.loads(self.backend.to_str())
-        config = {"split_special_tokens": self.splits_special}
+        config = {"split_special_tokens": self.splits_special} | settings
         write_json(directory, transformers_files(self, spec, self.backend.id_to_token, config))
+
+
+def piece_names_of(pieces: sentencepiece.SentencePieceProcessor) -> dict[int, str]:
+    return {i: pieces.id_to_piece(i) for i in range(pieces.get_piece_size())}
+
+
+def special_piece_names(pieces: sentencepiece.SentencePieceProcessor) -> dict[int, str]:
+    """Name the special pieces of a sentencepiece model, by id, so that no text is taken for one.
+
+    The model's own names, such as <s>, are text to sentencepiece, and may be HTML.
+    """
+    kinds = {pieces.unk_id(): "unk", pieces.pad_id(): "pad"}
+    kinds |= {pieces.bos_id(): "bos", pieces.eos_id(): "eos"}
+    names = {}
+    for i in range(pieces.get_piece_size()):
+        if pieces.is_control(i) or pieces.is_unknown(i):
+            names[i] = f"<|reward model {kinds.get(i, i)}|>"
+    return names
+
+
+def new_name(i: int) -> str:
+    """Name a new id behind the vocabulary, a pad or one that a new pad id skips."""
+    return f"<|reward model pad {i}|>"
 
 
 def special_texts(config: dict, ids: dict[str, int]) -> dict[str, str]:
@@ -278,8 +365,14 @@ def bpe_backend(file: Path) -> "tokenizers.Tokenizer | None":
 
     Returns None for a model which is no BPE with bytes, or normalizes text.
     """
-    spec = bpe_spec(Tokenizer(file.read_bytes()))
-    if spec is None or not spec["model"]["byte_fallback"]:
+    pieces = Tokenizer(file.read_bytes()).pieces
+    spec = sentencepiece_spec(
+        pieces, piece_names_of(pieces)
+    )  # texts are split at the model's own names
+    # prepare_as replaces the normalizer, so the model must have no other one.
+    if spec is None or spec["model"]["type"] != "BPE" or not spec["model"]["byte_fallback"]:
+        return None
+    if len(spec["normalizer"]["normalizers"]) != 2:
         return None
     return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
@@ -343,7 +436,9 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     config = tokenizer_config(file.parent)
     template = find_template(chat_template, file.parent, config.get("chat_template"))
     # `save` writes which pad id was chosen; files of Hugging Face have no such key.
-    is_ours = bool(config.get("split_special_tokens")) and "pad_token_id" in config
+    is_ours = "pad_token_id" in config and (
+        "sentencepiece_model" in config or bool(config.get("split_special_tokens"))
+    )
     model_file = path / "tokenizer.model"
     if model_file in files and is_ours:
         file = model_file  # it needs no library
@@ -589,7 +684,7 @@ def transformers_files(
     # number of names.
     new = range(tokenizer.text_size, tokenizer.vocab_size)
     names = {i: id_to_token(i) for i in named.values() if i is not None}
-    names |= {i: f"<|reward model pad {i}|>" for i in new}
+    names |= {i: new_name(i) for i in new}
     known = {token["id"] for token in spec["added_tokens"]}
     if pad_id < tokenizer.text_size and pad_id not in (*known, bos_id, eos_id):
         named["pad_token"] = None  # a token of text, which would be special in texts, too
@@ -612,7 +707,7 @@ def transformers_files(
         "special_tokens": ids,
     }
     # The chat template may write special tokens that no sequence begins or ends with.
-    config = config | tokenizer.template.special_tokens
+    config = {"unk_token": None} | config | tokenizer.template.special_tokens
     config |= {
         "pad_token": names.get(named["pad_token"]),
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -620,6 +715,8 @@ def transformers_files(
         "add_eos_token": bool(behind),
         "pad_token_id": pad_id,
         "chat_template": tokenizer.template.source,
+        # Without these transformers 4 makes token_type_ids, which gpt2 adds up and opt refuses.
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     return {"tokenizer.json": spec, "tokenizer_config.json": config}
 
@@ -630,64 +727,128 @@ def added_token(i: int, name: str) -> dict:
 
 
 def sentencepiece_files(tokenizer: Tokenizer) -> dict[str, dict]:
-    """Return tokenizer.json and tokenizer_config.json of a sentencepiece BPE model.
+    """Return tokenizer.json and tokenizer_config.json of a sentencepiece model.
 
-    Returns {} for a model that `bpe_spec` cannot describe.
+    Returns {} for a model that `sentencepiece_spec` cannot describe.
     """
-    spec = bpe_spec(tokenizer)
+    spec = sentencepiece_spec(tokenizer.pieces, tokenizer.names)
     if spec is None:
         return {}
-    # transformers takes the name of a special token in a text for the token, sentencepiece for
-    # text. With split_special_tokens both take it for text.
     size = tokenizer.pieces.get_piece_size()
     added = {token["id"]: token for token in spec["added_tokens"] if token["id"] >= size}
-    config = {"added_tokens_decoder": added, "split_special_tokens": True}
-    return transformers_files(tokenizer, spec, tokenizer.names.get, config)
+    return transformers_files(tokenizer, spec, tokenizer.names.get, {"added_tokens_decoder": added})
 
 
-def bpe_spec(tokenizer: Tokenizer) -> dict | None:
-    """Return the tokenizer.json of a sentencepiece BPE model.
+def sentencepiece_spec(
+    pieces: sentencepiece.SentencePieceProcessor, names: dict[int, str]
+) -> dict | None:
+    """Return the tokenizer.json of a sentencepiece model, BPE or unigram, with names of its ids.
 
-    Returns None for other models, and for BPE that normalizes text or has pieces of a user.
+    Returns None for other models, and where pieces of a user are taken out of a text first.
     """
-    pieces, names = tokenizer.pieces, tokenizer.names
     size = pieces.get_piece_size()
     special = [i for i in range(size) if pieces.is_control(i) or pieces.is_unknown(i)]
+    model = model_spec(pieces, names, special)
+    normalizer = proto_fields(proto_fields(pieces.serialized_model_proto()).get(3, [b""])[-1])
+    adds_prefix, strips, escapes = (normalizer.get(field, [1])[-1] for field in (3, 4, 5))
+    if model is None or not escapes:
+        return None
+    normalizers = []
+    charsmap = normalizer.get(2, [b""])[-1]
+    if b"nfkc" in normalizer.get(1, [b""])[-1]:
+        # sentencepiece composes characters with their marks; "Precompiled" looks at each alone.
+        normalizers.append({"type": "NFKC"})
+    if charsmap:
+        encoded = base64.b64encode(charsmap).decode()
+        normalizers.append({"type": "Precompiled", "precompiled_charsmap": encoded})
+    if strips:
+        normalizers += [replacement("Regex", r"\A +", ""), replacement("Regex", " {2,}", " ")]
+    if adds_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append(replacement("String", " ", SPACE))
+    if strips:
+        normalizers.append(replacement("Regex", SPACE + r"+\z", ""))
+    decoders = [replacement("String", SPACE, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if adds_prefix:
+        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    pre_tokenizer = None
+    if model["type"] == "Unigram" and model["byte_fallback"]:
+        pre_tokenizer = BYTE_NAMES
+    added = sorted({*special, *(i for i in names if i >= size)})
+    return {
+        "version": "1.0",
+        "added_tokens": [added_token(i, names[i]) for i in added],
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": pre_tokenizer,
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": model,
+    }
+
+
+def replacement(kind: str, pattern: str, content: str) -> dict:
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
+
+
+def model_spec(
+    pieces: sentencepiece.SentencePieceProcessor, names: dict[int, str], special: list[int]
+) -> dict | None:
+    """Return the model of a tokenizer.json, or None as `sentencepiece_spec` says."""
+    size = pieces.get_piece_size()
+    proto = proto_fields(pieces.serialized_model_proto())
+    trainer = proto_fields(proto.get(2, [b""])[-1])
+    puts_space_behind = trainer.get(24, [0])[-1]
+    kinds = {proto_fields(piece).get(3, [1])[-1] for piece in proto[1]}
+    if puts_space_behind or USER_DEFINED in kinds:
+        return None
+    has_bytes = any(pieces.is_byte(i) for i in range(size))
+    if trainer.get(3, [UNIGRAM])[-1] == UNIGRAM:
+        vocab = [[names[i], pieces.get_score(i)] for i in range(size)]
+        unk = pieces.unk_id()
+        return {"type": "Unigram", "unk_id": unk, "vocab": vocab, "byte_fallback": has_bytes}
     ordinary = [i for i in range(size) if i not in special and not pieces.is_byte(i)]
-    dummy_prefix = pieces.normalize("a")[:-1]
-    not_normal = "A  \ufb01 \u2460\n"  # text that every way to normalize changes
-    if dummy_prefix not in ("", SPACE):
-        return None
-    if pieces.normalize(not_normal) != dummy_prefix + not_normal.replace(" ", SPACE):
-        return None
     # The scores of BPE are the ranks of merges.
     if [pieces.get_score(i) for i in ordinary] != [-rank for rank in range(len(ordinary))]:
         return None
-    added = [added_token(i, name) for i, name in sorted(names.items()) if i >= size]
-    normalizers = [{"type": "Replace", "pattern": {"String": " "}, "content": SPACE}]
-    decoders = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if dummy_prefix:
-        normalizers.insert(0, {"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {
-        "version": "1.0",
-        "added_tokens": [*(added_token(i, names[i]) for i in special), *added],
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {
-            "type": "BPE",
-            "unk_token": names[pieces.unk_id()],
-            "fuse_unk": True,
-            "vocab": {names[i]: i for i in range(size)},
-            "merges": merges([names[i] for i in ordinary]),
-            "byte_fallback": any(pieces.is_byte(i) for i in range(size)),
-        },
+        "type": "BPE",
+        "unk_token": names[pieces.unk_id()],
+        "fuse_unk": True,
+        "vocab": {names[i]: i for i in range(size)},
+        "merges": merges([names[i] for i in ordinary]),
+        "byte_fallback": has_bytes,
     }
+
+
+def proto_fields(message: bytes) -> dict[int, list]:
+    """Return the values of each field of a protobuf message: integers, or bytes.
+
+    The fields of sentencepiece's are in its sentencepiece_model.proto.
+    """
+    fields, at = {}, 0
+
+    def varint() -> int:
+        nonlocal at
+        value, shift = 0, 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            value = varint()
+        else:
+            length = {1: 8, 5: 4}.get(wire_type)
+            if length is None:
+                length = varint()
+            value = message[at : at + length]
+            at += length
+        fields.setdefault(number, []).append(value)
+    return fields
 
 
 def merges(names: list[str]) -> list[list[str]]:

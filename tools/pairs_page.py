@@ -110,7 +110,9 @@ class Row:
 
 
 @torch.no_grad()
-def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> list[Row]:
+def scored_rows(
+    model, tokenizer, comparisons, count: int, max_seq_len: int, side: str = "left"
+) -> list[Row]:
     """Score the first `count` comparisons, in the padded layout, the reference.
 
     A comparison may have one response.
@@ -124,7 +126,7 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
         begin_alike = tokenize(comparison, tokenizer, 2**31)
         if comparison.prompt or len(begin_alike) == 1:
             begin_alike.append(bos + encode_prompt(comparison.prompt, tokenizer))
-        return comparison, tokenize(comparison, tokenizer, max_seq_len), begin_alike
+        return comparison, tokenize(comparison, tokenizer, max_seq_len, side), begin_alike
 
     converted = convert_rows(tokenized, itertools.islice(comparisons, count))
     for comparison, sequences, begin_alike in tqdm(converted, unit=" rows", leave=False):
@@ -139,7 +141,7 @@ def scored_rows(model, tokenizer, comparisons, count: int, max_seq_len: int) -> 
         # these are equal. Truncation takes tokens off its start.
         prompt = shared_prefix(begin_alike)
         lost = [len(a) - len(b) for a, b in zip(begin_alike, sequences)]
-        cut = min(*lost, prompt - len(bos))
+        cut = min(*lost, prompt - len(bos)) if side == "left" else 0
         # The last token, where the score is, is the response's.
         prompt = min(prompt - cut, *(len(sequence) - 1 for sequence in sequences))
         lost = [n - cut for n in lost]

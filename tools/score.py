@@ -34,13 +34,12 @@ from data import (
     pad_rows,
     tokenize,
 )
-from model import GPTConfig
 from parts import metrics
 from parts.chat import notes_on
 from parts.files import replacing
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import check_scores, counted
-from parts.huggingface import LAYOUTS, rows_to_add
+from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
 from parts.rows import (
     Reading,
     convert_rows,
@@ -51,6 +50,7 @@ from parts.rows import (
     unused_lines,
 )
 from parts.token_cache import NO_LIMIT, first_of_each
+from parts.tokenizers import HuggingFaceTokenizer
 from rm import RewardModel
 from tools import pairs_page
 
@@ -109,8 +109,7 @@ def trained_model(checkpoint) -> RewardModel:
     model = RewardModel.from_pretrained(checkpoint)
     if model.has_fresh_head:
         raise ValueError(
-            f"{checkpoint}: has no v_head.weight, so it is no reward model yet; "
-            "train it first (train.py)"
+            f"{checkpoint}: {model.head_remark}; it is no reward model: train it first (train.py)"
         )
     return model.eval()
 
@@ -132,13 +131,6 @@ def load_to_score(checkpoint, device) -> tuple[RewardModel, Tokenizer]:
     if missing:
         model.backbone.resize_embedding(tokenizer.vocab_size)
     return model, tokenizer
-
-
-def longest_row(config: GPTConfig) -> tuple[int, str]:
-    """Return how many tokens a model takes at most, and what sets this limit, in words."""
-    if config.sliding_window is not None and config.sliding_window < config.n_positions:
-        return config.sliding_window, "its sliding_window"
-    return config.n_positions, "the positions that the model has"
 
 
 def default_device() -> str:
@@ -168,7 +160,7 @@ class Scorer:
             found = str(error).splitlines()[0]
             raise ValueError(f"device: found {device}, which torch cannot use ({found})") from None
         self.model, self.tokenizer = load_to_score(checkpoint, device)
-        self.max_seq_len, _ = longest_row(self.model.backbone.config)
+        self.truncation = truncation_of(vars(self.model.backbone.config))  # length and side
 
     def __call__(self, prompt: str | list[dict], responses: list) -> list[float]:
         """Compute the end score of every response, in their order.
@@ -191,7 +183,7 @@ class Scorer:
             notes.append("text, which the chat template is not applied to; give chat messages")
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        sequences = tokenize(Comparison(prompt, texts), self.tokenizer, self.max_seq_len)
+        sequences = tokenize(Comparison(prompt, texts), self.tokenizer, *self.truncation)
         # A batch is a comparison, so that its sequences share the computation of the prompt.
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         scores = [0.0] * len(sequences)
@@ -247,8 +239,10 @@ def score_flags() -> argparse.ArgumentParser:
     flag("--batch_size", type=int, default=BATCH_SIZE, help="sequences computed at once (16)")
     layouts = ("packed", "padded")
     flag("--layout", choices=layouts, default="packed", help="padded is the reference (packed)")
-    length = "longer sequences are truncated, on the left (default: the model's positions)"
+    length = "longer sequences are truncated (default: as in training, else the model's positions)"
     flag("--max_seq_len", type=int, help=length)
+    side = "the side that is cut (default: as in training, else left)"
+    flag("--truncation_side", choices=("left", "right"), help=side)
     add_row_flags(flags_of(parser, "fields of rows"))
     return parser
 
@@ -297,22 +291,27 @@ def score_program(argv: list[str]):
     args = parser.parse_args(argv)
     check_score_flags(parser, args)
     model, tokenizer = load_to_score(args.checkpoint, default_device())
-    longest, limit = longest_row(model.backbone.config)
-    max_seq_len = longest if args.max_seq_len is None else args.max_seq_len
+    config = vars(model.backbone.config)
+    longest, limit = longest_row(config)
+    max_seq_len, side = truncation_of(config)
+    if args.max_seq_len is not None:
+        max_seq_len = args.max_seq_len
+    side = args.truncation_side or side
     if not 2 <= max_seq_len <= longest:
         parser.error(
             f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, {limit}"
         )
     rows = Rows(files_of([args.file]), row_reading(args), tokenizer)
     if args.html or args.show:
-        shown = pairs_page.scored_rows(model, tokenizer, rows, args.rows or 100, max_seq_len)
+        how = args.rows or 100, max_seq_len, side
+        shown = pairs_page.scored_rows(model, tokenizer, rows, *how)
         if args.html:
             pairs_page.write(args.html, shown, args.file, args.checkpoint, max_seq_len)
             print(f"{args.html}: a page of {counted(len(shown), 'row')}", file=sys.stderr)
         if args.show:
             wants_colors = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
             pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
-    counts, settings = Counts(), (args.batch_size, args.layout, max_seq_len)
+    counts, settings = Counts(), (args.batch_size, args.layout, max_seq_len, side)
     if args.out:
         with replacing(args.out) as part, open(part, "w") as out:
             counts = write_scores(out, rows, model, tokenizer, *settings)
@@ -404,14 +403,17 @@ class Counts:
         return list(filter(None, lines))
 
 
-def write_scores(out, comparisons, model, tokenizer, batch_size, layout, max_seq_len) -> Counts:
+def write_scores(
+    out, comparisons, model, tokenizer, batch_size, layout, max_seq_len, side="left"
+) -> Counts:
     """Write a line of JSON for every comparison, with a score for every response as written.
 
     Raises ValueError that names the row with a score which is not finite; the rows before it are
     written.
     """
     counts, rows = Counts(), iter(comparisons)
-    to_sequences = partial(tokenize, tokenizer=tokenizer, max_seq_len=max_seq_len)
+    how = dict(tokenizer=tokenizer, max_seq_len=max_seq_len, truncation_side=side)
+    to_sequences = partial(tokenize, **how)
     with tqdm(unit=" rows", file=sys.stderr) as bar:
         # Batches are of similar lengths within a window of the file.
         while window := list(itertools.islice(rows, 64 * batch_size)):
@@ -461,14 +463,46 @@ def convert_program(argv: list[str]):
     if has_tokenizer(args.checkpoint):
         tokenizer, note = load_tokenizer(args.checkpoint, model.pad_id), "with its tokenizer"
     model.save_pretrained(directory, args.layout, tokenizer)
+    print(f"{args.checkpoint}: {model.head_remark}")
     print(f"{directory}: {args.layout} layout, {note}")
     if args.layout == "hf":
         print(how_to_load(directory, tokenizer is not None))
+    for line in differences(model, tokenizer):
+        print(line)
     if model.reward_bias:
         print(
             "its rewards were normalized: other programs must add "
             f"{model.reward_bias:.6g} (reward_bias in config.json) to what they compute"
         )
+
+
+def differences(model: RewardModel, tokenizer) -> list[str]:
+    """List where a converted model scores otherwise in transformers than here."""
+    config = model.backbone.config
+    max_seq_len, side = truncation_of(vars(config))
+    lines = []
+    if side == "right":
+        lines.append(
+            f"texts over {max_seq_len} tokens: transformers truncates on the right before it adds "
+            "eos, so its sequences end with eos; those of training and of rm.py do not"
+        )
+    eos = config.token_ids.get("eos_token_id") if tokenizer is None else tokenizer.eos_id
+    if eos == model.pad_id or (isinstance(eos, list) and model.pad_id in eos):
+        lines.append(
+            f"pad is eos (id {model.pad_id}): transformers scores a text that ends with it one "
+            "token earlier, at the last token that is no pad; training without --pad_id gives the "
+            "pad an id of its own"
+        )
+    if tokenizer is None:
+        return lines
+    if config.model_type == "qwen2" and not isinstance(tokenizer, HuggingFaceTokenizer):
+        lines.append(
+            "copy the tokenizer's files as they are: what transformers' save_pretrained makes of "
+            "them for qwen2 is a Qwen2Tokenizer, which makes other ids"
+        )
+    if tokenizer.gap():
+        lines.append(tokenizer.gap())
+    return lines
 
 
 def how_to_load(directory: Path, has_tokenizer: bool) -> str:

@@ -19,8 +19,9 @@ import transformers
 import data
 import train
 from model import GPT, GPTConfig
+from parts.huggingface import LAYOUTS
 from parts.normalize import normalize
-from parts.test_tokenizers import FAST, byte_level, hub_files
+from parts.test_tokenizers import FAST, byte_level, hub_files, sentencepiece_model
 from rm import RewardModel
 from tools import score
 
@@ -750,10 +751,7 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
     tokenizer, model = loaded["tokenizer"], loaded["model"]
     assert type(model).__name__ == "LlamaForSequenceClassification"
     batch = tokenizer(
-        [row["prompt"] + row["chosen"] for row in rows],
-        padding=True,
-        return_tensors="pt",
-        return_token_type_ids=False,
+        [row["prompt"] + row["chosen"] for row in rows], padding=True, return_tensors="pt"
     )
     for directory in (trained, tmp_path / "hf"):
         _, scored = run_here(directory, file)
@@ -797,6 +795,126 @@ def test_converting_says_what_other_programs_must_add(tmp_path, run_here):
     logit = theirs(torch.tensor([[1, 2, 3]])).logits.item()
     ((ours,),) = score.score(score.trained_model(tmp_path / "hf"), [[[1, 2, 3]]], 1)
     assert ours == pytest.approx(logit - 2, abs=1e-5)
+
+
+def converted(run_here, checkpoint, directory, layout="hf"):
+    """Convert a checkpoint; return the lines that are printed."""
+    status, printed = run_here("convert", checkpoint, directory, "--layout", layout)
+    assert status is None
+    return printed.splitlines()
+
+
+def small_model(tokenizer, model_type="llama", pad_id=None, **other_keys):
+    shape = dict(n_layer=1, n_embd=8, n_head=2, vocab_size=tokenizer.vocab_size, n_positions=64)
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = GPTConfig(model_type, **shape, token_ids=ids, other_keys=other_keys)
+    return RewardModel(GPT(config), tokenizer.pad_id if pad_id is None else pad_id)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_converting_says_that_pad_is_eos(layout, has_tokenizer, tmp_path, run_here):
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    padded_with_eos = data.Tokenizer(tokenizer.model_proto, tokenizer.eos_id)
+    for number, (used, is_said) in enumerate(((tokenizer, False), (padded_with_eos, True))):
+        model = small_model(used)
+        source = tmp_path / str(number)
+        model.save_pretrained(source, tokenizer=used if has_tokenizer else None)
+        lines = converted(run_here, source, tmp_path / f"{number} {layout}", layout)
+        said = [line for line in lines if line.startswith("pad is eos (id 2): ")]
+        assert len(said) == is_said
+
+
+def test_transformers_ends_a_text_one_token_earlier_where_pad_is_eos(tmp_path, run_here):
+    """The warning holds: there the score is the reward in front of eos, here that of eos."""
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    tokenizer = data.Tokenizer(tokenizer.model_proto, tokenizer.eos_id)
+    model = small_model(tokenizer)
+    model.save_pretrained(tmp_path / "ours", tokenizer=tokenizer)
+    converted(run_here, tmp_path / "ours", tmp_path / "hf")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    ids = torch.tensor([[1, 8, 9, 2]])
+    out = model.forward_value(ids, torch.ones_like(ids))
+    assert out["chosen_end_scores"].item() == out["values"][0, 3].item()
+    score_there = theirs(ids, attention_mask=torch.ones_like(ids)).logits.item()
+    assert score_there == pytest.approx(out["values"][0, 2].item(), abs=1e-6)
+    assert abs(score_there - out["values"][0, 3].item()) > 1e-3
+
+
+def test_converting_says_what_right_truncation_does_in_transformers(tmp_path, run_here):
+    """There eos follows the cut, here not; the ids show it."""
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    said = "texts over 9 tokens: transformers truncates on the right before it adds eos"
+    for side in ("left", "right"):
+        model = small_model(tokenizer, max_seq_len=9, truncation_side=side)
+        model.save_pretrained(tmp_path / side, tokenizer=tokenizer)
+        lines = converted(run_here, tmp_path / side, tmp_path / f"hf {side}")
+        assert any(line.startswith(said) for line in lines) == (side == "right")
+        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / f"hf {side}")
+        text = "a few words " * 9
+        ids = theirs(text, truncation=True)["input_ids"]
+        ((ours),) = data.tokenize(data.Comparison(text, [""]), tokenizer, 9, side)
+        assert len(ids) == len(ours) == 9 and ids[-1] == tokenizer.eos_id
+        assert (ids == ours) == (side == "left") and ids[:8] == ours[:8]
+
+
+def test_rm_truncates_as_in_training(tmp_path, run_here):
+    """Length and side are the checkpoint's, in either layout; flags take their place."""
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    model = small_model(tokenizer, max_seq_len=9, truncation_side="right")
+    model.save_pretrained(tmp_path / "ours", tokenizer=tokenizer)
+    converted(run_here, tmp_path / "ours", tmp_path / "hf")
+    prompt, answers = "a few words " * 3, ["x few words " * 3, "a words " * 9]
+    file = rows_file(
+        tmp_path / "rows.jsonl", {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]}
+    )
+    comparison = data.Comparison(prompt, answers)
+    for length, side in ((9, "right"), (9, "left"), (30, "right"), (30, "left")):
+        groups = [data.tokenize(comparison, tokenizer, length, side)]
+        expected = score.score(model.eval(), groups, 4)[0]
+        flags = [[], ["--max_seq_len", 30]][length == 30]
+        flags = flags + [[], ["--truncation_side", "left"]][side == "left"]
+        for checkpoint in (tmp_path / "ours", tmp_path / "hf"):
+            for layout in ("packed", "padded"):
+                status, out = run_here(checkpoint, file, *flags, "--layout", layout)
+                assert status is None
+                assert json.loads(out)["scores"] == pytest.approx(expected, abs=1e-5)
+        shown, page = run_here(checkpoint, file, *flags, "--show")
+        assert shown is None and f"score {expected[0]:.4f}" in page.replace("\u2212", "-")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_converting_says_where_the_value_head_was_read(layout, tmp_path, run_here):
+    model = small_model(data.train_tokenizer(["a few words"], 290))
+    model.save_pretrained(tmp_path / "ours", layout)
+    lines = converted(run_here, tmp_path / "ours", tmp_path / "other", "deepspeed-chat")
+    key = "score.weight" if layout == "hf" else "v_head.weight"
+    assert lines[0] == f"{tmp_path}/ours: value head read from {key}"
+
+
+def test_a_classifier_is_refused_by_the_shape_of_its_head(tmp_path, run_here):
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    model = small_model(tokenizer)
+    model.save_pretrained(tmp_path, "hf", tokenizer)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, ignore_mismatched_sizes=True
+    )
+    theirs.save_pretrained(tmp_path)
+    message, _ = run_here(tmp_path, write_rows(tmp_path / "rows.jsonl", 2))
+    assert "weight score.weight has shape [3, 8]; expected [1, 8]" in message
+
+
+def test_a_tokenizer_that_transformers_cannot_make_is_not_converted_to_hf(
+    tmp_path, run_here, capsys
+):
+    words = dict(model_type="word", byte_fallback=False, vocab_size=20)
+    tokenizer = data.Tokenizer(sentencepiece_model(**words))
+    small_model(tokenizer).save_pretrained(tmp_path / "ours", tokenizer=tokenizer)
+    message, _ = run_here("convert", tmp_path / "ours", tmp_path / "hf", "--layout", "hf")
+    assert message.startswith("rm.py: error: layout 'hf': no tokenizer.json can say what the tok")
+    assert not (tmp_path / "hf").exists()
+    lines = converted(run_here, tmp_path / "ours", tmp_path / "other", "deepspeed-chat")
+    assert lines[-1].startswith("no tokenizer.json can say")
 
 
 # --------------------------------------------------------------------------------------------------
