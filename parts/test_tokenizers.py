@@ -12,7 +12,7 @@ import transformers
 import data
 import parts.tokenizers
 from data import Comparison
-from parts.chat import chat_text
+from parts.chat import chat_text, plain_template
 
 # --------------------------------------------------------------------------------------------------
 # sentencepiece
@@ -870,6 +870,9 @@ def assert_transformers_agrees(tokenizer, directory):
     if not tokenizer.splits_special:
         ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
         assert ids == sequence == theirs(text, add_special_tokens=False)["input_ids"]
+        # Rendered text in a row gets no second bos or eos.
+        assert data.tokenize(Comparison(text, [""]), tokenizer, 10**6) == [ids]
+        assert tokenizer.encode_batch([text, "a", text]) == [ids, tokenizer.encode("a"), ids]
 
 
 @pytest.mark.parametrize("above", [None, 0, 7])
@@ -978,6 +981,31 @@ def test_saved_sentencepiece_that_normalizes_is_the_same_for_transformers(
     for text in NORMALIZED + HARD_TEXTS + TEXTS:
         assert theirs(text, add_special_tokens=False)["input_ids"] == tokenizer.encode(text), text
     assert "several marks" in tokenizer.gap()
+
+
+@pytest.mark.parametrize("pad_id", [None, 2, 450])
+def test_a_directory_of_an_earlier_version_is_read(tokenizer, tmp_path, pad_id):
+    """Its files call special pieces by the model's names, and ask for them to be text."""
+    expected = data.Tokenizer(tokenizer.model_proto, pad_id)
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.model_proto)
+    pad_token = {None: "<pad>", 2: "</s>", 450: "<|reward model pad 450|>"}[pad_id]
+    config = {
+        "added_tokens_decoder": {},
+        "split_special_tokens": True,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": pad_token,
+        "add_bos_token": True,
+        "pad_token_id": expected.pad_id,
+        "chat_template": plain_template(False, False),
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(llama_spec(tokenizer.model_proto)))
+    found = data.load_tokenizer(tmp_path)
+    for name in ("pad_id", "bos_id", "eos_id", "text_size", "vocab_size", "marks"):
+        assert getattr(found, name) == getattr(expected, name)
+    assert_transformers_agrees(found, tmp_path)
 
 
 WORDS = dict(model_type="word", byte_fallback=False, vocab_size=20)

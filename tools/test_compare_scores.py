@@ -16,4 +16,4 @@ def test_every_call_gives_the_score_of_rm(model_type, kind, tmp_path):
     rows = [{"prompt": text, "response": " a"} for text in compare_scores.PROMPTS]
     assert compare_scores.scores_here(tmp_path, rows).std() > 0.05
     found = compare_scores.differences(tmp_path, model_type)
-    assert len(found) == 8 and max(found.values()) < 1e-5, found
+    assert len(found) == 8 and max(found.values()) < 3e-5, found
