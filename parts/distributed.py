@@ -28,7 +28,7 @@ from parts.packed import packed_size
 # Tokens that an evaluation on a CPU computes on at once, at most. On the built-in data four times
 # as many take a quarter longer: the numbers of a layer are then larger than the caches.
 CPU_TOKENS = 4096
-PATIENCE = timedelta(days=7)  # until all ranks have prepared their data
+PATIENCE = timedelta(days=7)  # for ranks that prepare data, or read a checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # This process
@@ -65,9 +65,9 @@ class Process:
             dist.barrier()
 
     def wait_patiently(self):
-        """Wait until all ranks have prepared their data, which may take longer than a time-out.
+        """Wait until all ranks are here, where some may take longer than --process_timeout.
 
-        A rank that ends is noticed at once.
+        They prepare data, or read a checkpoint. A rank that ends is noticed at once.
         """
         if self.world_size == 1:
             return

@@ -524,6 +524,7 @@ def newest_checkpoint(directory: Path, process) -> tuple[int, dict]:
                 break
             except (OSError, ValueError, TypeError, RecursionError) as error:
                 process.print(f"{path}: skipped, as it is damaged: {error}")
+    process.wait_patiently()  # large checkpoints take minutes to read
     return process.broadcast(newest)
 
 
