@@ -32,7 +32,7 @@ from parts.metrics import Writer
 from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
 
-VERSION = 3  # of the facts in a checkpoint
+VERSION = 4  # of the facts in a checkpoint
 EXAMPLES = 20  # comparisons in examples.jsonl
 
 # Numbers that every event of metrics.jsonl has. Others are null where they were not finite.
