@@ -1119,10 +1119,13 @@ def test_the_flag_decides_how_messages_become_text(
     args = parsed(monkeypatch, *flags, "--vocab_size 400 --max_seq_len 300")
     _, tokenizer, training, _ = train.prepare(args, Process())
     sequences = {found.where: found.sequences[0] for found in training}
+    bos, eos = "<|reward model bos|>", "<|reward model eos|>"
+    if kind == "own template":
+        bos, eos = "<s>", "</s>"
     for line, row in enumerate(read_rows(dialogues), start=1):
         dialogue = row["prompt"] + row["chosen"]
         if isinstance(choice, Path):
-            text = "".join(f"{turn['role']}|{turn['content']}</s>" for turn in dialogue)
+            text = "".join(f"{turn['role']}|{turn['content']}{eos}" for turn in dialogue)
         elif choice == "auto" and kind == "own template":
             text = "<s>"
             for user, assistant in zip(dialogue[::2], dialogue[1::2]):
@@ -1138,7 +1141,9 @@ def test_the_flag_decides_how_messages_become_text(
     tokenizer.save(tmp_path)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     rendered = theirs.apply_chat_template(dialogue, tokenize=False)
-    assert rendered == tokenizer.render(dialogue) == text
+    assert tokenizer.render(dialogue) == text
+    # For transformers, the plain template writes bos and eos itself.
+    assert rendered == (bos + text + eos if text == chat_text(dialogue) else text)
 
 
 def test_a_tokenizer_is_trained_on_what_the_template_renders(dialogues, monkeypatch, tmp_path):

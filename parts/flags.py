@@ -50,6 +50,7 @@ PATHS = (
     "data_path",
     "eval_path",
     "tokenizer_path",
+    "chat_template",
     "data_output_path",
     "model_name_or_path",
     "output_dir",

@@ -517,7 +517,7 @@ def test_flags_that_change_the_result_are_refused_by_name(
     assert (undisturbed / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("model_type", train.FAMILIES)
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama", "gpt_neox"])
 def test_run_resumes_with_the_same_flags_or_the_same_batch_made_up_otherwise(
     model_type, small, tmp_path
 ):
@@ -755,7 +755,7 @@ GOOD = json.dumps(STEP | {"step": 1}).encode()
         b"\0" * 300,
         b'{"event": "step", "note": "\xc3',
         GOOD[: len(GOOD) // 2],
-        json.dumps(EVAL | {"step": 1, "accuracy": None}).encode(),
+        json.dumps(EVAL | {"step": 1, "pairs": None}).encode(),
         json.dumps(STEP | {"step": "1"}).encode(),
         json.dumps(STEP | {"step": 1, "loss": "0.5"}).encode(),
         json.dumps(STEP | {"step": 1, "event": ["step"]}).encode(),
