@@ -286,7 +286,7 @@ def test_value_head_follows_from_the_seed_and_dropout_from_the_flag(
         found = {block.config.dropout for block in model.backbone.blocks}
         assert found == {0.25}  # the flag's, not the checkpoint's
         heads.append(model.v_head.weight)
-        said = "no v_head.weight and no score.weight there, so the value head is fresh"
+        said = "no value head there (v_head.weight or score.weight), so a fresh one"
         assert f"{backbone}: {said}" in capsys.readouterr().out
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])

@@ -264,9 +264,7 @@ def encode_prompt(prompt: str | list[dict], tokenizer) -> list[int]:
     return ids
 
 
-NOT_TEMPLATED = (
-    "text, which the tokenizer's chat template is not applied to; --text_as messages applies it"
-)
+NOT_TEMPLATED = "text, not put into the tokenizer's chat template (--text_as messages does that)"
 
 
 def notes_on(prompt: str | list[dict], tokenizer) -> tuple[str, ...]:

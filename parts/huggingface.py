@@ -743,14 +743,14 @@ def value_head(
     """
     names = [name for name in ("v_head.weight", "score.weight") if name in weights]
     if not names:
-        return None, "no v_head.weight and no score.weight there, so the value head is fresh"
+        return None, "no value head there (v_head.weight or score.weight), so a fresh one"
     name = names[0]
     shape = list(weights[name].shape)
     found = f"weight {name} has shape {shape}; expected {[1, width]}"
     if shape == [1, width]:
         return weights[name], f"value head read from {name}"
     if name == "score.weight" and len(shape) == 2 and shape[0] != 1:
-        return None, f"{found}; that is a classifier's, so the value head is fresh"
+        return None, f"{found}; that is a classifier's, so a fresh value head"
     raise ValueError(f"{source}: {found}")
 
 

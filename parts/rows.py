@@ -292,6 +292,8 @@ def unused_lines(reading: Reading, notes: Iterable[Counter]) -> list[str]:
     lines = []
     for name, label in flag_labels(reading).items():
         if label not in found:
+            if label.startswith("--fields subset="):
+                label += " (--eval_by)"
             lines.append(f"{label}: no row has a field {shown(name)}")
     return lines
 

@@ -837,9 +837,7 @@ def test_half_of_a_surrogate_pair_is_no_text():
 
 
 def test_text_rows_of_a_tokenizer_with_a_template_get_a_note(tmp_path, rows, monkeypatch):
-    words = (
-        "text, which the tokenizer's chat template is not applied to; --text_as messages applies it"
-    )
+    words = "text, not put into the tokenizer's chat template (--text_as messages does that)"
     config = NAMED | {"chat_template": CHATML}
     ours = data.load_tokenizer(special_bytes(tmp_path / "hub", config))
     plain = data.load_tokenizer(tmp_path / "hub", chat_template="plain")

@@ -416,7 +416,7 @@ def test_qwen2_keeps_a_tokenizer_that_is_not_qwens(tmp_path):
 
 
 HEADS_FOUND = [  # name and shape of a head; whether it is the value head; what is said
-    (None, None, False, "no v_head.weight and no score.weight there, so the value head is fresh"),
+    (None, None, False, "no value head there (v_head.weight or score.weight), so a fresh one"),
     ("v_head.weight", (1, 16), True, "value head read from v_head.weight"),
     ("score.weight", (1, 16), True, "value head read from score.weight"),
     ("score.weight", (3, 16), False, "score.weight has shape [3, 16]; expected [1, 16]; that is a"),

@@ -469,7 +469,7 @@ def test_flags_that_name_no_field_of_any_file_are_said():
             counts[-1].update(parse_row(json.dumps(row).encode(), reading)["notes"])
     assert unused_lines(reading, counts) == [
         '--ignore_fields lable: no row has a field "lable"',
-        '--fields subset=kind: no row has a field "kind"',
+        '--fields subset=kind (--eval_by): no row has a field "kind"',
     ]
     message = A | {"reasoning_content": "Hm."}
     reading = reading_of(ignore_fields=["reasoning_content"])

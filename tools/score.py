@@ -109,7 +109,7 @@ def trained_model(checkpoint) -> RewardModel:
     model = RewardModel.from_pretrained(checkpoint)
     if model.has_fresh_head:
         raise ValueError(
-            f"{checkpoint}: {model.head_remark}; it is no reward model: train it first (train.py)"
+            f"{checkpoint}: {model.head_remark}; it is no reward model yet: train it (train.py)"
         )
     return model.eval()
 
@@ -180,7 +180,7 @@ class Scorer:
         notes = []
         prompt, texts = read_dialogue({"prompt": prompt}, named, Reading(), notes)
         if isinstance(prompt, str) and self.tokenizer.has_own_template:
-            notes.append("text, which the chat template is not applied to; give chat messages")
+            notes.append("text is not put into the chat template; give chat messages")
         for note in notes:
             warnings.warn(note, stacklevel=2)
         sequences = tokenize(Comparison(prompt, texts), self.tokenizer, *self.truncation)
@@ -502,7 +502,23 @@ def differences(model: RewardModel, tokenizer) -> list[str]:
         )
     if tokenizer.gap():
         lines.append(tokenizer.gap())
+    if tokenizer.has_own_template and not ends_as_in_training(tokenizer):
+        lines.append(
+            "conversations: the chat template does not end with eos, where the score is read; so "
+            "apply_chat_template gives other scores than rm.py, see docs/use.md"
+        )
     return lines
+
+
+def ends_as_in_training(tokenizer) -> bool:
+    """Tell whether the tokens of a rendered dialogue end as those that a model is trained on."""
+    prompt = [{"role": "user", "content": "a"}]
+    answer = [{"role": "assistant", "content": "b"}]
+    try:
+        (sequence,) = tokenize(Comparison(prompt, [answer]), tokenizer, NO_LIMIT)
+        return tokenizer.encode(tokenizer.render(prompt + answer))[-1:] == sequence[-1:]
+    except ValueError:  # a template that does not take these messages
+        return True
 
 
 def how_to_load(directory: Path, has_tokenizer: bool) -> str:

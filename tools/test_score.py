@@ -482,7 +482,7 @@ def test_scorer_renders_messages_by_the_checkpoints_template(chat_checkpoint, tm
     assert scorer(prompt, answers) == pytest.approx(of_dialogue, abs=1e-6)
     assert scorer(prompt, ["a mat", answers[1]]) == pytest.approx(of_dialogue, abs=1e-6)
     assert scorer("the cat", answers) == pytest.approx(of_text, abs=1e-6)
-    with pytest.warns(UserWarning, match="text, which the chat template is not applied to"):
+    with pytest.warns(UserWarning, match="text is not put into the chat template"):
         plain = scorer("the cat", ["a mat", "a log"])
     assert plain != pytest.approx(of_text, abs=1e-2)
     with pytest.raises(ValueError, match="does not take these messages: no system"):
@@ -615,7 +615,7 @@ def test_a_backbone_without_a_value_head_is_not_scored_with(tmp_path, run_here):
     (tmp_path / "config.json").write_text(json.dumps(backbone.config.to_hf()))
     torch.save(backbone.to_hf(), tmp_path / "pytorch_model.bin")
     message, out = run_here(tmp_path, write_rows(tmp_path / "rows.jsonl", 2))
-    assert message.startswith("rm.py: error: ") and "no v_head.weight" in message and out == ""
+    assert message.startswith("rm.py: error: ") and "no value head there" in message and out == ""
 
 
 def test_rows_are_cut_to_a_sliding_window(trained, tmp_path, run_here):
@@ -955,4 +955,35 @@ def test_without_tools_a_line_says_what_is_missing(tmp_path):
     assert done.stderr == (
         "rm.py: error: python rm.py needs tools/score.py, which is missing; "
         f"restore it in {tmp_path.resolve()}\n"
+    )
+
+
+CHATML = """{% for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>{{ end }}
+{%- endfor %}"""
+
+
+@pytest.mark.parametrize("end", ["\n", ""])
+def test_convert_says_where_a_rendered_dialogue_does_not_end_with_eos(end, tmp_path, run_here):
+    """ChatML has a newline behind eos; without it, transformers gives the score of rm.py."""
+    config = {
+        "eos_token": "<|im_end|>",
+        "chat_template": CHATML.replace("{{ end }}", f"{{{{ {end!r} }}}}"),
+    }
+    backend = byte_level(["<|im_start|>", "<|im_end|>"])
+    directory = hub_files(tmp_path / "model", backend=backend, config=FAST | config)
+    torch.manual_seed(0)
+    shape = dict(n_layer=1, n_embd=8, n_head=2, vocab_size=304, n_positions=64)
+    RewardModel(GPT(GPTConfig("llama", **shape)), 302).save_pretrained(directory)
+    _, out = run_here("convert", directory, tmp_path / "hf", "--layout", "hf")
+    assert ("the chat template does not end with eos" in out) == (end == "\n")
+    dialogue = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")
+    text = tokenizer.apply_chat_template(dialogue, tokenize=False)
+    ids = tokenizer(text.rstrip(), add_special_tokens=False, return_tensors="pt")
+    expected = model(**ids).logits.item()
+    assert score.Scorer(directory)(dialogue[:1], [dialogue[1:]]) == pytest.approx(
+        [expected], abs=1e-6
     )
