@@ -274,7 +274,7 @@ def test_notes_on_files_say_which_flags_name_no_field(tmp_path):
     unread = f'{tmp_path}/b.jsonl: field "x" is not read (1 row)'
     assert token_cache.file_notes(files, reading) == [unread, unused]
     assert token_cache.file_notes([*files, files[1]], reading) == [unread, unused]  # twice the same
-    kind = '--fields subset=kind: no row has a field "kind"'
+    kind = '--fields subset=kind (--eval_by): no row has a field "kind"'
     assert token_cache.file_notes(files[:1], reading) == [unused, kind]
 
 
