@@ -147,19 +147,31 @@ def parsed_rows(
 ) -> Iterator[tuple[int, Any]]:
     """Yield (line number, what `parse` makes of the JSON) for every row of a file.
 
-    bad_rows: rows for which `parse` raises ValueError are skipped, and listed here. Raises
-    ValueError that names file and line; also with `bad_rows` where no row is left.
+    bad_rows: as in `good_rows`, which also has the errors.
     """
-    is_empty = True
-    for line, text in read_rows(path):
+    rows = ((path, line, text) for line, text in read_rows(path))
+    for _, line, parsed in good_rows(parse, rows, bad_rows):
+        yield line, parsed
+
+
+def good_rows(
+    convert: Callable, rows: Iterable[tuple[Any, int | str, Any]], bad_rows: list[str] | None
+) -> Iterator[tuple[Any, int | str, Any]]:
+    """Yield (path, line, `convert` of the item) for rows of a file, each (path, line, item).
+
+    bad_rows: rows for which `convert` raises ValueError are skipped, and listed here. Raises
+    ValueError that names file and line; also with `bad_rows` where every row is bad.
+    """
+    path, is_empty = "", True
+    for path, line, item in rows:
         try:
-            parsed = parse(text)
+            converted = convert(item)
         except ValueError as error:
             bad_row(path, line, error, bad_rows)
         else:
             is_empty = False
-            yield line, parsed
-    if is_empty:
+            yield path, line, converted
+    if is_empty and bad_rows:
         raise nothing_left(path, bad_rows)
 
 
@@ -180,21 +192,16 @@ def convert_rows(
 ) -> Iterator:
     """Yield `convert` of each comparison of a file; its ValueErrors are errors of the row.
 
-    comparisons: each with "file:line" in `where`. bad_rows: collects errors, as in `bad_row`; only
-    where every row has one, ValueError is raised.
+    comparisons: each with "file:line" in `where`. bad_rows: as in `good_rows`.
     """
-    path, is_empty = "", True
-    for comparison in comparisons:
-        path, _, line = comparison.where.rpartition(":")
-        try:
-            converted = convert(comparison)
-        except ValueError as error:
-            bad_row(path, line, error, bad_rows)
-        else:
-            is_empty = False
-            yield converted
-    if is_empty and bad_rows:
-        raise nothing_left(path, bad_rows)
+
+    def located() -> Iterator[tuple]:
+        for comparison in comparisons:
+            path, _, line = comparison.where.rpartition(":")
+            yield path, line, comparison
+
+    for _, _, converted in good_rows(convert, located(), bad_rows):
+        yield converted
 
 
 def nothing_left(path, bad_rows: list[str]) -> ValueError:
@@ -215,7 +222,7 @@ NO_PROMPT = "no prompt, so chosen and rejected are read as whole dialogues"
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read: --fields as (ours, theirs), --ignore_fields, and --text_as.
+    """The way rows are read: --fields as (ours, theirs), --ignore_fields, and --text_as.
 
     Its repr is a part of the token cache's key. `reading_of` makes and checks one.
     """
