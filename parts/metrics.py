@@ -321,8 +321,9 @@ def outcome(events: list[dict], numbers: dict[str, list]) -> str:
         )
     counts = decided_by_subset(numbers["subset"], numbers["target"])
     lines += subset_lines(after.get("by", {}), counts, before.get("by"))
-    if collapse(scores):
-        lines.append(collapse(scores))
+    collapsed = collapse(scores)
+    if collapsed:
+        lines.append(collapsed)
     margin, target = pairs_of(numbers)
     count = len(decided(margin, target))
     lines.append(f"accuracy before training: {accuracy_in_words(before['accuracy'], count)}")

@@ -62,9 +62,7 @@ def cut_sequences(
     an earlier one is dropped, with its true reward; all are where one would be left.
     """
     sequences = cut(max_seq_len)
-    is_truncated = False
-    if max(map(len, sequences)) == max_seq_len:
-        is_truncated = max(map(len, cut(NO_LIMIT))) > max_seq_len
+    truncated = is_truncated(sequences, cut, max_seq_len)
     kept = first_of_each(sequences)
     if len(kept) == 1:
         kept = []
@@ -72,7 +70,16 @@ def cut_sequences(
     if rewards is not None:
         rewards = [rewards[i] for i in kept]
     sequences = [sequences[i] for i in kept]
-    return comparison._replace(sequences=sequences, rewards=rewards, truncated=is_truncated)
+    return comparison._replace(sequences=sequences, rewards=rewards, truncated=truncated)
+
+
+def is_truncated(
+    sequences: list[list[int]], cut: Callable[[int], list[list[int]]], max_seq_len: int
+) -> bool:
+    """Tell whether a comparison has lost tokens. sequences: all of `cut(max_seq_len)`."""
+    if max(map(len, sequences)) < max_seq_len:
+        return False
+    return max(map(len, cut(NO_LIMIT))) > max_seq_len
 
 
 def first_of_each(sequences: list[list[int]]) -> list[int]:

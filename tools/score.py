@@ -49,7 +49,7 @@ from parts.rows import (
     read_dialogue,
     unused_lines,
 )
-from parts.token_cache import NO_LIMIT, first_of_each
+from parts.token_cache import NO_LIMIT, first_of_each, is_truncated
 from parts.tokenizers import HuggingFaceTokenizer
 from rm import RewardModel
 from tools import pairs_page
@@ -425,9 +425,8 @@ def write_scores(
                     scores = [score(model, [[text]], 1, layout)[0][0] for text in sequences]
                     check_scores(scores, comparison.where)
                 counts.add(comparison, sequences, scores)
-                if max(map(len, sequences)) == max_seq_len:
-                    whole = tokenize(comparison, tokenizer, NO_LIMIT)
-                    counts.truncated += max(map(len, whole)) > max_seq_len
+                cut = partial(tokenize, comparison, tokenizer, truncation_side=side)
+                counts.truncated += is_truncated(sequences, cut, max_seq_len)
                 row = {"scores": scores} if len(scores) > 1 else {"score": scores[0]}
                 out.write(json.dumps(row) + "\n")
             bar.update(len(window))
