@@ -118,9 +118,6 @@ class GPTConfig:
         return huggingface.config_to_hf(vars(self))
 
 
-ALL = slice(None)
-
-
 class Block(nn.Module):
     """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -146,25 +143,30 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(c, config.n_inner, bias=config.mlp_bias)
         self.mlp_out = nn.Linear(config.n_inner, c, bias=config.mlp_bias)
 
-    def forward(self, x, attend, rotary, keys=ALL, read=ALL):
+    def forward(self, x, attend, rotary, n_keys: int | None = None, first: int = 0):
         """Transform x, (B, L, C) or packed (T, C).
 
         attend: the attention of the layout. rotary: cos and sin of `rotary_tables`, or None.
-        keys, read: slices of a packed x, see `GPT.forward_packed`; a padded x is taken whole.
+        n_keys, first: of a packed x, the number of its rows that are attended to, and the first row
+            that is computed, see `GPT.forward_packed`; a padded x is taken whole.
         """
+        computed = x[first:]
         if not self.config.pre_norm:
-            x = self.attn_norm(x[read] + self.drop(self.attention(x, attend, rotary, keys, read)))
+            y = self.attention(x, attend, rotary, n_keys, first)
+            x = self.attn_norm(computed + self.drop(y))
             return self.mlp_norm(x + self.drop(self.mlp(x)))
-        y = x[read] + self.drop(self.attention(self.attn_norm(x), attend, rotary, keys, read))
-        mlp_input = x[read] if self.config.parallel_residual else y
+        y = self.attention(self.attn_norm(x), attend, rotary, n_keys, first)
+        y = computed + self.drop(y)
+        mlp_input = computed if self.config.parallel_residual else y
         return y + self.drop(self.mlp(self.mlp_norm(mlp_input)))
 
     def drop(self, x):
         return F.dropout(x, self.config.dropout, self.training)
 
-    def attention(self, x, attend, rotary, keys, read):
-        context = x[keys]
-        x = x[read]
+    def attention(self, x, attend, rotary, n_keys, first):
+        x = as_factor(x)
+        context = x[:n_keys]
+        x = x[first:]
         q = self.heads(self.q(x))  # (..., H, D)
         k = self.heads(self.k(context))  # (..., H_kv, D)
         v = self.heads(self.v(context))
@@ -173,8 +175,8 @@ class Block(nn.Module):
             k = normalize_heads(self.k_norm, k)
         if rotary is not None:
             cos, sin = rotary
-            q = rotate(q, cos[read], sin[read])
-            k = rotate(k, cos[keys], sin[keys])
+            q = rotate(q, cos[first:], sin[first:])
+            k = rotate(k, cos[:n_keys], sin[:n_keys])
         dropout_p = self.config.dropout if self.training else 0.0
         return self.attn_out(attend(q, k, v, dropout_p).flatten(-2))
 
@@ -182,6 +184,7 @@ class Block(nn.Module):
         return x.unflatten(-1, (-1, self.config.head_dim))
 
     def mlp(self, x):
+        x = as_factor(x)
         activation = ACTIVATIONS[self.config.activation]
         if self.mlp_gate is None:
             return self.mlp_out(activation(self.mlp_in(x)))
@@ -242,18 +245,18 @@ class GPT(nn.Module):
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
         """Compute `forward` at all tokens but the trunks': (T - trunk tokens, embed_dim).
 
-        No token attends to tails, which are padding: `keys` are the other tokens. No reward of a
-        trunk is read: `read` are the other tokens, and the last block computes those alone.
+        No token attends to tails, which are padding and lie at the end. No reward of a trunk is
+        read, so the last block computes the tokens behind the trunks alone.
         """
         positions = batch.positions
         n_text = batch.num_tokens - sum(batch.tails)
         if self.config.position_offset:
             positions = torch.cat((positions[:n_text], torch.full_like(positions[n_text:], -1)))
         attend = PackedAttention(batch, scaled_dot_product)
-        keys, read = slice(n_text), slice(sum(batch.trunks), None)
-        return self.transform(batch.input_ids, positions, batch.length, attend, keys, read)
+        n_trunk = sum(batch.trunks)
+        return self.transform(batch.input_ids, positions, batch.length, attend, n_text, n_trunk)
 
-    def transform(self, input_ids, positions, length: int, attend, keys=ALL, read=ALL):
+    def transform(self, input_ids, positions, length: int, attend, n_keys=None, n_unread=0):
         """Do the token-wise work, which knows of no layout, around `attend`, which does."""
         if length > self.config.n_positions:
             raise ValueError(
@@ -273,11 +276,11 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             # Earlier blocks compute every token: the next block attends to trunks.
-            output = read if block is self.blocks[-1] else ALL
+            first = n_unread if block is self.blocks[-1] else 0
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(block, x, attend, rotary, keys, output, use_reentrant=False)
+                x = checkpoint(block, x, attend, rotary, n_keys, first, use_reentrant=False)
             else:
-                x = block(x, attend, rotary, keys, output)
+                x = block(x, attend, rotary, n_keys, first)
         if self.norm is not None:
             x = self.norm(x)
         return x if self.project_out is None else self.project_out(x)
@@ -332,6 +335,13 @@ def make_norm(config: GPTConfig, width: int) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps)
+
+
+def as_factor(x: torch.Tensor) -> torch.Tensor:
+    """Cast x as autocast does in front of a matrix product: once for all products that take x."""
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    return x
 
 
 def normalize_heads(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
