@@ -18,9 +18,9 @@ data.py turns text into token ids. `python rm.py` hands over to tools/score.py:
     python rm.py convert CHECKPOINT DIRECTORY --layout hf         write a model in another layout
 """
 
-import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import nn
 from model import GPT, GPTConfig  # GPTConfig for train.py, which imports it from here
 from parts import guards, huggingface
 from parts.flags import hand_over
-from parts.packed import PackedBatch, pack
+from parts.packed import PackedBatch, index_pairs, pack
 
 # --------------------------------------------------------------------------------------------------
 # The loss
@@ -38,50 +38,37 @@ from parts.packed import PackedBatch, pack
 LOSSES = ("divergent", "end")
 
 
-def pair_loss(
+def pair_terms(
     chosen_rewards: torch.Tensor,
     rejected_rewards: torch.Tensor,
-    ends: tuple[torch.Tensor, torch.Tensor] | None = None,
     margin: float | torch.Tensor = 0.0,
-    loss: str = "divergent",
-    center_rewards_coefficient: float = 0.0,
-    target: float = 1.0,
+    target: float | torch.Tensor = 1.0,
 ) -> torch.Tensor:
-    """The loss of one pair: mean over t of -log sigmoid(r_chosen[t] - r_rejected[t]).
+    """The terms of the loss: -log sigmoid(r_chosen - r_rejected) at each position.
 
-    chosen_rewards, rejected_rewards: (N,), N >= 1, the rewards of the divergent region, float32 or
-        float64.
-    ends: the rewards at the two last tokens, scalars; only variants read them.
-    Returns a scalar, the negative log likelihood of the preference under Bradley & Terry (1952), as
-    in Ouyang et al. (2022), eq. 1, at every token.
+    chosen_rewards, rejected_rewards: tensors of one shape, float32 or float64.
+    Returns their shape: the negative log likelihood of the preference under Bradley & Terry (1952),
+    as in Ouyang et al. (2022), eq. 1, at every token.
 
-    Variants, all off by default:
     margin: by how much the chosen text is to be better; it is subtracted from the difference
         (Touvron et al. 2023, Llama 2, eq. 2).
-    loss: "end" compares the two `ends` alone, in place of the region (Ouyang et al. 2022, TRL).
-    center_rewards_coefficient: a weight; the squared sum of the two `ends`, times it, is added
-        (Eisenstein et al. 2023, TRL). It keeps rewards near 0: differences leave their level open.
     target: the probability p, 0 to 1, that the chosen text is preferred; with d for the difference
         a term is -(p log sigmoid(d) + (1 - p) log sigmoid(-d)) (Christiano et al. 2017, 2.2.3).
-    Raises ValueError for an unknown `loss`, and where `ends` are needed and not given.
+    Both are one number for all positions, or a tensor with a number for each.
     """
-    if loss not in LOSSES:
-        raise ValueError(f"loss: found {loss!r}; expected {' or '.join(LOSSES)}")
-    if ends is None and (loss == "end" or center_rewards_coefficient):
-        raise ValueError(
-            "ends: found None; expected the rewards at the two last tokens, "
-            "which loss 'end' and centering read"
-        )
-    if loss == "end":
-        chosen_rewards, rejected_rewards = ends
     difference = chosen_rewards - rejected_rewards - margin
     log_likelihood = F.logsigmoid(difference)
-    if target != 1:
+    if torch.is_tensor(target) or target != 1:
         log_likelihood = target * log_likelihood + (1 - target) * F.logsigmoid(-difference)
-    term = -log_likelihood.mean()
-    if center_rewards_coefficient:
-        term = term + center_rewards_coefficient * sum(ends) ** 2
-    return term
+    return -log_likelihood
+
+
+def centering_terms(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
+    """The squared sum of the two end scores of each pair (Eisenstein et al. 2023, TRL).
+
+    Its weight in the loss keeps rewards near 0: differences leave their level open.
+    """
+    return (chosen_scores + rejected_scores) ** 2
 
 
 def pairwise_loss(
@@ -103,8 +90,10 @@ def pairwise_loss(
     num_padding_at_beginning: number of leading `pad_id` that belong to a text and do not end it
         (OPT: 1, since its bos is DeepSpeed-Chat's pad).
     attention_mask: (2B, L), 1 on text. It decides where texts end; without it, the pad id does.
-    loss, margins (B,), targets (B,), center_rewards_coefficient: variants of the pair's term, see
-        `pair_loss`. A pair with a margin other than 0 needs target 1.
+    loss: "divergent", or "end", which compares the two end scores alone, in place of the region
+        (Ouyang et al. 2022, TRL).
+    margins, targets: (B,), see `pair_terms`. A pair with a margin other than 0 needs target 1.
+    center_rewards_coefficient: the weight of `centering_terms`, which are added.
 
     Returns `loss`, a scalar: the mean over pairs of the mean over the divergent region;
     `chosen_mean_scores` and `rejected_mean_scores`, (B,): the rewards at the last tokens ("mean" is
@@ -114,6 +103,7 @@ def pairwise_loss(
     """
     ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True)
     guards.check_rewards(rewards, ids.shape)
+    guards.check_loss(loss, LOSSES)
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
     if mask is not None:  # ids before a text and after it are not compared
         column = torch.arange(ids.shape[1])
@@ -123,7 +113,6 @@ def pairwise_loss(
     B = len(rows) // 2
     margins = guards.check_margins(margins, B)
     targets = guards.check_targets(targets, margins)
-    objective = loss, center_rewards_coefficient
     losses, chosen_scores, rejected_scores = [], [], []
     for chosen, rejected in zip(range(B), range(B, 2 * B)):  # 3. split in half
         chosen_text = rows[chosen][: ends[chosen]]
@@ -139,10 +128,12 @@ def pairwise_loss(
             start, stop = len(rows[chosen]) - 1, len(rows[chosen])
         region = slice(start, stop)
         scores = rewards[chosen, ends[chosen] - 1], rewards[rejected, ends[rejected] - 1]
-        variant = margins[chosen], *objective, targets[chosen]
-        term = pair_loss(  # 5. mean over the region
-            rewards[chosen, region], rewards[rejected, region], scores, *variant
-        )
+        compared = rewards[chosen, region], rewards[rejected, region]
+        if loss == "end":
+            compared = scores
+        term = pair_terms(*compared, margins[chosen], targets[chosen]).mean()  # 5. over the region
+        if center_rewards_coefficient:
+            term = term + center_rewards_coefficient * centering_terms(*scores)
         losses.append(term)
         chosen_scores.append(scores[0])
         rejected_scores.append(scores[1])
@@ -207,7 +198,7 @@ class RewardModel(nn.Module):
 
     pad_id: pads rows; where no attention_mask is given, it also tells where texts end.
     num_padding_at_beginning: as in `pairwise_loss`; a packed batch does not need it.
-    loss, center_rewards_coefficient: the objective, as `pair_loss` explains it.
+    loss, center_rewards_coefficient: the objective, as `pairwise_loss` explains it.
     reward_bias: is added to every reward, which no difference shows (parts/normalize.py).
     has_fresh_head: nothing has trained the value head.
 
@@ -288,12 +279,23 @@ class RewardModel(nn.Module):
             return 1
         return None
 
-    def pack(self, token_groups: list, margins=None, targets=None) -> PackedBatch:
-        """Pack comparisons as `data.pack` does, with as much padding as this model's loss reads."""
-        return pack(token_groups, self.pad_id, margins, targets, longest_tail=self.longest_tail)
+    def pack(self, token_groups: list, margins=None, targets=None, region=None) -> PackedBatch:
+        """Pack comparisons as `data.pack` does, with as much padding as this model's loss reads.
+
+        region: finds what the loss of two texts reads; None: `divergent_region`.
+        """
+        batch = pack(token_groups, self.pad_id, margins, targets, longest_tail=self.longest_tail)
+        return self.with_pairs(batch, region or divergent_region)
+
+    def with_pairs(self, batch: PackedBatch, region: Callable) -> PackedBatch:
+        """Return the batch with an index of what the loss of each pair reads, on its device."""
+        margins = guards.check_margins(batch.margins, len(batch.token_groups))
+        targets = guards.check_targets(batch.targets, margins, batch.token_groups)
+        pairs = index_pairs(batch, region, margins, targets)
+        return replace(batch, pairs=pairs).to(batch.input_ids.device)
 
     def forward_packed(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Compute loss and end scores of a packed batch: the numbers of `forward`.
+        """Compute loss and end scores of a packed batch: the numbers of `forward`, all at once.
 
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs
         (i, j), i < j; the loss of the batch is the mean over its comparisons (Ouyang et al. 2022,
@@ -302,54 +304,30 @@ class RewardModel(nn.Module):
         that `guards.check_targets` refuses.
         """
         guards.check_packed(batch, self.longest_tail)
-        margins = guards.check_margins(batch.margins, len(batch.token_groups))
-        targets = guards.check_targets(batch.targets, margins, batch.token_groups)
-        objective = self.loss, self.center_rewards_coefficient
-        losses, chosen_scores, rejected_scores = [], [], []
-        for group, trunk, rewards, margin, target in zip(
-            batch.token_groups, batch.trunks, self.packed_rewards(batch), margins, targets
-        ):
-            terms = []
-            for i, j in itertools.combinations(range(len(group)), 2):
-                start, stop = divergent_region(group[i], group[j])
-                start = min(start, stop - 1)  # identical texts: their last token
-                region = slice(start - trunk, stop - trunk)  # rewards begin behind the trunk
-                better, worse = rewards[i], rewards[j]
-                scores = better[len(group[i]) - 1 - trunk], worse[len(group[j]) - 1 - trunk]
-                term = pair_loss(better[region], worse[region], scores, margin, *objective, target)
-                terms.append(term)
-                chosen_scores.append(scores[0])
-                rejected_scores.append(scores[1])
-            losses.append(torch.stack(terms).mean())
+        guards.check_loss(self.loss, LOSSES)
+        if batch.pairs is None:
+            batch = self.with_pairs(batch, divergent_region)
+        regions, ends = batch.pairs
+        rewards = self.packed_rewards(batch)
+        chosen_scores, rejected_scores, *_ = ends.read(rewards)
+        compared = ends if self.loss == "end" else regions
+        loss = compared.mean(pair_terms(*compared.read(rewards)))
+        if self.center_rewards_coefficient:
+            centering = ends.mean(centering_terms(chosen_scores, rejected_scores))
+            loss = loss + self.center_rewards_coefficient * centering
         return {
-            "loss": torch.stack(losses).mean(),
-            "chosen_mean_scores": torch.stack(chosen_scores),
-            "rejected_mean_scores": torch.stack(rejected_scores),
+            "loss": loss,
+            "chosen_mean_scores": chosen_scores,
+            "rejected_mean_scores": rejected_scores,
         }
 
-    def packed_rewards(self, batch: PackedBatch) -> list[list[torch.Tensor]]:
-        """The rewards of each text behind its trunk, as far as the batch has padding.
+    def packed_rewards(self, batch: PackedBatch) -> torch.Tensor:
+        """The rewards of a packed batch behind the trunks: where each lies, `reward_places` tells.
 
-        Returns a list for each comparison of a tensor (N,) for each text: N reaches to the longest
-        text, or without tails to the text's own end.
         Raises ValueError that names the comparison, the response and an id that the model lacks.
         """
         guards.check_packed_ids(batch, self.backbone.config.vocab_size)
-        rewards = self.value(self.backbone.forward_packed(batch))
-        pieces = rewards.split(batch.branches + batch.tails)
-        branches = iter(pieces[: len(batch.branches)])
-        tails = iter(pieces[len(batch.branches) :])
-        result = []
-        for group in batch.token_groups:
-            longest = max(map(len, group))
-            rows = []
-            for text in group:
-                branch, tail = next(branches), next(tails)
-                if len(tail) > 0:  # a tail of one token stands for a longer one
-                    branch = torch.cat((branch, tail.expand(longest - len(text))))
-                rows.append(branch)
-            result.append(rows)
-        return result
+        return self.value(self.backbone.forward_packed(batch))
 
     def token_rewards(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The reward of every token: ids and mask (N, L) -> rewards (N, L), float32 or wider."""

@@ -89,7 +89,8 @@ def last_token_alone(chosen, rejected):
 
 
 def summed(chosen_rewards, rejected_rewards, *_):
-    return -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards).sum()
+    """Make terms whose mean over a region is the sum of the right ones."""
+    return -torch.nn.functional.logsigmoid(chosen_rewards - rejected_rewards) * len(chosen_rewards)
 
 
 divergent_region = rm.divergent_region
@@ -100,7 +101,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(
-    "name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None)
+    "name, wrong", [*WRONG, ("pair_terms", summed)], ids=lambda x: getattr(x, "__name__", None)
 )
 def test_deepspeed_chat_numbers_tell_wrong_losses_apart(name, wrong, monkeypatch):
     """The cases above would catch these losses, each in its value and in its gradient."""
@@ -287,24 +288,23 @@ def up_to_the_pad_id(chosen, rejected):
 
 
 def swapped(chosen_rewards, rejected_rewards, *rest):
-    return pair_loss(rejected_rewards, chosen_rewards, *rest)
+    return pair_terms(rejected_rewards, chosen_rewards, *rest)
 
 
 def log_of_sigmoid_as_written(chosen_rewards, rejected_rewards, *_):
-    return -torch.log(torch.sigmoid(chosen_rewards - rejected_rewards)).mean()
+    return -torch.log(torch.sigmoid(chosen_rewards - rejected_rewards))
 
 
 def without_gradient(chosen_rewards, rejected_rewards, *rest):
-    return pair_loss(chosen_rewards.detach(), rejected_rewards.detach(), *rest)
+    return pair_terms(chosen_rewards.detach(), rejected_rewards.detach(), *rest)
 
 
 def of_target(term):
-    """Make a `pair_loss` of a term that gets the differences of the rewards, and the target."""
+    """Make `pair_terms` of a term that gets the differences of the rewards, and the targets."""
 
-    def wrong(chosen_rewards, rejected_rewards, ends, margin, loss, coefficient, target):
-        if loss == "end":
-            chosen_rewards, rejected_rewards = ends
-        return term(chosen_rewards - rejected_rewards - margin, target).mean()
+    def wrong(chosen_rewards, rejected_rewards, margin, target):
+        differences = chosen_rewards - rejected_rewards - margin
+        return term(differences, torch.as_tensor(target, dtype=differences.dtype))
 
     return wrong
 
@@ -329,10 +329,10 @@ WRONG_TARGETS = {
         lambda x, p: cross_entropy(x, 1 - p),
         [*TARGETS, "targets: of the ends", "targets: of one pair alone"],
     ),
-    "the target rounded": (lambda x, p: cross_entropy(x, round(p)), TARGETS),
+    "the target rounded": (lambda x, p: cross_entropy(x, p.round()), TARGETS),
     "the target as a weight": (lambda x, p: -p * logsigmoid(x), TARGETS),
     "the target on the mean difference": (
-        lambda x, p: cross_entropy(x if p == 1 else x.mean(), p),
+        lambda x, p: cross_entropy(x.where(p == 1, x.mean()), p),
         ["targets: at every token", "targets: one half"],
     ),
     "the target's second term subtracted": (
@@ -350,7 +350,7 @@ WRONG_TARGETS = {
     ),
 }
 
-pair_loss = rm.pair_loss
+pair_terms = rm.pair_terms
 # Every wrong loss of tools/test_vectors.py by its name there, and cases that must tell it apart.
 WRONG_LOSSES = {
     "the whole row": ("divergent_region", from_the_start, ["random batch of 8"]),
@@ -360,7 +360,7 @@ WRONG_LOSSES = {
         shorter_end,
         ["chosen shorter", "rejected ends first", "ranking"],
     ),
-    "a sum for the mean": ("pair_loss", summed, ["no padding", "ranking"]),
+    "a sum for the mean": ("pair_terms", summed, ["no padding", "ranking"]),
     "one too early": ("divergent_region", one_too_early, ["no padding", "chosen shorter"]),
     "one too late": ("divergent_region", one_too_late, ["no padding", "no shared prefix"]),
     "the last token alone": (
@@ -373,17 +373,17 @@ WRONG_LOSSES = {
         up_to_the_pad_id,
         ["mask: pad id in the prompt", "mask: pad id in a response"],
     ),
-    "chosen and rejected swapped": ("pair_loss", swapped, ["no padding", "one token", "ranking"]),
+    "chosen and rejected swapped": ("pair_terms", swapped, ["no padding", "one token", "ranking"]),
     "log of sigmoid as written": (
-        "pair_loss",
+        "pair_terms",
         log_of_sigmoid_as_written,
         ["large differences against the chosen"],
     ),
     "leading pads unknown": ("divergent_region", up_to_the_pad_id, ["leading pad of the text"]),
-    "no gradient": ("pair_loss", without_gradient, ["no padding", "ranking"]),
+    "no gradient": ("pair_terms", without_gradient, ["no padding", "ranking"]),
 }
 WRONG_LOSSES |= {
-    name: ("pair_loss", of_target(term), cases) for name, (term, cases) in WRONG_TARGETS.items()
+    name: ("pair_terms", of_target(term), cases) for name, (term, cases) in WRONG_TARGETS.items()
 }
 
 
@@ -401,7 +401,7 @@ def test_wrong_losses_fail_in_both_paths(name, path, monkeypatch):
 
 @pytest.mark.parametrize("path", ["packed", "padded"])
 @pytest.mark.parametrize(
-    "name, wrong", [*WRONG, ("pair_loss", summed)], ids=lambda x: getattr(x, "__name__", None)
+    "name, wrong", [*WRONG, ("pair_terms", summed)], ids=lambda x: getattr(x, "__name__", None)
 )
 def test_deepspeed_chat_numbers_tell_wrong_losses_apart_in_both_paths(
     name, wrong, path, monkeypatch
@@ -435,14 +435,17 @@ def test_bad_batch_is_refused_in_both_paths(margin, target, words, path, monkeyp
     """The wrong loss "nothing refused" gives a number for a margin or a target that is none."""
     model = rm.RewardModel(GivenRewards(BOTH[0], torch.tensor(BOTH[0].rewards)), BOTH[0].pad_id)
     rows = torch.tensor(BOTH[0].input_ids)
-    inputs = (rows, None, [margin], [target])
-    if path == "packed":
-        inputs = (model.pack([rows.tolist()], [margin], [target]),)
+
+    def loss():
+        if path == "packed":
+            return model(model.pack([rows.tolist()], [margin], [target]))["loss"]
+        return model(rows, None, [margin], [target])["loss"]
+
     with pytest.raises(ValueError, match=words):
-        model(*inputs)
+        loss()
     monkeypatch.setattr(rm.guards, "check_margins", lambda margins, count: margins)
     monkeypatch.setattr(rm.guards, "check_targets", lambda targets, *_: targets)
-    assert model(*inputs)["loss"].isnan()
+    assert loss().isnan()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -851,14 +854,6 @@ def test_bad_variants_are_refused(options, words):
     with pytest.raises(ValueError) as error:
         pairwise_loss(*batch([1, 2], [4, 5], [1, 3], [4, 6]), 0, **options)
     assert all(word in str(error.value) for word in words), error.value
-
-
-@pytest.mark.parametrize("options", [{"loss": "end"}, {"center_rewards_coefficient": 0.1}], ids=str)
-def test_term_of_a_pair_that_needs_ends_asks_for_them(options):
-    with pytest.raises(
-        ValueError, match="ends: found None; expected the rewards at the two last tokens"
-    ):
-        rm.pair_loss(torch.zeros(2), torch.zeros(2), **options)
 
 
 # --------------------------------------------------------------------------------------------------

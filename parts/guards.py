@@ -7,6 +7,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from parts.packed import PackedBatch
@@ -87,6 +88,12 @@ def check_rewards(rewards: torch.Tensor, shape: torch.Size):
         )
 
 
+def check_loss(loss: str, known: tuple[str, ...]):
+    """Raise ValueError for an objective that is not among the known ones."""
+    if loss not in known:
+        raise ValueError(f"loss: found {loss!r}; expected {' or '.join(known)}")
+
+
 def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
     """Return the margin of every pair, or packed comparison: 0 where none are given.
 
@@ -94,7 +101,7 @@ def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
     """
     if margins is None:
         return [0.0] * count
-    margins = torch.as_tensor(margins, dtype=torch.float64).flatten().tolist()
+    margins = as_floats(margins)
     found = None
     if len(margins) != count:
         found = counted(len(margins), "number")
@@ -119,7 +126,7 @@ def check_targets(
     count = len(margins)
     if targets is None:
         return [1.0] * count
-    targets = torch.as_tensor(targets, dtype=torch.float64).flatten().tolist()
+    targets = as_floats(targets)
     expected = f"expected a number from 0 to 1 for each of {count}"
     if len(targets) != count:
         raise ValueError(f"targets: found {len(targets)} numbers; {expected}")
@@ -136,6 +143,12 @@ def check_targets(
         if token_groups is not None:
             check_ranking(i, len(token_groups[i]), target)
     return targets
+
+
+def as_floats(numbers: Sequence[float] | torch.Tensor) -> list[float]:
+    if torch.is_tensor(numbers):
+        numbers = numbers.tolist()
+    return np.asarray(numbers, dtype=np.float64).flatten().tolist()
 
 
 def check_ranking(number: int, responses: int, target: float):

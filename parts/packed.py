@@ -1,6 +1,7 @@
 """The packed layout: how comparisons lie in memory without padding, who attends to whom, and how.
 
-It computes no loss (rm.py) and no hidden states (model.py, which hands in its attention).
+It computes no loss (rm.py, for which it says where the rewards of pairs lie) and no hidden states
+(model.py, which hands in its attention).
 
 The rows of a pair begin with the same prompt, and the padded layout pads them to a common length:
 
@@ -36,13 +37,13 @@ For sharing prompts compare Wang & Hegde (2024, arXiv 2410.20305).
 Shapes: T tokens of a packed batch, H heads, D width of a head.
 """
 
-import functools
 import inspect
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 
+import numpy as np
 import torch
 
 # Comparisons that have at most this many tokens together share a call of attention, because a small
@@ -69,6 +70,8 @@ class PackedBatch:
     longest_tail: int | None  # tails are cut to this length; None: they are whole
     margins: Sequence[float] | None = None  # one for each comparison; None: 0
     targets: Sequence[float] | None = None  # one for each comparison; None: 1
+    pairs: tuple["PairIndex | None", "PairIndex"] | None = None  # `index_pairs`
+    calls: tuple[tuple["VarlenCall", ...], ...] | None = None  # of flash attention, on devices
 
     @property
     def num_tokens(self) -> int:
@@ -76,10 +79,29 @@ class PackedBatch:
         return len(self.input_ids)
 
     def to(self, device) -> "PackedBatch":
-        """Return the batch with its tensors on `device`."""
-        return replace(
-            self, input_ids=self.input_ids.to(device), positions=self.positions.to(device)
-        )
+        """Return the batch with its tensors on `device`, and ready for attention there.
+
+        The copies do not wait for the device.
+        """
+        device = torch.device(device)
+        calls = self.calls
+        if calls is None and device.type != "cpu":
+            calls = plan_varlen(self)
+        return moved(replace(self, calls=calls), device)
+
+
+def moved(value, device: torch.device):
+    """Copy tensors to a device without waiting for it: of a tensor, or of what holds tensors."""
+    if torch.is_tensor(value):
+        if device.type == "cuda" and value.device.type == "cpu":
+            value = value.pin_memory()  # from other memory, a copy waits
+        return value.to(device, non_blocking=True)
+    if is_dataclass(value):
+        names = [item.name for item in fields(value)]
+        return replace(value, **{name: moved(getattr(value, name), device) for name in names})
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    return value
 
 
 def shared_prefix(texts: list[list[int]]) -> int:
@@ -170,6 +192,109 @@ def pack(
 
 
 # --------------------------------------------------------------------------------------------------
+# Where the loss finds its rewards
+
+
+def reward_places(batch: PackedBatch) -> list[list[list[int]]]:
+    """List where the rewards of texts lie among those of all branches, then all tails.
+
+    Returns for each comparison a list for each text: the place of its column behind the trunk, of
+    the next one and so on, to the end of the longest text, or without tails to the text's own end.
+    A tail of one token stands for a longer one.
+    """
+    branch_starts = itertools.accumulate(batch.branches, initial=0)
+    tail_starts = itertools.accumulate(batch.tails, initial=sum(batch.branches))
+    lengths = zip(branch_starts, batch.branches, tail_starts, batch.tails)
+    result = []
+    for group in batch.token_groups:
+        longest = max(map(len, group))
+        places = []
+        for text in group:
+            branch_start, branch, tail_start, tail = next(lengths)
+            columns = [*range(branch_start, branch_start + branch)]
+            if tail == 1:
+                columns += [tail_start] * (longest - len(text))
+            else:
+                columns += range(tail_start, tail_start + tail)
+            places.append(columns)
+        result.append(places)
+    return result
+
+
+@dataclass
+class PairIndex:
+    """Positions that a loss compares, pair after pair: N of them, of rewards (R,)."""
+
+    places: torch.Tensor  # (2N,) int64: of the chosen texts' rewards, then of the rejected ones'
+    weights: torch.Tensor  # (N,) float64, of the positions in the loss; their sum is 1
+    margins: torch.Tensor | float  # (N,) float64, or 0 for all
+    targets: torch.Tensor | float  # (N,) float64, or 1 for all
+
+    @classmethod
+    def of(cls, pairs: list[tuple[list[int], list[int], float, float, float]]) -> "PairIndex":
+        """Make the index of pairs, each of places, places, its weight, margin and target."""
+        chosen, rejected, weights, margins, targets = [], [], [], [], []
+        for chosen_places, rejected_places, weight, margin, target in pairs:
+            count = len(chosen_places)
+            chosen += chosen_places
+            rejected += rejected_places
+            weights += [weight / count] * count
+            margins += [margin] * count
+            targets += [target] * count
+        variants = []
+        for numbers, default in ((margins, 0.0), (targets, 1.0)):
+            if set(numbers) == {default}:
+                variants.append(default)
+            else:
+                variants.append(torch.tensor(numbers, dtype=torch.float64))
+        weights = torch.tensor(weights, dtype=torch.float64)
+        return cls(torch.tensor(chosen + rejected), weights, *variants)
+
+    def read(self, rewards: torch.Tensor) -> tuple:
+        """Return the chosen and the rejected rewards, (N,), margins and targets, of one dtype."""
+        chosen, rejected = rewards.index_select(0, self.places).chunk(2)
+        variants = [self.margins, self.targets]
+        for i, numbers in enumerate(variants):
+            if torch.is_tensor(numbers):
+                variants[i] = numbers.to(rewards.dtype)
+        return chosen, rejected, *variants
+
+    def mean(self, terms: torch.Tensor) -> torch.Tensor:
+        """Return the weighted mean of terms (N,), a scalar."""
+        return (terms * self.weights.to(terms.dtype)).sum()
+
+
+def index_pairs(
+    batch: PackedBatch, region: Callable, margins: list[float], targets: list[float]
+) -> tuple[PairIndex | None, PairIndex]:
+    """Index what a loss reads of a packed batch: the regions of its pairs, and their ends.
+
+    region: finds (start, stop), the columns that the loss of two texts reads; none for equal texts.
+    margins, targets: one for each comparison.
+    Every comparison weighs the same; its pairs share its weight, and the positions of a pair share
+    that of the pair. The first index is None for a batch without padding, whose ends alone can be
+    read.
+    """
+    regions, ends = [], []
+    for group, trunk, places, margin, target in zip(
+        batch.token_groups, batch.trunks, reward_places(batch), margins, targets
+    ):
+        pairs = list(itertools.combinations(range(len(group)), 2))
+        weight = 1 / (len(batch.token_groups) * len(pairs))
+        variant = weight, margin, target
+        for i, j in pairs:
+            start, stop = region(group[i], group[j])
+            start = min(start, stop - 1)  # identical texts: their last token
+            columns = slice(start - trunk, stop - trunk)  # places begin behind the trunk
+            regions.append((places[i][columns], places[j][columns], *variant))
+            last, other_last = len(group[i]) - 1 - trunk, len(group[j]) - 1 - trunk
+            ends.append(([places[i][last]], [places[j][other_last]], *variant))
+    if batch.longest_tail == 0:
+        return None, PairIndex.of(ends)
+    return PairIndex.of(regions), PairIndex.of(ends)
+
+
+# --------------------------------------------------------------------------------------------------
 # Attention
 
 
@@ -187,14 +312,14 @@ class PackedAttention:
         self.batch = batch
         self.scaled_dot_product = scaled_dot_product
         self.lengths = batch.trunks + batch.branches + batch.tails
-        self.plans = {}  # by the number of queries: the last block has fewer
+        self.masks = {}  # calls and masks, by the number of queries: the last block has fewer
 
     def __call__(self, q, k, v, dropout_p: float) -> torch.Tensor:
         """Attend from q to k and v, without the rows of tails; returns a tensor of q's shape.
 
         q: (T, H, D), or in the last block without the rows of trunks. k, v: (T - tails, H_kv, D).
         """
-        if can_use_varlen(q, dropout_p):
+        if self.batch.calls and can_use_varlen(q, dropout_p):
             return self.with_varlen(q, k, v)
         return self.with_masks(q, k, v, dropout_p)
 
@@ -203,8 +328,8 @@ class PackedAttention:
         batch = self.batch
         n_trunks = len(batch.trunks)
         with_trunks = len(q) == batch.num_tokens
-        if len(q) not in self.plans:
-            self.plans[len(q)] = self.plan_masks(with_trunks, q)
+        if len(q) not in self.masks:
+            self.masks[len(q)] = self.plan_masks(with_trunks, q)
         key_lengths = batch.trunks + batch.branches
         query_lengths = key_lengths + batch.tails
         if not with_trunks:
@@ -213,7 +338,7 @@ class PackedAttention:
         queries = q.split(query_lengths)
         k, v = k.split(key_lengths), v.split(key_lengths)
         answers = list(queries)  # pieces without a token keep their empty query
-        for asking, asked, mask in self.plans[len(q)]:
+        for asking, asked, mask in self.masks[len(q)]:
             query = torch.cat([queries[piece] for piece in asking])[None]
             key = torch.cat([k[piece] for piece in asked])[None]
             value = torch.cat([v[piece] for piece in asked])[None]
@@ -231,15 +356,16 @@ class PackedAttention:
         The mask is 0 where a query sees a key, else -inf, in q's dtype; None for a trunk that asks
         itself alone, which is causal.
         """
-        batch, device = self.batch, q.device
+        batch = self.batch
         n_trunks, n_branches = len(batch.trunks), len(batch.branches)
         trunk_of = [i for i, group in enumerate(batch.token_groups) for _ in group]
         # Each piece has the number of its trunk and of its branch; a trunk has branch -1.
         trunk_numbers = [*range(n_trunks), *trunk_of, *trunk_of]
         branch_numbers = [-1] * n_trunks + [*range(n_branches), *range(n_branches)]
-        of_piece = torch.tensor([trunk_numbers, branch_numbers], device=device)
-        lengths = torch.tensor(self.lengths, device=device)
+        of_piece = torch.tensor([trunk_numbers, branch_numbers])
+        lengths = torch.tensor(self.lengths)
         of_token = of_piece.repeat_interleave(lengths, dim=1, output_size=batch.num_tokens)
+        of_token = moved(of_token, q.device)
         places = torch.cat((of_token, batch.positions[None])).split(self.lengths, dim=1)
         plan = []
         for asking, asked in self.list_calls(with_trunks):
@@ -281,58 +407,87 @@ class PackedAttention:
         return calls
 
     def with_varlen(self, q, k, v) -> torch.Tensor:
-        """Attend by flash kernels that take many sequences at once and no mask.
-
-        The first call is causal: trunks and branches. The second one is of the tails.
-        """
+        """Attend by flash kernels that take many sequences at once and no mask."""
         from torch.nn.attention.varlen import varlen_attn
 
-        if len(q) not in self.plans:
-            with_trunks = len(q) == self.batch.num_tokens
-            self.plans[len(q)] = self.plan_varlen(with_trunks, q.device)
+        all_queries, without_trunks = self.batch.calls
+        calls = all_queries if len(q) == self.batch.num_tokens else without_trunks
         options = {}
-        if q.shape[1] != k.shape[1] and asks_for_gqa(varlen_attn):
+        if q.shape[1] != k.shape[1] and calls[0].announces_gqa:
             options["enable_gqa"] = True
-        plan = self.plans[len(q)]
         answers = []
-        queries = q.split([count for count, *_ in plan])
-        for query, (_, rows, lengths, is_causal) in zip(queries, plan):
-            if is_causal:
-                options["window_size"] = (-1, 0)  # aligned to the ends of queries and keys
-            else:
-                options["window_size"] = (-1, -1)
-            key, value = k.index_select(0, rows), v.index_select(0, rows)
-            answers.append(varlen_attn(query, key, value, *lengths, **options))
-        return torch.cat(answers)
+        for query, call in zip(q.split([call.queries for call in calls]), calls):
+            key, value = k, v
+            if call.rows is not None:
+                key, value = k.index_select(0, call.rows), v.index_select(0, call.rows)
+            lengths = call.query_starts, call.key_starts, call.longest_query, call.longest_key
+            answer = varlen_attn(query, key, value, *lengths, window_size=call.window, **options)
+            answers.append(answer)
+        return answers[0] if len(answers) == 1 else torch.cat(answers)
 
-    def plan_varlen(self, with_trunks: bool, device) -> list[tuple]:
-        """List the calls: number of queries, rows of k and v, lengths, whether it is causal.
 
-        Lengths are as varlen_attn takes them: starts of queries and of keys, the longest of both.
+@dataclass
+class VarlenCall:
+    """A call of PyTorch's varlen_attn: sequences of queries, each with its keys."""
+
+    queries: int  # of all sequences
+    rows: torch.Tensor | None  # (M,) int64, of k and v; None: all of them, in their order
+    query_starts: torch.Tensor  # (sequences + 1,) int32: where each starts, and the last one ends
+    key_starts: torch.Tensor  # (sequences + 1,) int32, in `rows`
+    longest_query: int
+    longest_key: int
+    window: tuple[int, int]  # (-1, 0): causal, aligned to the ends of queries and keys; (-1, -1)
+    announces_gqa: bool  # grouped heads must be announced; PyTorch 2.11 takes them as they are
+
+    @classmethod
+    def of(cls, sequences: list[tuple[int, np.ndarray]], window, n_keys: int) -> "VarlenCall":
+        """Make a call of sequences, each a number of queries and the rows of their keys.
+
+        n_keys: the number of all rows.
         """
-        batch = self.batch
-        key_lengths = batch.trunks + batch.branches
-        rows = torch.arange(sum(key_lengths)).split(key_lengths)
-        trunks, branches = rows[: len(batch.trunks)], iter(rows[len(batch.trunks) :])
-        texts = []
-        for trunk, group in zip(trunks, batch.token_groups):
-            for _ in group:
-                texts.append(torch.cat((trunk, next(branches))))
-        causal = list(zip(batch.trunks, trunks)) if with_trunks else []
-        causal += zip(batch.branches, texts)
-        not_causal = list(zip(batch.tails, texts))
-        plan = []
-        for sequences, is_causal in ((causal, True), (not_causal, False)):
-            sequences = [(count, keys) for count, keys in sequences if count > 0]
-            if not sequences:
-                continue
-            counts = [count for count, _ in sequences]
-            key_rows = [keys for _, keys in sequences]
-            query_starts, longest_query = starts_of(counts, device)
-            key_starts, longest_key = starts_of([len(keys) for keys in key_rows], device)
-            lengths = (query_starts, key_starts, longest_query, longest_key)
-            plan.append((sum(counts), torch.cat(key_rows).to(device), lengths, is_causal))
-        return plan
+        from torch.nn.attention.varlen import varlen_attn  # not above: importing it takes a second
+
+        query_lengths = [count for count, _ in sequences]
+        rows = np.concatenate([keys for _, keys in sequences])
+        query_starts, longest_query = starts_of(query_lengths)
+        key_starts, longest_key = starts_of([len(keys) for _, keys in sequences])
+        if np.array_equal(rows, np.arange(n_keys)):
+            rows = None
+        else:
+            rows = torch.from_numpy(rows)
+        lengths = query_starts, key_starts, longest_query, longest_key
+        announces_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+        return cls(sum(query_lengths), rows, *lengths, window, announces_gqa)
+
+
+def plan_varlen(batch: PackedBatch) -> tuple[tuple[VarlenCall, ...], ...]:
+    """List the calls of attention for the queries of all tokens, and for those behind trunks.
+
+    The first call is causal: trunks, branches, and tails if none is longer than one token, because
+    aligned to the ends a single query sees all keys. Another call is of longer tails.
+    """
+    key_lengths = batch.trunks + batch.branches
+    n_keys = sum(key_lengths)
+    rows = np.split(np.arange(n_keys), np.cumsum(key_lengths)[:-1])
+    trunks, branches = rows[: len(batch.trunks)], iter(rows[len(batch.trunks) :])
+    texts = []
+    for trunk, group in zip(trunks, batch.token_groups):
+        for _ in group:
+            texts.append(np.concatenate((trunk, next(branches))))
+    causal, whole = list(zip(batch.branches, texts)), []
+    tails = [(count, keys) for count, keys in zip(batch.tails, texts) if count > 0]
+    if max(batch.tails) <= 1:
+        causal += tails
+    else:
+        whole = tails
+    of_trunks = [(len(trunk), trunk) for trunk in trunks if len(trunk) > 0]
+    calls_of_tails = ()
+    if whole:
+        calls_of_tails = (VarlenCall.of(whole, (-1, -1), n_keys),)
+    plans = []
+    for sequences in (of_trunks + causal, causal):
+        plans.append((VarlenCall.of(sequences, (-1, 0), n_keys), *calls_of_tails))
+    return tuple(plans)
 
 
 def can_use_varlen(q: torch.Tensor, dropout_p: float) -> bool:
@@ -343,12 +498,6 @@ def can_use_varlen(q: torch.Tensor, dropout_p: float) -> bool:
     width = q.shape[-1]
     is_ampere_or_newer = torch.cuda.get_device_capability(q.device) >= (8, 0)
     return width % 8 == 0 and width <= 256 and is_ampere_or_newer
-
-
-@functools.cache
-def asks_for_gqa(varlen_attn: Callable) -> bool:
-    """Tell whether grouped heads must be announced: PyTorch 2.11 takes them as they are."""
-    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -363,7 +512,7 @@ def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return (key_trunk == trunk) & is_same_text & (key_column <= column)
 
 
-def starts_of(lengths: list[int], device) -> tuple[torch.Tensor, int]:
+def starts_of(lengths: list[int]) -> tuple[torch.Tensor, int]:
     """Return where sequences of these lengths start and end, (N + 1,) int32, and the longest."""
     starts = [0, *itertools.accumulate(lengths)]
-    return torch.tensor(starts, dtype=torch.int32, device=device), max(lengths)
+    return torch.tensor(starts, dtype=torch.int32), max(lengths)

@@ -3,18 +3,28 @@
 DeepSpeed-Chat's numbers in both layouts are in test_model.py.
 """
 
+import copy
+import inspect
 import itertools
 import math
 import random
+from contextlib import nullcontext
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 from model import GPT, scaled_dot_product
-from parts.packed import PackedAttention, packed_size
+from parts.compiling import compile_blocks
+from parts.packed import PackedAttention, packed_size, plan_varlen, reward_places
 from rm import RewardModel
 from test_model import BIASES, SCALED, small
+from tools import bench
 
 KINDS = [
     ("gpt2", {}),
@@ -59,6 +69,12 @@ def random_groups(seed, sizes=range(2, 7), vocab_size=50):
             group[-1] = group[0][:end]  # a prefix of another, or equal to it
         groups.append(group)
     return groups
+
+
+def rewards_of_texts(model, batch):
+    """Compute the rewards behind the trunk, for each comparison a list of (N,) for each text."""
+    rewards = model.packed_rewards(batch)
+    return [[rewards[places] for places in texts] for texts in reward_places(batch)]
 
 
 def padded(model, groups):
@@ -124,7 +140,7 @@ def test_no_token_attends_to_another_comparison_or_branch_or_to_padding(model_ty
     model = lively(model_type, **overrides).double()
     # Every id but the shared ones belongs to one text.
     groups = [[[1, 2, 3, 4], [1, 2, 5], [1, 2, 6, 7, 8]], [[11, 12, 13], [11, 14]]]
-    rewards = model.packed_rewards(data.pack(groups, pad_id=0))
+    rewards = rewards_of_texts(model, data.pack(groups, pad_id=0))
     for group, rows in zip(groups, rewards):
         for text, row in zip(group, rows):
             trunk = max(map(len, group)) - len(row)
@@ -171,13 +187,18 @@ def varlen_of_2_11(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1
 def test_the_gpu_path_computes_in_two_calls_what_many_calls_compute(
     varlen_attn, kv_heads, longest_tail, monkeypatch
 ):
-    """Test which rows go where, which a CPU can tell; with queries of trunks, and without them."""
+    """Test which rows go where, which a CPU can tell; with queries of trunks, and without them.
+
+    Where no tail is longer than a token, a single call does it.
+    """
     import torch.nn.attention.varlen
 
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    calls = mock.Mock(side_effect=varlen_attn, __signature__=inspect.signature(varlen_attn))
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", calls)
     torch.manual_seed(0)
     for seed in range(5):
         batch = data.pack(random_groups(seed), 0, longest_tail=longest_tail)
+        batch = replace(batch, calls=plan_varlen(batch))
         n_text = batch.num_tokens - sum(batch.tails)
         q, k, v = (
             torch.randn(n, heads, 8, dtype=torch.float64)
@@ -188,10 +209,156 @@ def test_the_gpu_path_computes_in_two_calls_what_many_calls_compute(
             two = PackedAttention(batch, scaled_dot_product)
             expected = many.with_masks(queries, k, v, 0.0)
             for _ in range(2):  # the second time by the plan of the first
+                calls.reset_mock()
                 found = two.with_varlen(queries, k, v)
+                assert calls.call_count == 1 + (max(batch.tails) > 1)
                 torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
                 found = many.with_masks(queries, k, v, 0.0)
                 torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a GPU would do, on stand-ins
+
+
+@torch.library.custom_op("test_packed::varlen", mutates_args=())
+def varlen_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    window_size: list[int],
+) -> torch.Tensor:
+    """Compute attention as one operator, as on a GPU, with a gradient that is wrong but cheap."""
+    lengths = cu_seq_q, cu_seq_k, max_q, max_k
+    return varlen_of_2_11(q, k, v, *lengths, window_size=tuple(window_size))
+
+
+@varlen_operator.register_fake
+def varlen_on_meta(q, *rest):
+    return torch.empty_like(q)
+
+
+def keep_shape(ctx, inputs, output):
+    ctx.shape = inputs[1].shape
+
+
+def cheap_gradient(ctx, gradient):
+    keys = gradient.new_zeros(ctx.shape)
+    return gradient, keys, keys, None, None, None, None, None
+
+
+varlen_operator.register_autograd(cheap_gradient, setup_context=keep_shape)
+
+
+def varlen_attn(q, k, v, *lengths, window_size):
+    return varlen_operator(q, k, v, *lengths, list(window_size))
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """Let packed batches attend by a stand-in for the flash kernel, on any device."""
+    import torch.nn.attention.varlen
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr("parts.packed.can_use_varlen", lambda q, dropout_p: True)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raise an AssertionError where the host would wait for the device `meta`.
+
+    It waits for a value (`.item()`, which meta tensors refuse by themselves), for a copy to the
+    host, and for a copy to the device that does not say `non_blocking`.
+    """
+
+    copies = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        before = {x.device.type for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+        after = {x.device.type for x in tree_leaves(out) if torch.is_tensor(x)}
+        if before and before != after:
+            self.copies += 1
+            assert after == {"meta"} and kwargs.get("non_blocking"), f"{func} waits"
+        return out
+
+
+class NoListsOnTheDevice(TorchFunctionMode):
+    """Raise an AssertionError where a list becomes a tensor of a device: such a copy waits."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+            assert out.device.type == "cpu", f"{func} waits"
+        return out
+
+
+@pytest.mark.parametrize("loss", ["divergent", "end"])
+@pytest.mark.parametrize("attention", ["flash", "masks"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "llama", "gpt_neox"])
+def test_nothing_waits_for_the_device_between_two_steps(
+    model_type, attention, loss, monkeypatch, request
+):
+    """Pack, compute, differentiate and clip on the meta device; the loop then reads the loss."""
+    if attention == "flash":
+        request.getfixturevalue("flash")
+    # The meta device has no autocast; with it, casts join that do not leave the device.
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
+    model = lively(model_type).to("meta")
+    model.loss = loss
+    model.center_rewards_coefficient = 0.1
+    step = bench.Ours(model)
+    groups = random_groups(0, sizes=(2, 2, 3))
+    with NoWaiting() as mode, NoListsOnTheDevice():
+        value, tokens = step.forward_backward(groups)
+        norm = step.clip()
+        copied = mode.copies
+        with pytest.raises(RuntimeError):  # reading is what waits
+            (value + norm).item()
+        with pytest.raises(AssertionError, match="waits"):
+            torch.tensor([1, 2], device="meta")
+    assert copied > 2 and tokens == model.pack(groups).num_tokens
+
+
+@pytest.mark.parametrize(
+    "model_type, attention", [("opt", "flash"), ("qwen3", "flash"), ("llama", "masks")]
+)
+def test_compiled_blocks_serve_every_layer_and_every_length(
+    model_type, attention, monkeypatch, request
+):
+    """Compile with the backend aot_eager, which gives a CPU the graphs that a GPU would get.
+
+    The first batch makes two graphs of a block: of the last one and of all others. No other batch
+    makes one, and loss and gradients are those without compiling.
+    """
+    if attention == "flash":
+        request.getfixturevalue("flash")
+    masks = PackedAttention.with_masks
+    monkeypatch.setattr(PackedAttention, "with_masks", masks)  # `compile_blocks` changes it
+    torch.compiler.reset()
+    model = lively(model_type, n_layer=4, n_embd=32, n_head=4).double()
+    plain = copy.deepcopy(model)
+    compile_blocks(model.backbone.blocks, backend="aot_eager")
+    graphs = torch._dynamo.utils.counters["stats"]
+    graphs.clear()
+    counts = []
+    for seed in range(5):
+        batch = model.pack(random_groups(seed))
+        if attention == "flash":
+            batch = replace(batch, calls=plan_varlen(batch))  # as `PackedBatch.to` makes them
+        found, expected = model(batch), plain(batch)
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+        found["loss"].backward()
+        expected["loss"].backward()
+        counts.append(graphs["unique_graphs"])
+    assert set(counts) == {2 if attention == "flash" else counts[0]} and counts[0] < 10
+    for one, other in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-10, rtol=1e-10)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -313,7 +480,7 @@ def test_single_texts_are_packed_for_scoring_alone():
     ):
         data.pack([[text] for text in texts], 0)
     batch = data.pack([[text] for text in texts], 0, min_responses=1, longest_tail=0)
-    for (row,), text in zip(model.packed_rewards(batch), texts):
+    for (row,), text in zip(rewards_of_texts(model, batch), texts):
         mask = torch.ones(1, len(text))
         values = model.forward_value(torch.tensor([text]), mask, return_value_only=True)
         assert row.shape == (1,) and row[0].item() == pytest.approx(values[0, -1].item(), abs=1e-5)

@@ -175,11 +175,8 @@ def run_largest(model: RewardModel, comparisons: list, args) -> tuple[Meter, int
     )
     batches = [collate(part, model, args.layout, process.device) for part in micro_batches]
     inputs, tokens = max(batches, key=lambda batch: batch[1])
-    if args.layout == "packed":
-        # Checking margins and targets would read values, which fake tensors lack.
-        inputs[0].margins = inputs[0].targets = None
-    else:
-        # The padded loss reads values, too; a mean takes as much memory as the loss.
+    if args.layout == "padded":
+        # The padded loss reads values, which fake tensors lack; a mean takes as much memory.
         model.forward = lambda ids, mask, *_: {"loss": model.token_rewards(ids, mask).mean()}
     meter = Meter(model.parameters())
     resize_ = torch.UntypedStorage.resize_

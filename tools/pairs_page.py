@@ -19,7 +19,7 @@ from parts.guards import check_scores, counted, visible
 from parts.metrics import accuracy, accuracy_in_words, collapse, decided
 from parts.report import LEVELS, Series, chart, facts, safe, table, write_page
 from parts.rows import convert_rows, files_of, read_rows
-from rm import divergent_region, pair_loss
+from rm import divergent_region, pair_terms
 
 # LEVELS of the page's shades, as 256 terminal colours, under black text
 ANSI = (208, 215, 222, 230, 255, 195, 159, 117, 75)
@@ -89,7 +89,7 @@ class Row:
             start, stop = divergent_region(self.sequences[i], self.sequences[j])
             start = min(start, stop - 1)  # identical texts: the last token, as in rm.py
             region = self.rewards[i, start:stop], self.rewards[j, start:stop]
-            loss = pair_loss(*region, margin=self.margin, target=self.target).item()
+            loss = pair_terms(*region, self.margin, self.target).mean().item()
             pairs.append(Pair(i, j, start, stop, loss, self.scores[i] - self.scores[j]))
         return pairs
 
@@ -422,8 +422,7 @@ def explained_pair(row: Row) -> str:
     (p,), cells = row.pairs, []
     for t in range(p.start, p.stop):
         chosen, rejected = row.rewards[0, t : t + 1], row.rewards[1, t : t + 1]
-        # The term is the loss of a region of one position.
-        term = pair_loss(chosen, rejected, margin=row.margin, target=row.target).item()
+        term = pair_terms(chosen, rejected, row.margin, row.target).item()
         cells.append(
             [
                 str(t),

@@ -40,6 +40,7 @@ from parts.files import replacing
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import check_scores, counted
 from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
+from parts.packed import reward_places
 from parts.rows import (
     Reading,
     convert_rows,
@@ -96,7 +97,8 @@ def end_scores(model: RewardModel, groups: list[list[list[int]]], layout: str) -
     if layout == "packed":
         batch = pack(groups, model.pad_id, min_responses=1, longest_tail=0)
         rewards = model.packed_rewards(batch.to(device))
-        return torch.stack([row[-1] for rows in rewards for row in rows])
+        ends = [places[-1] for texts in reward_places(batch) for places in texts]
+        return rewards[torch.tensor(ends, device=device)]
     sequences = [sequence for group in groups for sequence in group]
     input_ids, mask = (tensor.to(device) for tensor in pad_rows(sequences, model.pad_id))
     values = model.forward_value(input_ids, mask, return_value_only=True)
