@@ -38,6 +38,7 @@ import data
 from parts import guards, huggingface, lora, metrics, report
 from parts.agreement import ANY, check_ranks
 from parts.chat import ChatTemplate, given_template
+from parts.compiling import compile_blocks
 from parts.distributed import Process, complaint_about, leave, shard, share_of, whole_state
 from parts.files import outlive_readers
 from parts.flags import (
@@ -95,7 +96,7 @@ def train(args, process: Process):
         model, args.learning_rate, args.weight_decay, args.lora_learning_rate, process
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
-    scaler = torch.amp.GradScaler(process.device.type, enabled=args.dtype == "fp16")
+    scaler = process.gradient_scaler(args.dtype == "fp16", args.offload)
     skipped, streak = 0, 0  # steps skipped in fp16: in all, and in a row until now
     torch.manual_seed(args.seed + process.rank)  # dropout differs between ranks
     if done:
@@ -507,6 +508,8 @@ def set_up(model: RewardModel, args) -> int:
     model.backbone.config.other_keys["max_seq_len"] = args.max_seq_len
     model.backbone.config.other_keys["truncation_side"] = args.truncation_side
     model.backbone.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        compile_blocks(model.backbone.blocks)
     if not args.lora_dim:
         return 0
     layers = model.backbone.linear_layers()
@@ -654,8 +657,9 @@ def result_follows_from(
     result["training_data"] = "built-in"
     if isinstance(training, data.TokenizedData):
         result["training_data"] = training.fingerprint()
-    # Dropout draws its numbers for other tokens in another layout.
-    result["layout"] = args.layout if args.dropout else ANY
+    # Dropout draws its numbers for other tokens in another layout, and in other kernels.
+    for name in ("layout", "compile"):
+        result[name] = getattr(args, name) if args.dropout else ANY
     is_constant = args.lr_scheduler_type.startswith("constant")
     result["total_steps"] = ANY if is_constant else total_steps
     return result

@@ -89,11 +89,23 @@ class Process:
         """Return `tokens`, or on a CPU CPU_TOKENS if these are fewer."""
         return min(tokens, CPU_TOKENS) if self.device.type == "cpu" else tokens
 
+    def gradient_scaler(self, enabled: bool, offload: bool) -> torch.amp.GradScaler:
+        """Make the scaler of a loss in fp16, with its scale in the memory where gradients lie.
+
+        offload: gradients lie in the CPU's memory. A scale on the GPU would be copied there without
+            waiting, and read before it has arrived.
+        """
+        device = torch.device("cpu") if offload else self.device
+        scaler = torch.amp.GradScaler(device.type, enabled=enabled)
+        scaler.scale(torch.zeros((), device=device))  # the first tensor says where the scale lies
+        return scaler
+
     def sum(self, values: list[float]) -> list[float]:
-        """Add every number up over the ranks."""
+        """Add every number up over the ranks. One process does not ask its device."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
         values = torch.tensor(values, dtype=torch.float64, device=self.device)
-        if self.world_size > 1:
-            dist.all_reduce(values)
+        dist.all_reduce(values)
         return values.tolist()
 
     def join(self, *values) -> list:

@@ -288,6 +288,8 @@ def add_machine_flags(flag: Callable):
     flag("--dtype", DTYPES, "fp32", text)
     text = "compute the blocks twice instead of keeping what the backward pass needs"
     flag("--gradient_checkpointing", bool, False, text)
+    text = "compile the blocks by torch.compile: faster on a GPU, after some minutes"
+    flag("--compile", bool, False, text)
     text = (
         "0: each process has all weights; 2 and 3: FSDP2 shards them, 3 also between forward and "
         "backward (0)"

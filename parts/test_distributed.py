@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -411,3 +412,20 @@ def test_lora_saves_a_plain_model_sharded_or_not(only, stage_0, tmp_path):
     assert one["eval"][-1]["loss"] != events_of(stage_0[0])["eval"][-1]["loss"]
     saved = rm.RewardModel.from_pretrained(tmp_path / "two")
     assert not any("lora" in name for name, _ in saved.named_parameters())
+
+
+@pytest.mark.parametrize("offload, place", [(True, "cpu"), (False, "meta")])
+def test_the_scale_of_a_loss_lies_where_gradients_do(offload, place):
+    """Let the meta device stand in for a GPU, whose scale the CPU must not read."""
+    with mock.patch.object(torch.amp.GradScaler, "__init__", scaler_for_any_device):
+        scaler = Process(device=torch.device("meta")).gradient_scaler(True, offload)
+    loss = scaler.scale(torch.zeros((), device="meta"))
+    assert loss.device.type == "meta" and scaler._scale.device.type == place
+
+
+make_scaler = torch.amp.GradScaler.__init__
+
+
+def scaler_for_any_device(self, device, enabled):
+    """Make a GradScaler of the CPU: PyTorch makes none for the meta device."""
+    make_scaler(self, "cpu", enabled=enabled)

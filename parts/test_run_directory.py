@@ -366,7 +366,17 @@ def test_signal_ends_the_run_after_the_step_with_a_checkpoint(number, small, und
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
-    "flags", ["", "--zero_stage 3 --dtype bf16", "--zero_stage 2 --offload --dtype fp16"]
+    "flags",
+    [
+        "",
+        "--zero_stage 3 --dtype bf16",
+        "--zero_stage 2 --offload --dtype fp16",
+        # Without dropout flash attention computes.
+        "--dtype bf16 --dropout 0",
+        "--zero_stage 3 --dtype bf16 --dropout 0",
+        "--zero_stage 2 --offload --dtype fp16 --dropout 0",
+        "--dtype bf16 --dropout 0 --compile",
+    ],
 )
 def test_on_a_gpu_a_killed_run_resumes_with_the_same_curve(flags, small, tmp_path):
     flags = [*small, "--save_interval 4", flags]
