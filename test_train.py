@@ -632,6 +632,27 @@ def test_half_precision_gives_nearly_the_curve(dtype, stage_0, tmp_path):
     assert 1e-5 < max(abs(a - b) for a, b in zip(*curves)) < 5e-3
 
 
+def compile_without_a_compiler():
+    """Let --compile make graphs, and run them without generated code, which takes minutes."""
+    compile_blocks = train.compile_blocks
+
+    def compile_and_say_so(blocks):
+        print("the blocks are compiled")
+        compile_blocks(blocks, backend="aot_eager")
+
+    train.compile_blocks = compile_and_say_so
+
+
+def test_compiled_blocks_give_the_same_curve(files, tmp_path):
+    arguments = [*TINY, "--max_steps 4 --vocab_size 400 --save_interval 2"]
+    arguments += ["--data_path", files[0], "--eval_path", files[1]]
+    forked_ok(tmp_path / "eager", *arguments)
+    before = compile_without_a_compiler
+    said = forked_ok(tmp_path / "compiled", *arguments, "--compile", before=before)
+    assert "the blocks are compiled" in said
+    same_run(events_of(tmp_path / "compiled"), events_of(tmp_path / "eager"))
+
+
 def test_training_lowers_the_loss_on_what_it_is_trained_on(files, tmp_path):
     data_flags = ["--data_path", files[0], "--eval_path", files[0]]
     forked_ok(tmp_path / "out", *TINY, *data_flags, "--num_train_epochs 12 --learning_rate 3e-3")
