@@ -150,7 +150,7 @@ class Block(nn.Module):
         n_keys, first: of a packed x, the number of its rows that are attended to, and the first row
             that is computed, see `GPT.forward_packed`; a padded x is taken whole.
         """
-        computed = x[first:]
+        computed = from_row(x, first)
         if not self.config.pre_norm:
             y = self.attention(x, attend, rotary, n_keys, first)
             x = self.attn_norm(computed + self.drop(y))
@@ -166,7 +166,7 @@ class Block(nn.Module):
     def attention(self, x, attend, rotary, n_keys, first):
         x = as_factor(x)
         context = x[:n_keys]
-        x = x[first:]
+        x = from_row(x, first)
         q = self.heads(self.q(x))  # (..., H, D)
         k = self.heads(self.k(context))  # (..., H_kv, D)
         v = self.heads(self.v(context))
@@ -342,6 +342,11 @@ def as_factor(x: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def from_row(x: torch.Tensor, first: int) -> torch.Tensor:
+    """Return the rows of x from `first` on: x itself from 0, as x[0:] has a gradient to compute."""
+    return x[first:] if first else x
 
 
 def normalize_heads(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -336,6 +336,11 @@ def complaint_about(error: BaseException, timeout: float) -> str:
             f"train.py: error: the GPU's memory is full ({first_line}); give fewer "
             "--micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage"
         )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return (
+            f"train.py: error: --compile: torch.compile failed ({first_line}); it needs a C++ "
+            "compiler on a CPU and triton on a GPU; without the flag the same run goes on"
+        )
     if lost_process(error):
         return (
             f"train.py: error: rank {os.environ.get('RANK', 0)} waited in vain for another "

@@ -106,10 +106,12 @@ def moved(value, device: torch.device):
 
 def shared_prefix(texts: list[list[int]]) -> int:
     """Count the tokens that all texts have in common at their start."""
-    for position, tokens in enumerate(zip(*texts)):
-        if len(set(tokens)) > 1:
+    # What the first and the last text in lexical order share, those between them share, too.
+    first, last = min(texts), max(texts)
+    for position, (token, other) in enumerate(zip(first, last)):
+        if token != other:
             return position
-    return min(map(len, texts))
+    return len(first)
 
 
 def trunk_length(group: list[list[int]]) -> int:
@@ -175,11 +177,12 @@ def pack(
     input_ids, positions = [], []
     for tokens, column in trunks + branches + tails:
         input_ids += tokens
-        positions += range(column, column + len(tokens))
+        positions.append(np.arange(column, column + len(tokens)))
+    # By way of numpy, since PyTorch takes longer to read a list.
     return PackedBatch(
         token_groups,
-        torch.tensor(input_ids),
-        torch.tensor(positions),
+        torch.tensor(np.array(input_ids)),
+        torch.tensor(np.concatenate(positions)),
         trunks=[len(tokens) for tokens, _ in trunks],
         branches=[len(tokens) for tokens, _ in branches],
         tails=[len(tokens) for tokens, _ in tails],
@@ -195,28 +198,26 @@ def pack(
 # Where the loss finds its rewards
 
 
-def reward_places(batch: PackedBatch) -> list[list[list[int]]]:
+def reward_places(batch: PackedBatch) -> list[list[np.ndarray]]:
     """List where the rewards of texts lie among those of all branches, then all tails.
 
-    Returns for each comparison a list for each text: the place of its column behind the trunk, of
+    Returns for each comparison an array for each text: the place of its column behind the trunk, of
     the next one and so on, to the end of the longest text, or without tails to the text's own end.
     A tail of one token stands for a longer one.
     """
     branch_starts = itertools.accumulate(batch.branches, initial=0)
     tail_starts = itertools.accumulate(batch.tails, initial=sum(batch.branches))
-    lengths = zip(branch_starts, batch.branches, tail_starts, batch.tails)
+    pieces = zip(branch_starts, batch.branches, tail_starts, batch.tails)
     result = []
     for group in batch.token_groups:
         longest = max(map(len, group))
         places = []
         for text in group:
-            branch_start, branch, tail_start, tail = next(lengths)
-            columns = [*range(branch_start, branch_start + branch)]
+            branch_start, branch, tail_start, tail = next(pieces)
+            padding = tail_start + np.arange(tail)
             if tail == 1:
-                columns += [tail_start] * (longest - len(text))
-            else:
-                columns += range(tail_start, tail_start + tail)
-            places.append(columns)
+                padding = padding.repeat(longest - len(text))
+            places.append(np.concatenate((branch_start + np.arange(branch), padding)))
         result.append(places)
     return result
 
@@ -231,24 +232,19 @@ class PairIndex:
     targets: torch.Tensor | float  # (N,) float64, or 1 for all
 
     @classmethod
-    def of(cls, pairs: list[tuple[list[int], list[int], float, float, float]]) -> "PairIndex":
+    def of(cls, pairs: list[tuple[np.ndarray, np.ndarray, float, float, float]]) -> "PairIndex":
         """Make the index of pairs, each of places, places, its weight, margin and target."""
-        chosen, rejected, weights, margins, targets = [], [], [], [], []
-        for chosen_places, rejected_places, weight, margin, target in pairs:
-            count = len(chosen_places)
-            chosen += chosen_places
-            rejected += rejected_places
-            weights += [weight / count] * count
-            margins += [margin] * count
-            targets += [target] * count
+        chosen, rejected, *numbers = zip(*pairs)
+        counts = [len(places) for places in chosen]
+        weights, margins, targets = np.array(numbers, dtype=np.float64)
         variants = []
-        for numbers, default in ((margins, 0.0), (targets, 1.0)):
-            if set(numbers) == {default}:
+        for values, default in ((margins, 0.0), (targets, 1.0)):
+            if (values == default).all():
                 variants.append(default)
             else:
-                variants.append(torch.tensor(numbers, dtype=torch.float64))
-        weights = torch.tensor(weights, dtype=torch.float64)
-        return cls(torch.tensor(chosen + rejected), weights, *variants)
+                variants.append(torch.tensor(values.repeat(counts)))
+        places = torch.tensor(np.concatenate(chosen + rejected))
+        return cls(places, torch.tensor((weights / counts).repeat(counts)), *variants)
 
     def read(self, rewards: torch.Tensor) -> tuple:
         """Return the chosen and the rejected rewards, (N,), margins and targets, of one dtype."""
@@ -288,7 +284,7 @@ def index_pairs(
             columns = slice(start - trunk, stop - trunk)  # places begin behind the trunk
             regions.append((places[i][columns], places[j][columns], *variant))
             last, other_last = len(group[i]) - 1 - trunk, len(group[j]) - 1 - trunk
-            ends.append(([places[i][last]], [places[j][other_last]], *variant))
+            ends.append((places[i][last, None], places[j][other_last, None], *variant))
     if batch.longest_tail == 0:
         return None, PairIndex.of(ends)
     return PairIndex.of(regions), PairIndex.of(ends)
@@ -415,8 +411,11 @@ class PackedAttention:
         options = {}
         if q.shape[1] != k.shape[1] and calls[0].announces_gqa:
             options["enable_gqa"] = True
+        queries = [q]
+        if len(calls) > 1:
+            queries = q.split([call.queries for call in calls])
         answers = []
-        for query, call in zip(q.split([call.queries for call in calls]), calls):
+        for query, call in zip(queries, calls):
             key, value = k, v
             if call.rows is not None:
                 key, value = k.index_select(0, call.rows), v.index_select(0, call.rows)

@@ -97,7 +97,7 @@ def end_scores(model: RewardModel, groups: list[list[list[int]]], layout: str) -
     if layout == "packed":
         batch = pack(groups, model.pad_id, min_responses=1, longest_tail=0)
         rewards = model.packed_rewards(batch.to(device))
-        ends = [places[-1] for texts in reward_places(batch) for places in texts]
+        ends = [places[-1].item() for texts in reward_places(batch) for places in texts]
         return rewards[torch.tensor(ends, device=device)]
     sequences = [sequence for group in groups for sequence in group]
     input_ids, mask = (tensor.to(device) for tensor in pad_rows(sequences, model.pad_id))
