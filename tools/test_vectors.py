@@ -25,6 +25,8 @@ TESTDATA = VECTORS.parent / "testdata"
 DEEPSPEED_CHAT = json.loads((TESTDATA / "loss_cases.json").read_text())["cases"]
 CASES = json.loads((VECTORS / "loss.json").read_text())["cases"]
 NUMBERS = [case for case in CASES if case["error"] is None]
+# Not of make_vectors: written by hand, and by tools/traps.py.
+OTHER_FILES = {"README.md", "VERSION", "run_numpy.py", "traps.json", "traps.md"}
 LLAMA_3 = make_vectors.MODELS["llama_rope_scaling"]["config"]["rope_scaling"]
 MODELS = sorted(path.name for path in (VECTORS / "models").iterdir())
 
@@ -469,7 +471,7 @@ def test_generator_writes_the_kit_again(tmp_path):
     names = sorted(
         str(path.relative_to(VECTORS))
         for path in VECTORS.rglob("*")
-        if path.is_file() and path.name != "README.md"
+        if path.is_file() and path.name not in OTHER_FILES and path.suffix != ".pyc"
     )
     assert (
         sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -497,7 +499,8 @@ def test_inputs_are_exact_in_every_format():
 
 
 def test_kit_is_small():
-    assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 1e6
+    files = [path for path in VECTORS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) < 1e6
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "opt", "opt_postnorm_proj"])
@@ -752,6 +755,7 @@ def test_rankings(case, models):
     got = numbers(model(data.pack(case["token_groups"], model.pad_id)), model)
     agree(got, {key: case[key] for key in got}, 1e-10)
     losses, scores = [[] for _ in case["token_groups"]], ([], [])
+    gradients = [torch.zeros(len(rewards), len(rewards[0])).double() for rewards in case["rewards"]]
     for number, i, j in case["pairs"]:
         group, rewards = case["token_groups"][number], case["rewards"][number]
         ids, mask = data.pad_rows(group, case["pad_id"])
@@ -763,8 +767,11 @@ def test_rankings(case, models):
             }
         )
         losses[number].append(out["loss"])
+        count = len(group) * (len(group) - 1) / 2 * len(gradients)
+        gradients[number][[i, j]] += torch.tensor(out["grad_rewards"], dtype=torch.float64) / count
         scores[0].extend(out["chosen_mean_scores"])
         scores[1].extend(out["rejected_mean_scores"])
+    agree([gradient.tolist() for gradient in gradients], case["grad_rewards"], 1e-12)
     means = [sum(terms) / len(terms) for terms in losses]
     agree(
         [means, sum(means) / len(means), *scores],
@@ -844,6 +851,8 @@ def test_readme_names_every_file_and_field():
     readme = (VECTORS / "README.md").read_text()
     fields = TOKENS.keys() | TOKENS["cases"][0].keys()
     for path in VECTORS.rglob("*"):
+        if path.suffix == ".pyc":
+            continue
         assert path.is_dir() or path.name in readme or path.name == "README.md", path
         if path.name in (
             "loss.json",
@@ -851,6 +860,7 @@ def test_readme_names_every_file_and_field():
             "rankings.json",
             "expected.json",
             "trajectory.json",
+            "traps.json",
         ):
             content = json.loads(path.read_text())
             fields |= (
@@ -859,6 +869,9 @@ def test_readme_names_every_file_and_field():
                 | content.get("optimizer", {}).keys()
             )
             fields |= {
-                key for item in content.get("cases", []) + content.get("steps", []) for key in item
+                key
+                for name in ("cases", "steps", "traps")
+                for item in content.get(name, [])
+                for key in item
             }
     assert not [field for field in fields if f"`{field}`" not in readme]
