@@ -431,6 +431,43 @@ def test_program_with_foreign_functions(
     assert any(re.match(line, words) for words in lines), lines
 
 
+def test_program_names_the_trap_that_fails_the_same_cases(tmp_path, monkeypatch, capsys):
+    """A loss that ignores the mask, and one that is wrong in no case."""
+    (tmp_path / "trapped.py").write_text(
+        "from rm import pairwise_loss\n\n"
+        "def no_mask(ids, rewards, pad, n, mask):\n"
+        "    return pairwise_loss(ids, rewards, pad, n)\n\n"
+        "def halved(ids, rewards, pad, n, mask):\n"
+        "    return pairwise_loss(ids, rewards, pad, n, mask)['loss'] / 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _, lines = run(monkeypatch, capsys, "trapped:no_mask")
+    named = [line for line in lines if "a known trap: " in line]
+    assert len(named) == 1 and "the pad id over the mask" in named[0]
+    for word in ("trapped:halved", "rm:pairwise_loss"):
+        _, lines = run(monkeypatch, capsys, word)
+        assert not [line for line in lines if "a known trap: " in line]
+
+
+def test_program_checks_invariants(tmp_path, monkeypatch, capsys):
+    (tmp_path / "halves.py").write_text(
+        "from rm import pairwise_loss\n\n"
+        "def halved(ids, rewards, pad, n, mask):\n"
+        "    return pairwise_loss(ids, rewards, pad, n, mask)['loss'] / 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loss_file = tmp_path / "loss.json"  # a few cases: all of them take half a minute
+    loss_file.write_text(json.dumps({"cases": CASES[:40:4]}))
+    monkeypatch.setattr(check_vectors, "LOSS_FILE", loss_file)
+    status, lines = run(monkeypatch, capsys, "rm:pairwise_loss", "--invariants")
+    assert status == 0 and "invariants: 0 broken" in lines
+    status, lines = run(monkeypatch, capsys, "halves:halved", "--invariants")
+    assert status == 1
+    broken = [line for line in lines if line.startswith("broken invariant: ")]
+    assert "broken invariant: equal rewards, in the case 'no padding'" in broken
+    assert f"invariants: {len(broken)} broken" in lines
+
+
 @pytest.mark.parametrize(
     "word, words",
     [
