@@ -1,6 +1,6 @@
 """Check another implementation of the loss against the numbers in vectors/loss.json.
 
-    python -m tools.check_vectors module:function
+    python -m tools.check_vectors module:function [--invariants]
 
 imports `function` from `module`, as seen from the current directory, and calls it in every case:
 
@@ -14,8 +14,9 @@ these is not called, and the case counts as not taken. For a batch that breaks a
 must raise an exception, of any kind.
 
 Prints a line for every case: the largest differences of loss, end scores and d loss / d rewards,
-and ok or WRONG. Exit status 0 where no case is WRONG. `python -m tools.check_vectors
-rm:pairwise_loss` checks our own. tools/make_vectors.py writes the kit.
+and ok or WRONG; then the known traps (vectors/traps.md) that fail the same cases. `--invariants`
+also checks the rules of tools/invariants.py. Exit status 0 where nothing is WRONG. `python -m
+tools.check_vectors rm:pairwise_loss` checks our own. tools/make_vectors.py writes the kit.
 """
 
 import argparse
@@ -28,7 +29,10 @@ from pathlib import Path
 
 import torch
 
+from tools.invariants import NotTaken, broken_by
+
 LOSS_FILE = Path(__file__).resolve().parent.parent / "vectors" / "loss.json"
+TRAPS_FILE = LOSS_FILE.with_name("traps.json")
 
 # By the dtype of the rewards, relative above 1: some units in the last place of a mean over up to a
 # dozen terms
@@ -126,6 +130,42 @@ def compare(out: dict, rewards: torch.Tensor, case: dict, row: dict) -> list[str
     return wrong
 
 
+def matching_traps(rows: list[dict], cases: list[dict]) -> list[str]:
+    """Return the traps that fail just the cases that are WRONG, among those with numbers taken.
+
+    None where nine in ten of them are WRONG: many mistakes do that.
+    """
+    numbers = {case["name"] for case in cases if case["error"] is None}
+    taken = {row["name"] for row in rows if row["verdict"] != "not taken"} & numbers
+    wrong = {row["name"] for row in rows if row["verdict"] == "WRONG"} & numbers
+    names = []
+    for trap in json.loads(TRAPS_FILE.read_text(encoding="utf-8"))["traps"]:
+        fails = set(trap["fails"]["loss.json"]) & taken
+        if wrong and fails == wrong and len(wrong) < 0.9 * len(taken):
+            names.append(f"{trap['name']} (the loss {trap['what']})")
+    return names
+
+
+def broken_invariants(function, cases: list[dict]) -> dict[str, str]:
+    """Return the invariants that a function breaks, each with the first case that shows it."""
+
+    def compute(case: dict) -> dict:
+        given, options = arguments(case)
+        if not takes(function, options.keys()):
+            raise NotTaken
+        out = function(*given, **options)
+        if torch.is_tensor(out):
+            out = {"loss": out}
+        (gradient,) = torch.autograd.grad(out["loss"].sum(), given[1])
+        results = {"loss": out["loss"].item(), "grad_rewards": gradient.numpy()}
+        for name in SCORES:
+            if torch.is_tensor(out.get(name)):
+                results[name] = out[name].detach().double().numpy()
+        return results
+
+    return broken_by(compute, {"loss.json": cases})
+
+
 def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
@@ -169,12 +209,17 @@ def main():
     parser.add_argument(
         "function", metavar="module:function", help="what to call, for example rm:pairwise_loss"
     )
-    words = parser.parse_args().function
+    parser.add_argument(
+        "--invariants", action="store_true", help="also check the rules of tools/invariants.py"
+    )
+    args = parser.parse_args()
+    words = args.function
     try:
         function = load_function(words)
     except ValueError as error:
         sys.exit(f"check_vectors: error: {error}")
-    rows = [check(function, case) for case in json.loads(LOSS_FILE.read_text())["cases"]]
+    cases = json.loads(LOSS_FILE.read_text(encoding="utf-8"))["cases"]
+    rows = [check(function, case) for case in cases]
     width, counts = max(len(row["name"]) for row in rows), {"ok": 0, "WRONG": 0, "not taken": 0}
     print(f"{'case':{width}}  {'loss':9}  {'scores':9}  {'gradient':9}  ")
     for row in rows:
@@ -182,9 +227,17 @@ def main():
         numbers = f"{row['loss']:9}  {row['scores']:9}  {row['gradient']:9}"
         note = f" ({row['note']})" if row["note"] else ""
         print(f"{row['name']:{width}}  {numbers}  {row['verdict']}{note}")
+    for name in matching_traps(rows, cases):
+        print(f"these cases are those of a known trap: {name}")
+    broken = {}
+    if args.invariants:
+        broken = broken_invariants(function, cases)
+        for name, case_name in broken.items():
+            print(f"broken invariant: {name}, in the case {case_name!r}")
+        print(f"invariants: {len(broken)} broken")
     counted = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     print(f"{words}: {len(rows)} cases: {counted}")
-    sys.exit(counts["WRONG"] > 0)
+    sys.exit(counts["WRONG"] > 0 or bool(broken))
 
 
 if __name__ == "__main__":

@@ -319,6 +319,7 @@ def ranking_case(case: dict, model: RewardModel) -> dict:
     name = f"rankings of {', '.join(map(str, case['sizes']))}"
     rng, start = seeded(name), MODELS[case["model"]]["begins_with"]
     groups, rewards, pairs, losses, chosen_scores, rejected_scores = [], [], [], [], [], []
+    gradients = []
     for number, size in enumerate(case["sizes"]):
         prompt = start + text(rng, rng.randint(1, 4))
         groups.append([prompt + text(rng, rng.randint(1, 6)) for _ in range(size)])
@@ -334,6 +335,8 @@ def ranking_case(case: dict, model: RewardModel) -> dict:
             rejected_scores += out["rejected_mean_scores"].tolist()
         losses.append(torch.stack(pair_losses).mean())
     loss = torch.stack(losses).mean()
+    for group, rows in zip(groups, rewards):
+        gradients.append(ranking_gradient(group, rows, model.pad_id, len(groups)))
     return {
         "name": name,
         "model": case["model"],
@@ -346,7 +349,19 @@ def ranking_case(case: dict, model: RewardModel) -> dict:
         "chosen_mean_scores": chosen_scores,
         "rejected_mean_scores": rejected_scores,
         **backward_norms(model, loss),
+        "grad_rewards": gradients,
     }
+
+
+def ranking_gradient(group, rewards, pad_id: int, comparisons: int) -> list[list[float]]:
+    """Compute d loss / d rewards of one of several comparisons, (K, its longest text)."""
+    ids, mask = data.pad_rows(group, pad_id)
+    leaf = torch.tensor(rewards, dtype=torch.float64, requires_grad=True)
+    chosen, rejected = zip(*itertools.combinations(range(len(group)), 2))
+    rows = [*chosen, *rejected]
+    loss = pairwise_loss(ids[rows], leaf[rows], pad_id, attention_mask=mask[rows])["loss"]
+    (loss / comparisons).backward()
+    return leaf.grad.tolist()
 
 
 # --------------------------------------------------------------------------------------------------

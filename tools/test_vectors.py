@@ -25,6 +25,8 @@ TESTDATA = VECTORS.parent / "testdata"
 DEEPSPEED_CHAT = json.loads((TESTDATA / "loss_cases.json").read_text())["cases"]
 CASES = json.loads((VECTORS / "loss.json").read_text())["cases"]
 NUMBERS = [case for case in CASES if case["error"] is None]
+# Not of make_vectors: written by hand, and by tools/traps.py.
+OTHER_FILES = {"README.md", "VERSION", "run_numpy.py", "traps.json", "traps.md"}
 LLAMA_3 = make_vectors.MODELS["llama_rope_scaling"]["config"]["rope_scaling"]
 MODELS = sorted(path.name for path in (VECTORS / "models").iterdir())
 
@@ -429,6 +431,43 @@ def test_program_with_foreign_functions(
     assert any(re.match(line, words) for words in lines), lines
 
 
+def test_program_names_the_trap_that_fails_the_same_cases(tmp_path, monkeypatch, capsys):
+    """A loss that ignores the mask, and one that is wrong in no case."""
+    (tmp_path / "trapped.py").write_text(
+        "from rm import pairwise_loss\n\n"
+        "def no_mask(ids, rewards, pad, n, mask):\n"
+        "    return pairwise_loss(ids, rewards, pad, n)\n\n"
+        "def halved(ids, rewards, pad, n, mask):\n"
+        "    return pairwise_loss(ids, rewards, pad, n, mask)['loss'] / 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    _, lines = run(monkeypatch, capsys, "trapped:no_mask")
+    named = [line for line in lines if "a known trap: " in line]
+    assert len(named) == 1 and "the pad id over the mask" in named[0]
+    for word in ("trapped:halved", "rm:pairwise_loss"):
+        _, lines = run(monkeypatch, capsys, word)
+        assert not [line for line in lines if "a known trap: " in line]
+
+
+def test_program_checks_invariants(tmp_path, monkeypatch, capsys):
+    (tmp_path / "halves.py").write_text(
+        "from rm import pairwise_loss\n\n"
+        "def halved(ids, rewards, pad, n, mask):\n"
+        "    return pairwise_loss(ids, rewards, pad, n, mask)['loss'] / 2\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    loss_file = tmp_path / "loss.json"  # a few cases: all of them take half a minute
+    loss_file.write_text(json.dumps({"cases": CASES[:40:4]}))
+    monkeypatch.setattr(check_vectors, "LOSS_FILE", loss_file)
+    status, lines = run(monkeypatch, capsys, "rm:pairwise_loss", "--invariants")
+    assert status == 0 and "invariants: 0 broken" in lines
+    status, lines = run(monkeypatch, capsys, "halves:halved", "--invariants")
+    assert status == 1
+    broken = [line for line in lines if line.startswith("broken invariant: ")]
+    assert "broken invariant: equal rewards, in the case 'no padding'" in broken
+    assert f"invariants: {len(broken)} broken" in lines
+
+
 @pytest.mark.parametrize(
     "word, words",
     [
@@ -469,7 +508,7 @@ def test_generator_writes_the_kit_again(tmp_path):
     names = sorted(
         str(path.relative_to(VECTORS))
         for path in VECTORS.rglob("*")
-        if path.is_file() and path.name != "README.md"
+        if path.is_file() and path.name not in OTHER_FILES and path.suffix != ".pyc"
     )
     assert (
         sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
@@ -497,7 +536,8 @@ def test_inputs_are_exact_in_every_format():
 
 
 def test_kit_is_small():
-    assert sum(path.stat().st_size for path in VECTORS.rglob("*") if path.is_file()) < 1e6
+    files = [path for path in VECTORS.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) < 1e6
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama_gqa", "opt", "opt_postnorm_proj"])
@@ -752,6 +792,7 @@ def test_rankings(case, models):
     got = numbers(model(data.pack(case["token_groups"], model.pad_id)), model)
     agree(got, {key: case[key] for key in got}, 1e-10)
     losses, scores = [[] for _ in case["token_groups"]], ([], [])
+    gradients = [torch.zeros(len(rewards), len(rewards[0])).double() for rewards in case["rewards"]]
     for number, i, j in case["pairs"]:
         group, rewards = case["token_groups"][number], case["rewards"][number]
         ids, mask = data.pad_rows(group, case["pad_id"])
@@ -763,8 +804,11 @@ def test_rankings(case, models):
             }
         )
         losses[number].append(out["loss"])
+        count = len(group) * (len(group) - 1) / 2 * len(gradients)
+        gradients[number][[i, j]] += torch.tensor(out["grad_rewards"], dtype=torch.float64) / count
         scores[0].extend(out["chosen_mean_scores"])
         scores[1].extend(out["rejected_mean_scores"])
+    agree([gradient.tolist() for gradient in gradients], case["grad_rewards"], 1e-12)
     means = [sum(terms) / len(terms) for terms in losses]
     agree(
         [means, sum(means) / len(means), *scores],
@@ -844,6 +888,8 @@ def test_readme_names_every_file_and_field():
     readme = (VECTORS / "README.md").read_text()
     fields = TOKENS.keys() | TOKENS["cases"][0].keys()
     for path in VECTORS.rglob("*"):
+        if path.suffix == ".pyc":
+            continue
         assert path.is_dir() or path.name in readme or path.name == "README.md", path
         if path.name in (
             "loss.json",
@@ -851,6 +897,7 @@ def test_readme_names_every_file_and_field():
             "rankings.json",
             "expected.json",
             "trajectory.json",
+            "traps.json",
         ):
             content = json.loads(path.read_text())
             fields |= (
@@ -859,6 +906,9 @@ def test_readme_names_every_file_and_field():
                 | content.get("optimizer", {}).keys()
             )
             fields |= {
-                key for item in content.get("cases", []) + content.get("steps", []) for key in item
+                key
+                for name in ("cases", "steps", "traps")
+                for item in content.get(name, [])
+                for key in item
             }
     assert not [field for field in fields if f"`{field}`" not in readme]
