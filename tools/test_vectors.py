@@ -155,12 +155,12 @@ def with_region(wrong):
     return function
 
 
-def with_pair_loss(wrong):
-    """Make our loss with another term of a pair."""
+def with_terms(wrong):
+    """Make our loss with other terms: `wrong` gets the differences of a pair."""
 
     def function(input_ids, rewards, pad_id, num_padding_at_beginning=0, attention_mask=None):
         with mock.patch.object(
-            rm, "pair_loss", lambda chosen, rejected, *_: wrong(chosen - rejected)
+            rm, "pair_terms", lambda chosen, rejected, *_: wrong(chosen - rejected)
         ):
             return pairwise_loss(
                 input_ids, rewards, pad_id, num_padding_at_beginning, attention_mask
@@ -173,7 +173,7 @@ def with_target(term):
     """Make our loss with another term of a pair, which gets the differences and the target."""
 
     def function(ids, rewards, pad_id, leading=0, mask=None, loss="divergent", targets=None):
-        with mock.patch.object(rm, "pair_loss", test_loss.of_target(term)):
+        with mock.patch.object(rm, "pair_terms", test_loss.of_target(term)):
             return pairwise_loss(ids, rewards, pad_id, leading, mask, loss, targets=targets)
 
     return function
@@ -217,7 +217,7 @@ WRONG = {  # a wrong loss, and cases that must tell it apart
         },
     ),
     "a sum for the mean": (
-        with_pair_loss(lambda x: -logsigmoid(x).sum()),
+        with_terms(lambda x: -logsigmoid(x) * len(x)),
         {"no padding", "a long region and a short one weigh the same"},
     ),
     "one too early": (
@@ -245,11 +245,11 @@ WRONG = {  # a wrong loss, and cases that must tell it apart
         {"chosen ends first", "chosen is a prefix of rejected", "identical, padded"},
     ),
     "chosen and rejected swapped": (
-        with_pair_loss(lambda x: -logsigmoid(-x).mean()),
+        with_terms(lambda x: -logsigmoid(-x)),
         {"no padding", "one token"},
     ),
     "log of sigmoid as written": (
-        with_pair_loss(lambda x: -torch.log(torch.sigmoid(x)).mean()),
+        with_terms(lambda x: -torch.log(torch.sigmoid(x))),
         {"large differences against the chosen"},
     ),
     "nothing refused": (
