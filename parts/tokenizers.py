@@ -28,6 +28,7 @@ from parts.chat import (
     plain_template,
 )
 from parts.guards import listed, visible
+from parts.inputs import is_file
 from parts.rows import json_type
 from parts.token_cache import hash_of
 
@@ -324,6 +325,8 @@ def read_backend(file: Path) -> "tokenizers.Tokenizer":
     """Read tokenizer.json, or vocab.json and the merges.txt beside it (byte-level BPE)."""
     if file.name == "vocab.json":
         merges = file.with_name("merges.txt")
+        if not is_file(merges):
+            raise ValueError(f"{merges}: no such file; vocab.json needs it")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(merges)))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
@@ -413,7 +416,7 @@ def prepare_as(class_name: str, backend: "tokenizers.Tokenizer", config: dict) -
 
 
 def has_tokenizer(directory) -> bool:
-    return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
+    return any(is_file(Path(directory) / name) for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto") -> Tokenizer:
@@ -427,7 +430,7 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     """
     path = Path(path)
     files = [path / name for name in TOKENIZER_FILES] if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if is_file(file)]
     if not files:
         missing = "tokenizer in this directory" if path.is_dir() else "such file"
         expected = "tokenizer.model, tokenizer.json, or vocab.json and merges.txt"
@@ -480,7 +483,7 @@ def class_of(directory: Path, config: dict) -> str:
     Returns "" where tokenizer.json alone decides, as it does for some types of models.
     """
     file = directory / "config.json"
-    if file.is_file() and read_object(file).get("model_type") in ("mistral", "qwen2"):
+    if is_file(file) and read_object(file).get("model_type") in ("mistral", "qwen2"):
         return ""
     return (config.get("tokenizer_class") or "").removesuffix("Fast")
 
@@ -518,7 +521,7 @@ def tokenizer_config(directory: Path) -> dict:
     """
     config, legacy = {}, {}
     files = [directory / name for name in CONFIG_FILES]
-    for file in filter(Path.is_file, files):
+    for file in filter(is_file, files):
         found = read_config(file)
         try:
             if file.name == "added_tokens.json":
