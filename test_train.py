@@ -978,6 +978,19 @@ def test_other_ids_that_the_embedding_lacks_are_refused(
     assert "--tokenizer_path" in line
 
 
+@pytest.mark.parametrize("pad_id", [2000, 16777215])
+def test_a_pad_id_far_beyond_the_embedding_is_refused_before_the_data(
+    pad_id, monkeypatch, capsys, tmp_path
+):
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    tokenizer.save(tmp_path)
+    shape = dict(n_positions=64, n_layer=1, n_head=1, n_embd=8)
+    save_backbone(GPT(GPTConfig("gpt2", vocab_size=tokenizer.vocab_size, **shape)), tmp_path)
+    flags = ["--data_path missing.jsonl --max_seq_len 64 --pad_id", pad_id]
+    line = complaint(monkeypatch, capsys, *flags, "--model_name_or_path", tmp_path)
+    assert "--pad_id" in line and f" is {pad_id}, " in line and "expected an id from 0" in line
+
+
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])
 def test_a_sliding_window_narrower_than_the_rows_is_refused_before_the_data(
     model_type, monkeypatch, capsys, tmp_path

@@ -450,15 +450,15 @@ def prepare(args, process: Process):
 def load_model(args, tokenizer: data.Tokenizer, process: Process) -> RewardModel:
     """Load the model of --model_name_or_path, which must have the tokenizer's ids, or get them."""
     directory = args.model_name_or_path
-    leading = leading_pads(args.num_padding_at_beginning, tokenizer)
-    model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective_of(args))
-    rows = read_config(directory)["vocab_size"]
+    rows = GPTConfig.from_hf(read_config(directory), directory).vocab_size
     missing = huggingface.rows_to_add(rows, tokenizer)
     if missing is None:
         raise ValueError(
             f"--model_name_or_path {directory}: has {rows} token ids, the tokenizer "
             f"{tokenizer.text_size}; give the tokenizer of the model (--tokenizer_path)"
         )
+    leading = leading_pads(args.num_padding_at_beginning, tokenizer)
+    model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective_of(args))
     if missing:
         model.backbone.resize_embedding(tokenizer.vocab_size)
         process.print(f"{missing} rows of zeros added to the embedding, for the added tokens")

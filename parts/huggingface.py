@@ -850,6 +850,7 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
 
     That is config.json's pad id, else the tokenizer's, else a new id right after the vocabulary;
     and config.json's number, else 1 where texts begin with a bos that is also the pad, else 0.
+    Raises ValueError as `check_pad_id` does.
     """
     if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
         pad_id = hf.get("pad_token_id")
@@ -857,10 +858,24 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
         pad_id = load_tokenizer(path, chat_template="plain").pad_id
     if pad_id is None:
         pad_id = hf["vocab_size"]
+    check_pad_id(pad_id, hf["vocab_size"], path)
     if leading is None:
         is_bos = family_of(hf["model_type"]).bos_in_front and hf.get("bos_token_id") == pad_id
         leading = hf.get("num_padding_at_beginning", int(is_bos))
     return pad_id, leading
+
+
+def check_pad_id(pad_id: int, rows: int, source):
+    """Raise ValueError where an embedding of `rows` rows would need too many more for a pad id.
+
+    source: the model's directory.
+    """
+    if not isinstance(pad_id, int) or not 0 <= pad_id < rows + MOST_ADDED_ROWS:
+        raise ValueError(
+            f"{source}: the pad id (--pad_id, pad_id, or pad_token_id of config.json) is "
+            f"{shown(pad_id)}, and the embedding has {rows} rows, to which at most "
+            f"{MOST_ADDED_ROWS:,} are added; expected an id from 0 to {rows + MOST_ADDED_ROWS - 1}"
+        )
 
 
 def rows_to_add(rows: int, tokenizer) -> int | None:

@@ -652,6 +652,31 @@ def test_pad_id_beyond_the_embedding_adds_rows_of_zeros():
     assert model.backbone.embed.weight.shape == (100, 32)
 
 
+FAR_PAD_IDS = [1096, 16777215, 2**31, 2**63, 10**400, -1, -(2**63), 1.5, "5"]
+
+
+@pytest.mark.parametrize("pad_id", FAR_PAD_IDS, ids=lambda value: str(value)[:12])
+def test_a_pad_id_far_beyond_the_embedding_is_refused_before_rows_are_added(pad_id, monkeypatch):
+    monkeypatch.setattr(GPT, "resize_embedding", None)
+    with pytest.raises(ValueError) as error:
+        RewardModel.from_pretrained(TESTDATA / "gpt2", pad_id=pad_id)
+    words = [f"{TESTDATA}/gpt2", "--pad_id", f"{pad_id!r}"[:150], "96 rows", "0 to 1095"]
+    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 600
+
+
+def test_a_pad_id_a_thousand_rows_beyond_the_embedding_is_the_last():
+    model = RewardModel.from_pretrained(TESTDATA / "gpt2", pad_id=1095)
+    assert model.pad_id == 1095 and model.backbone.embed.weight.shape == (1096, 32)
+
+
+@pytest.mark.parametrize("pad_id", [1096, 2**24 - 1])
+def test_a_far_pad_id_of_config_json_is_refused(pad_id, tmp_path):
+    directory = broken(tmp_path / "model", {"pad_token_id": pad_id}, {})
+    with pytest.raises(ValueError, match=f"pad_token_id of config.json. is {pad_id}, .* 96 rows"):
+        RewardModel.from_pretrained(directory)
+    assert RewardModel.from_pretrained(directory, pad_id=5).pad_id == 5
+
+
 # --------------------------------------------------------------------------------------------------
 # Errors
 

@@ -54,10 +54,15 @@ BYTE_NAMES = {
     "behavior": "Isolated",
     "invert": False,
 }
+MOST_NEW_IDS = 10_000  # behind a tokenizer's own, up to a new pad id; each gets a name
 UNIGRAM, USER_DEFINED = 1, 4  # in its protobuf: a type of models, and a type of pieces
 
 # --------------------------------------------------------------------------------------------------
 # Two kinds of tokenizers
+
+
+class PadIdError(ValueError):
+    """The pad id that a tokenizer is given is none, or too far beyond its ids."""
 
 
 class Tokenizer:
@@ -117,9 +122,15 @@ class Tokenizer:
         """Set the special ids and sizes of a tokenizer with `size` ids; `pad_id` overrides its pad.
 
         Padding with eos or bos could be mistaken for text, so such a pad is replaced by a new id.
+        Raises PadIdError for a pad id that is none, or far beyond the tokenizer's ids.
         """
         if pad_id is None:
             pad_id = size if own_pad in (None, bos, eos) else own_pad
+        if not isinstance(pad_id, int) or not 0 <= pad_id < size + MOST_NEW_IDS:
+            raise PadIdError(
+                f"the pad id (--pad_id, pad_id, or pad_token_id) is {pad_id!r}, and the tokenizer "
+                f"has {size} ids; expected an id from 0, at most {MOST_NEW_IDS:,} beyond its own"
+            )
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
         self.text_size, self.vocab_size = size, max(size, pad_id + 1)
 
@@ -463,6 +474,8 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
             config = prepare_as(class_name, backend, config) | config
             return HuggingFaceTokenizer(backend, config, pad_id, template)
         tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
+    except PadIdError as error:
+        raise PadIdError(f"{file}: {error}") from None
     except Exception as error:  # tokenizers raises Exception itself
         raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     if not is_ours:
