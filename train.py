@@ -537,11 +537,12 @@ def new_tokenizer(args, template: ChatTemplate) -> data.Tokenizer:
         pairs = itertools.islice(built_in_data(args.seed), TOKENIZER_PAIRS)
         return data.Tokenizer(train_on([map(to_texts, pairs)]), args.pad_id, template=template)
     files, reading = files_of(args.data_path), row_reading(args)
-    hashes = [file_hash(path) for path in files]
+    hashes = {path: file_hash(path) for path in files}
+    contents = [(hashes[path], Path(path).suffix) for path in files]
     key = hash_of(
-        "tokenizer 3", hashes, args.vocab_size, args.skip_bad_rows, reading, template.source
+        "tokenizer 4", contents, args.vocab_size, args.skip_bad_rows, reading, template.source
     )
-    directory = cached(Path(args.data_output_path) / key, build)
+    directory = cached(Path(args.data_output_path) / key, build, hashes)
     model_proto = (directory / "tokenizer.model").read_bytes()
     return data.Tokenizer(model_proto, args.pad_id, template=template)
 
