@@ -18,6 +18,7 @@ import torch
 from parts.files import replacing
 from parts.guards import check_weights, counted
 from parts.inputs import is_file
+from parts.memory import full_memory
 from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -774,6 +775,8 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         try:
             found = dict(load(file))
         except Exception as error:  # of a cut or foreign file; each library has its kinds
+            if full_memory(error):
+                raise error
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
         for name in found:

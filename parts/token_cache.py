@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from parts.guards import counted
 from parts.inputs import is_file
+from parts.memory import full_memory
 from parts.rows import Reading, bad_row, note_lines, nothing_left, read_rows, unused_lines
 
 NO_LIMIT = 1 << 40  # of tokens in a sequence
@@ -333,6 +334,8 @@ def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
         where = [f"{path}:{row}" for row in bad_rows]
         counts, subsets = Counter(about["notes"]), list(about["subsets"])
     except (OSError, EOFError, ValueError, TypeError, LookupError, RecursionError) as error:
+        if full_memory(error):
+            raise MemoryError(f"{directory}: {error}") from None
         message = f"{directory}: foreign ({error}); delete it, and it will be made again"
         raise ValueError(message) from None
     return TokenizedFile(path, key, where, counts, subsets, tokens, sequences, rows)

@@ -29,6 +29,7 @@ from parts.chat import (
 )
 from parts.guards import listed, visible
 from parts.inputs import is_file
+from parts.memory import full_memory
 from parts.rows import json_type
 from parts.token_cache import hash_of
 
@@ -477,6 +478,8 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     except PadIdError as error:
         raise PadIdError(f"{file}: {error}") from None
     except Exception as error:  # tokenizers raises Exception itself
+        if full_memory(error):
+            raise error
         raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     if not is_ours:
         check_no_splits(file, tokenizer)
