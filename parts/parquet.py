@@ -32,7 +32,8 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
                         row += 1
                         yield row, json_of(dict(zip(batch.schema.names, values)))
     except MemoryError as error:
-        raise MemoryError(f"{path}: cannot be read behind row {row} ({error})") from None
+        reason = str(error) or "a batch of rows does not fit"
+        raise MemoryError(f"{path}: cannot be read behind row {row}: {reason}") from None
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
