@@ -454,7 +454,8 @@ def rope_keys(family: Family, hf: dict) -> dict:
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         if low >= high:
             raise ValueError(
-                f"low_freq_factor is {low} and high_freq_factor {high}; expected a lower one"
+                f"low_freq_factor is {low} and high_freq_factor {high}; expected the first to be "
+                "lower"
             )
     return {name: rope[key] for key, name in names.items()} | {"rope_scaling": scaling}
 
@@ -561,7 +562,8 @@ def names_by_parameter(model_type: str, weights: dict, source) -> dict[str, str]
         other = stored.setdefault(bare_name(model_type, name), name)
         if other != name:
             raise ValueError(
-                f"{source}: weights {other} and {name} are one parameter; expected one of them"
+                f"{source}: weights {shown(other)} and {shown(name)} are one parameter; expected "
+                "one of them"
             )
     return stored
 
@@ -781,7 +783,8 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
             raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
         for name in found:
             if name in places:
-                raise ValueError(f"{file}: weight {name} is also in {places[name]}; expected one")
+                other = f"weight {shown(name)} is also in {places[name]}"
+                raise ValueError(f"{file}: {other}; expected it in one file")
             places[name] = file
         weights |= found
     for name, weight in weights.items():

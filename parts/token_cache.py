@@ -447,7 +447,7 @@ def checksum(file: Path) -> list[int]:
     """
     size, crc = 0, 0
     with open(file, "rb") as content:
-        while block := content.read(1 << 20):
+        for block in iter(functools.partial(content.read, 1 << 20), b""):
             size += len(block)
             crc = zlib.crc32(block, crc)
     return [size, crc]
