@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 import data
+from conftest import forked, forked_ok, same_bits
 from data import Comparison
 from parts import token_cache
 from parts.rows import NO_PROMPT, REPEATED, TWICE, Reading, reading_of
@@ -454,6 +455,22 @@ def test_processes_that_find_damage_at_once_build_once(tmp_path, capsys):
         thread.join()
     assert found == ["whole"] * 4 and len(built) == 2
     assert capsys.readouterr().out.count("file is damaged; it is discarded, and made again") == 1
+
+
+def test_two_ranks_that_find_damage_train_on_what_one_of_them_makes_again(small, tmp_path):
+    """Both look before either has prepared. The weights are those of a run with a fresh cache."""
+    cache = tmp_path / "cache"
+    arguments = [*small, "--max_steps 2 --data_output_path", cache]
+    forked_ok(tmp_path / "first", *arguments, processes=2)
+    damaged = sorted(cache.glob("*/tokens.bin")) + sorted(cache.glob("*/tokenizer.model"))
+    for file in damaged:
+        flip(file, 80)
+    codes, said = forked(tmp_path / "second", *arguments, processes=2)
+    assert codes == [0, 0] and len(damaged) == 3
+    for file in damaged:
+        line = f"{file.parent}: {file.name} is damaged; it is discarded, and made again"
+        assert "".join(said).count(line) == 1
+    same_bits(tmp_path / "second", tmp_path / "first")
 
 
 def test_checksums_are_those_of_zlib_in_any_blocks(tmp_path):
