@@ -298,6 +298,7 @@ class GPT(nn.Module):
     def from_hf(cls, hf: dict, weights: dict[str, torch.Tensor], source) -> "GPT":
         """Make a backbone of a parsed config.json and weights under Hugging Face's names."""
         config = GPTConfig.from_hf(hf, source)
+        huggingface.check_sizes(vars(config), weights, source)
         # Shapes without memory: the checkpoint's tensors become the parameters.
         with torch.device("meta"):
             model = cls(config)

@@ -734,9 +734,9 @@ def test_the_cached_tokenizer_follows_from_how_rows_are_read(ours_and_theirs, mo
     """The fields read, the order of files, and the rest of what it is trained on."""
     keys, cached = {}, train.cached
 
-    def watched(directory, build):
+    def watched(directory, *how):
         keys[flags] = directory.name
-        return cached(directory, build)
+        return cached(directory, *how)
 
     def new(flags):
         args = parsed(monkeypatch, "--vocab_size 400", flags)
@@ -997,6 +997,65 @@ def test_other_ids_that_the_embedding_lacks_are_refused(
     line = complaint(monkeypatch, capsys, "--model_name_or_path", tmp_path / "model")
     assert f"has {size - missing} token ids, the tokenizer {size}" in line
     assert "--tokenizer_path" in line
+
+
+@pytest.mark.parametrize("pad_id", [2000, 16777215])
+def test_a_pad_id_far_beyond_the_embedding_is_refused_before_the_data(
+    pad_id, monkeypatch, capsys, tmp_path
+):
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    tokenizer.save(tmp_path)
+    shape = dict(n_positions=64, n_layer=1, n_head=1, n_embd=8)
+    save_backbone(GPT(GPTConfig("gpt2", vocab_size=tokenizer.vocab_size, **shape)), tmp_path)
+    flags = ["--data_path missing.jsonl --max_seq_len 64 --pad_id", pad_id]
+    line = complaint(monkeypatch, capsys, *flags, "--model_name_or_path", tmp_path)
+    assert "--pad_id" in line and f" is {pad_id}, " in line and "expected an id from 0" in line
+
+
+def foreign(file):
+    file.write_bytes(data.train_tokenizer(["another text"] * 9, 300).model_proto)
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+@pytest.mark.parametrize("damage", [foreign, Path.unlink, cut, Path.touch])
+def test_a_damaged_tokenizer_in_the_cache_is_trained_again(damage, monkeypatch, capsys, tmp_path):
+    rows, cache = write_rows(tmp_path / "rows.jsonl", 30), tmp_path / "cache"
+    flags = ["--vocab_size 400 --data_path", rows, "--data_output_path", cache]
+    args = parsed(monkeypatch, *flags)
+    template = given_template("auto")
+    expected = train.new_tokenizer(args, template).model_proto
+    assert "made again" not in capsys.readouterr().out
+    (file,) = cache.glob("*/tokenizer.model")
+    damage(file)
+    is_damaged = damage != Path.touch
+    assert train.new_tokenizer(args, template).model_proto == expected == file.read_bytes()
+    line = f"{file.parent}: tokenizer.model is "
+    assert (line in capsys.readouterr().out) == is_damaged
+
+
+def test_a_tokenizer_is_never_kept_under_the_hash_of_another_text(monkeypatch, tmp_path):
+    """The file changes behind its hash. Later the first text gets its own tokenizer."""
+    rows = write_rows(tmp_path / "rows.jsonl", 30)
+    other = write_rows(tmp_path / "other.jsonl", 30, seed=5).read_bytes()
+    first, hash_of = rows.read_bytes(), train.hash_of
+
+    def changed(*parts):
+        rows.write_bytes(other)
+        return hash_of(*parts)
+
+    flags = ["--vocab_size 400 --data_path", rows, "--data_output_path", tmp_path / "cache"]
+    args, template = parsed(monkeypatch, *flags), given_template("auto")
+    monkeypatch.setattr(train, "hash_of", changed)
+    with pytest.raises(ValueError, match=f"^{rows}: was changed while it was read"):
+        train.new_tokenizer(args, template)
+    assert not list((tmp_path / "cache").glob("*/tokenizer.model"))
+    monkeypatch.setattr(train, "hash_of", hash_of)
+    of_other = train.new_tokenizer(args, template).model_proto
+    rows.write_bytes(first)
+    assert train.new_tokenizer(args, template).model_proto != of_other
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3"])

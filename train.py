@@ -451,15 +451,15 @@ def prepare(args, process: Process):
 def load_model(args, tokenizer: data.Tokenizer, process: Process) -> RewardModel:
     """Load the model of --model_name_or_path, which must have the tokenizer's ids, or get them."""
     directory = args.model_name_or_path
-    leading = leading_pads(args.num_padding_at_beginning, tokenizer)
-    model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective_of(args))
-    rows = read_config(directory)["vocab_size"]
+    rows = GPTConfig.from_hf(read_config(directory), directory).vocab_size
     missing = huggingface.rows_to_add(rows, tokenizer)
     if missing is None:
         raise ValueError(
             f"--model_name_or_path {directory}: has {rows} token ids, the tokenizer "
             f"{tokenizer.text_size}; give the tokenizer of the model (--tokenizer_path)"
         )
+    leading = leading_pads(args.num_padding_at_beginning, tokenizer)
+    model = RewardModel.from_pretrained(directory, tokenizer.pad_id, leading, **objective_of(args))
     if missing:
         model.backbone.resize_embedding(tokenizer.vocab_size)
         process.print(f"{missing} rows of zeros added to the embedding, for the added tokens")
@@ -540,11 +540,12 @@ def new_tokenizer(args, template: ChatTemplate) -> data.Tokenizer:
         pairs = itertools.islice(built_in_data(args.seed), TOKENIZER_PAIRS)
         return data.Tokenizer(train_on([map(to_texts, pairs)]), args.pad_id, template=template)
     files, reading = files_of(args.data_path), row_reading(args)
-    hashes = [file_hash(path) for path in files]
+    hashes = {path: file_hash(path) for path in files}
+    contents = [(hashes[path], Path(path).suffix) for path in files]
     key = hash_of(
-        "tokenizer 3", hashes, args.vocab_size, args.skip_bad_rows, reading, template.source
+        "tokenizer 4", contents, args.vocab_size, args.skip_bad_rows, reading, template.source
     )
-    directory = cached(Path(args.data_output_path) / key, build)
+    directory = cached(Path(args.data_output_path) / key, build, hashes)
     model_proto = (directory / "tokenizer.model").read_bytes()
     return data.Tokenizer(model_proto, args.pad_id, template=template)
 

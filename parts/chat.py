@@ -12,6 +12,7 @@ from datetime import datetime
 from pathlib import Path
 
 from parts.guards import visible
+from parts.inputs import is_file
 from parts.rows import SetupError, check_text, json_type
 
 try:
@@ -300,7 +301,9 @@ def given_template(choice: str) -> ChatTemplate:
         return ChatTemplate()
     path, origin = Path(choice), f"--chat_template {choice}"
     if not path.is_file():
-        found = "is a directory" if path.is_dir() else "no such file"
+        found = "no such file"
+        if path.exists():
+            found = "is a directory" if path.is_dir() else "is no regular file"
         raise ValueError(f"{origin}: {found}; expected auto, plain or a file with a jinja template")
     template = ChatTemplate(read_source(path, origin), origin)
     if not template.source.strip():
@@ -318,9 +321,9 @@ def own_template(directory: Path, own) -> ChatTemplate | None:
     """
     templates, place = {}, directory
     file = directory / TEMPLATE_FILE
-    if file.is_file():
+    if is_file(file):
         templates["default"] = read_source(file, str(file))
-    for file in sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja")):
+    for file in filter(is_file, sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))):
         templates[file.stem] = read_source(file, str(file))
     if not templates:
         place = directory / "tokenizer_config.json"

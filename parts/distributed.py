@@ -23,11 +23,19 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from tqdm import tqdm
 
+from parts.memory import full_memory, memory_line
 from parts.packed import packed_size
 
 # Tokens that an evaluation on a CPU computes on at once, at most. On the built-in data four times
 # as many take a quarter longer: the numbers of a layer are then larger than the caches.
 CPU_TOKENS = 4096
+ROOM = {  # where memory is full: what takes less of it
+    "GPU's": "give fewer --micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage",
+    "machine's": (
+        "give fewer --micro_batch_tokens, a smaller --max_seq_len, --gradient_checkpointing, or a "
+        "smaller model; --dry_run says what the flags take"
+    ),
+}
 PATIENCE = timedelta(days=7)  # for ranks that prepare data, or read a checkpoint
 
 # --------------------------------------------------------------------------------------------------
@@ -328,14 +336,11 @@ def complaint_about(error: BaseException, timeout: float) -> str:
     """
     if isinstance(error, KeyboardInterrupt):
         return "train.py: interrupted before the first step; nothing was trained"
+    if full_memory(error):
+        return f"train.py: error: {memory_line(error, ROOM[full_memory(error)])}"
     if isinstance(error, (ValueError, OSError)):
         return f"train.py: error: {error}"
     first_line = str(error).partition("\n")[0]
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            f"train.py: error: the GPU's memory is full ({first_line}); give fewer "
-            "--micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage"
-        )
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return (
             f"train.py: error: --compile: torch.compile failed ({first_line}); it needs a C++ "

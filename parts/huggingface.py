@@ -11,12 +11,14 @@ import shutil
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import torch
 
 from parts.files import replacing
 from parts.guards import check_weights, counted
+from parts.inputs import is_file
+from parts.memory import full_memory
 from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -259,7 +261,7 @@ def family_of(model_type) -> Family:
     """Return the row of FAMILIES. Raises ValueError where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
+            f"model_type {shown(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -268,17 +270,25 @@ def family_of(model_type) -> Family:
 # config.json
 
 # Kinds of values: how an error words one, and its test.
-COUNT = ("a whole number above 0", lambda value: type(value) is int and 0 < value < 2**31)
-POSITIVE = ("a number above 0", lambda value: type(value) in (int, float) and 0 < value < 2**31)
-FINITE = ("a finite number", lambda value: type(value) in (int, float) and math.isfinite(value))
+COUNT = ("a whole number above 0, below 2^31", lambda value: is_whole(value, 1, 2**31))
+LAYER_COUNT = ("a whole number from 1 to 10,000", lambda value: is_whole(value, 1, 10_001))
+POSITIVE = ("a number above 0, from 1e-30 to 1e30", lambda value: is_number(value, 1e-30, 1e30))
+FINITE = ("a finite number, from -1e30 to 1e30", lambda value: is_number(value, -1e30, 1e30))
 NAME = ("a name", lambda value: isinstance(value, str))
 SWITCH = ("true or false", lambda value: isinstance(value, bool))
 OBJECT = ("an object", lambda value: isinstance(value, dict))
-INTEGER = ("a whole number", lambda value: type(value) is int and value < 2**24)
-TOKEN_ID = ("a token id or null", lambda value: value is None or INTEGER[1](value))
-FRACTION = ("a number above 0, at most 1", lambda value: POSITIVE[1](value) and value <= 1)
+# Llama 1 says by -1 that it has no pad.
+TOKEN_ID = (
+    "a token id (from 0, below 2^24), -1 or null",
+    lambda value: value is None or is_whole(value, -1, 2**24),
+)
+TOKEN_ID_OR_LIST = (
+    "a token id (from 0, below 2^24), -1, null or a list of ids",
+    lambda value: all(map(TOKEN_ID[1], value)) if type(value) is list else TOKEN_ID[1](value),
+)
+FRACTION = ("a number above 0, at most 1", lambda value: is_number(value, 1e-30, 1))
 COUNT_OR_NULL = (f"{COUNT[0]}, or null", lambda value: value is None or COUNT[1](value))
-COUNT_FROM_0 = ("a whole number from 0", lambda value: type(value) is int and 0 <= value < 2**31)
+COUNT_FROM_0 = ("a whole number from 0, below 2^31", lambda value: is_whole(value, 0, 2**31))
 SIDE = ("left or right", lambda value: value in ("left", "right"))
 LAYER_TYPES = ("full_attention", "sliding_attention")
 LAYERS = (
@@ -287,8 +297,9 @@ LAYERS = (
 )
 
 FIELD_KINDS = dict(  # of GPTConfig's fields; the others are counts
+    n_layer=LAYER_COUNT,
     activation=NAME,
-    norm_eps=POSITIVE,
+    norm_eps=FRACTION,
     qkv_bias=SWITCH,
     attn_out_bias=SWITCH,
     mlp_bias=SWITCH,
@@ -301,8 +312,9 @@ FIELD_KINDS = dict(  # of GPTConfig's fields; the others are counts
 )
 KEY_KINDS = dict(  # of keys that any config.json may have
     bos_token_id=TOKEN_ID,
+    eos_token_id=TOKEN_ID_OR_LIST,
     pad_token_id=TOKEN_ID,
-    num_padding_at_beginning=INTEGER,
+    num_padding_at_beginning=COUNT_FROM_0,
     reward_bias=FINITE,
     max_seq_len=COUNT,
     truncation_side=SIDE,
@@ -326,6 +338,16 @@ REWRITTEN = (
 )
 
 
+def is_whole(value, low: int, stop: int) -> bool:
+    """Tell whether a value is an int from `low` to `stop - 1`; true and false are none."""
+    return type(value) is int and low <= value < stop
+
+
+def is_number(value, low: float, high: float) -> bool:
+    """Tell whether a value is a number from `low` to `high`; NaN, true and false are none."""
+    return type(value) in (int, float) and low <= value <= high
+
+
 def all_of(value, names: tuple[str, ...]) -> bool:
     """Tell whether a value is a list of these names alone."""
     return isinstance(value, list) and all(item in names for item in value)
@@ -335,7 +357,13 @@ def check(hf: dict, key: str, kind: tuple):
     """Raise ValueError where the value of `key` is not of its kind."""
     expected, is_of_kind = kind
     if not is_of_kind(hf.get(key)):
-        raise ValueError(f"{key} is {hf.get(key)!r}; expected {expected}")
+        raise ValueError(f"{key} is {shown(hf.get(key))}; expected {expected}")
+
+
+def shown(value) -> str:
+    """Write a value of JSON for an error, cut to 200 characters; nothing in it is invisible."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 def config_fields(hf: dict) -> dict:
@@ -348,7 +376,7 @@ def config_fields(hf: dict) -> dict:
     hf = family.missing | hf | rope_keys(family, hf)
     for key, value in (FIXED | family.fixed).items():
         if hf.get(key, value) != value:
-            raise ValueError(f"{key} is {hf[key]!r}; only {value!r} is supported")
+            raise ValueError(f"{key} is {shown(hf[key])}; only {value!r} is supported")
     if hf.get("quantization_config"):
         raise ValueError(
             "quantization_config: the weights are quantized; give a directory with unquantized "
@@ -365,11 +393,28 @@ def config_fields(hf: dict) -> dict:
     missing = [family.config[field] for field in family.required if field not in fields]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
+    check_heads(family, fields)
     fields["token_ids"] = {key: hf[key] for key in TOKEN_IDS if key in hf}
     fields |= window_fields(family, hf)
     used = (*family.config.values(), *TOKEN_IDS, *fields.get("window_keys", ()), *REWRITTEN)
     fields["other_keys"] = {key: value for key, value in found.items() if key not in used}
     return fields
+
+
+def check_heads(family: Family, fields: dict):
+    """Raise ValueError where a width does not divide into heads. fields: those of config.json."""
+    keys, n_head = family.config, fields["n_head"]
+    n_kv_head, head_dim = fields.get("n_kv_head", n_head), fields.get("head_dim")
+    heads = f"{keys['n_head']} is {n_head}"
+    if n_head % n_kv_head:
+        raise ValueError(f"{heads}, which does not divide by {keys['n_kv_head']} {n_kv_head}")
+    if head_dim is None:
+        head_dim, rest = divmod(fields["n_embd"], n_head)
+        if rest:
+            raise ValueError(f"{heads}, which does not divide {keys['n_embd']} {fields['n_embd']}")
+    turns_all = fields.get("rotary_fraction", family.variant["rotary_fraction"]) == 1
+    if "rope_theta" in fields and turns_all and head_dim % 2:
+        raise ValueError(f"{heads}, of width {head_dim}; rotary positions need an even one")
 
 
 def rope_keys(family: Family, hf: dict) -> dict:
@@ -395,7 +440,7 @@ def rope_keys(family: Family, hf: dict) -> dict:
         add_rope_keys(rope, {key: hf.get(key)})
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type is {kind!r}; supported are default and llama3")
+        raise ValueError(f"rope_type is {shown(kind)}; supported are default and llama3")
     unknown = sorted(rope.keys() - set(ROPE))
     if unknown:
         raise ValueError(f"{unknown[0]} among the rotary keys; supported are {', '.join(ROPE)}")
@@ -404,16 +449,25 @@ def rope_keys(family: Family, hf: dict) -> dict:
         add_rope_keys(rope, {LLAMA_3[-1]: hf.get(LLAMA_3[-1])})
         scaling = {"rope_type": kind}
         for key in LLAMA_3:
-            check(rope, key, FINITE)
+            check(rope, key, POSITIVE)
             scaling[key] = rope[key]
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        if low >= high:
+            raise ValueError(
+                f"low_freq_factor is {low} and high_freq_factor {high}; expected the first to be "
+                "lower"
+            )
     return {name: rope[key] for key, name in names.items()} | {"rope_scaling": scaling}
 
 
 def add_rope_keys(rope: dict, found: dict):
     """Add keys that are not null. Raises ValueError where one is there with another value."""
     for key, value in found.items():
-        if value is not None and rope.setdefault(key, value) != value:
-            raise ValueError(f"{key} is {rope[key]!r} in one place and {value!r} in another")
+        if value is None:
+            continue
+        other = rope.setdefault(key, value)
+        if other is not value and other != value:  # NaN does not equal itself
+            raise ValueError(f"{key} is {shown(other)} in one place and {shown(value)} in another")
 
 
 def window_fields(family: Family, hf: dict) -> dict:
@@ -439,7 +493,7 @@ def window_fields(family: Family, hf: dict) -> dict:
         is_used = "sliding_attention" in layer_types
         if len(layer_types) != n_layer or (is_used and window is None):
             raise ValueError(
-                f"layer_types is {layer_types!r}, which does not fit {n_layer} layers and a "
+                f"layer_types is {shown(layer_types)}, which does not fit {n_layer} layers and a "
                 f"sliding_window of {window}"
             )
     return {"sliding_window": window if is_used else None, "window_keys": keys}
@@ -501,6 +555,69 @@ def is_transposed(model_type: str, name: str, dimensions: int) -> bool:
     return family_of(model_type).transposed and name.startswith("blocks.") and dimensions == 2
 
 
+def names_by_parameter(model_type: str, weights: dict, source) -> dict[str, str]:
+    """Map names without prefixes to those of a checkpoint. Raises ValueError for two of one."""
+    stored = {}
+    for name in weights:
+        other = stored.setdefault(bare_name(model_type, name), name)
+        if other != name:
+            raise ValueError(
+                f"{source}: weights {shown(other)} and {shown(name)} are one parameter; expected "
+                "one of them"
+            )
+    return stored
+
+
+def check_sizes(fields: dict, weights: dict, source):
+    """Raise ValueError that names the key by which config.json asks for more than the weights have.
+
+    fields: of the GPTConfig. It takes no memory: a model of a million layers would take minutes to
+    lay out, before its first weight is missed.
+    """
+    model_type = fields["model_type"]
+    family = family_of(model_type)
+    stored = names_by_parameter(model_type, weights, source)
+    prefix = bare_name(model_type, family.names["blocks"] + ".")
+    layers = {name.split(".")[1] for name in stored if name.startswith(prefix)}
+    if len(layers) < fields["n_layer"]:
+        raise ValueError(
+            f"{source}/config.json: {family.config['n_layer']} is {fields['n_layer']}, but the "
+            f"weights have {counted(len(layers), 'layer')}"
+        )
+    width, head_dim = fields["n_embd"], fields["head_dim"]
+    query, key = fields["n_head"] * head_dim, fields["n_kv_head"] * head_dim
+    sizes = {  # rows, columns, and the fields that they follow from
+        "embed": (fields["vocab_size"], fields["embed_dim"], "vocab_size embed_dim n_embd"),
+        "blocks.0.q": (query, width, "n_head head_dim n_embd"),
+        "blocks.0.k": (key, width, "n_kv_head n_head head_dim n_embd"),
+        "blocks.0.mlp_in": (fields["n_inner"], width, "n_inner n_embd"),
+    }
+    if family.layer_names["q"] == family.layer_names["k"]:
+        del sizes["blocks.0.k"]
+        sizes["blocks.0.q"] = (query + 2 * key, width, "n_head head_dim n_embd")
+    if fields["rope_theta"] is None:
+        rows = fields["n_positions"] + fields["position_offset"]
+        sizes["pos_embed"] = (rows, width, "n_positions n_embd")
+    for module, (rows, columns, names) in sizes.items():
+        theirs = module_name(model_type, module) + ".weight"
+        name = stored.get(bare_name(model_type, theirs))
+        if name is None:
+            raise ValueError(f"{source}: weight {theirs} is missing")
+        expected = [rows, columns]
+        if is_transposed(model_type, module, 2):
+            expected.reverse()
+        found = list(weights[name].shape)
+        if found != expected:
+            asked = []
+            for field in names.split():
+                if field in family.config:
+                    asked.append(f"{family.config[field]} {fields[field]}")
+            raise ValueError(
+                f"{source}: weight {theirs} has shape {found}; config.json asks for {expected} "
+                f"({', '.join(asked)})"
+            )
+
+
 def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[str, torch.Tensor]:
     """Turn the weights of a checkpoint into a state dict of GPT, in float32.
 
@@ -510,7 +627,7 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
     """
     model_type = hf["model_type"]
     family = family_of(model_type)
-    stored = {bare_name(model_type, name): name for name in weights}
+    stored = names_by_parameter(model_type, weights, source)
     state = {}
     for theirs, ours in weight_names(model_type, shapes).items():
         bare = bare_name(model_type, theirs)
@@ -547,7 +664,7 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
         state.update(zip(ours, parts))
     n_layer = hf[family.config["n_layer"]]
     for bare, name in stored.items():
-        if not bare.endswith(family.ignored + HEADS):
+        if bare not in HEADS and not bare.endswith(family.ignored):
             raise ValueError(
                 f"{source}: weight {name} is not part of a {model_type} backbone of "
                 f"{counted(n_layer, 'layer')} (config.json)"
@@ -621,12 +738,12 @@ def read_config(path) -> dict:
     if not Path(path).is_dir():
         raise ValueError(missing_directory(path))
     path = Path(path)
-    try:
-        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not is_file(path / "config.json"):
         raise ValueError(
             f"{path}: no config.json there; a model directory has one beside its weights"
-        ) from None
+        )
+    try:
+        hf = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}/config.json: not JSON ({error})") from None
     if not isinstance(hf, dict):
@@ -643,7 +760,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises ValueError that names the file which is missing or broken.
     """
     path, hf = Path(path), read_config(path)
-    files = [path / name for name in WEIGHT_FILES if (path / name).exists()][:1]
+    files = [path / name for name in WEIGHT_FILES if is_file(path / name)][:1]
     if not files:
         raise ValueError(
             f"{path}: neither model.safetensors nor pytorch_model.bin there, whole or in shards"
@@ -653,13 +770,23 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         load = import_safetensors(f"{path}: reading its safetensors").load_file
     if files[0].suffix == ".json":
         files = shards_of(files[0])
-    weights = {}
+    weights, places = {}, {}
     for file in files:
+        if not is_file(file):
+            raise ValueError(f"{file}: no such file, but the index of the weights names it")
         try:
-            weights |= load(file)
-        except Exception as error:  # of a cut, missing or foreign file; each library has its kinds
+            found = dict(load(file))
+        except Exception as error:  # of a cut or foreign file; each library has its kinds
+            if full_memory(error):
+                raise error
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
+        for name in found:
+            if name in places:
+                other = f"weight {shown(name)} is also in {places[name]}"
+                raise ValueError(f"{file}: {other}; expected it in one file")
+            places[name] = file
+        weights |= found
     for name, weight in weights.items():
         is_named_tensor = isinstance(name, str) and torch.is_tensor(weight)
         if not is_named_tensor or weight.layout != torch.strided or weight.is_meta:
@@ -671,14 +798,35 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """List the files that an index names. Raises ValueError where it is no such index."""
+    """List the files that an index names, all of them in its directory or below.
+
+    Raises ValueError where it is no such index, or names another place.
+    """
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return [index.parent / name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{index}: expected an object with a weight_map ({type(error).__name__}: {error})"
         ) from None
+    for weight, name in weight_map.items():
+        if not is_below(name):
+            raise ValueError(
+                f"{index}: weight_map has {shown(weight)} in {shown(name)}; expected the name of a "
+                "file in this directory, such as model-00001-of-00002.safetensors"
+            )
+    return [index.parent / name for name in sorted(set(weight_map.values()))]
+
+
+def is_below(name) -> bool:
+    """Tell whether a name from an index leads to a file of its directory, or of one below.
+
+    It is a name on every system: no backslash, no drive. Links on the disk may lead anywhere.
+    """
+    if not isinstance(name, str) or "\\" in name or "\0" in name:
+        return False
+    path = PurePosixPath(name)
+    has_drive = bool(PureWindowsPath(name).drive)
+    return bool(path.name) and not (path.is_absolute() or ".." in path.parts or has_drive)
 
 
 def load_pickle(file: Path) -> dict:
@@ -708,6 +856,7 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
 
     That is config.json's pad id, else the tokenizer's, else a new id right after the vocabulary;
     and config.json's number, else 1 where texts begin with a bos that is also the pad, else 0.
+    Raises ValueError as `check_pad_id` does.
     """
     if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
         pad_id = hf.get("pad_token_id")
@@ -715,10 +864,24 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
         pad_id = load_tokenizer(path, chat_template="plain").pad_id
     if pad_id is None:
         pad_id = hf["vocab_size"]
+    check_pad_id(pad_id, hf["vocab_size"], path)
     if leading is None:
         is_bos = family_of(hf["model_type"]).bos_in_front and hf.get("bos_token_id") == pad_id
         leading = hf.get("num_padding_at_beginning", int(is_bos))
     return pad_id, leading
+
+
+def check_pad_id(pad_id: int, rows: int, source):
+    """Raise ValueError where an embedding of `rows` rows would need too many more for a pad id.
+
+    source: the model's directory.
+    """
+    if not isinstance(pad_id, int) or not 0 <= pad_id < rows + MOST_ADDED_ROWS:
+        raise ValueError(
+            f"{source}: the pad id (--pad_id, pad_id, or pad_token_id of config.json) is "
+            f"{shown(pad_id)}, and the embedding has {rows} rows, to which at most "
+            f"{MOST_ADDED_ROWS:,} are added; expected an id from 0 to {rows + MOST_ADDED_ROWS - 1}"
+        )
 
 
 def rows_to_add(rows: int, tokenizer) -> int | None:
@@ -746,6 +909,8 @@ def value_head(
         return None, "no value head there (v_head.weight or score.weight), so a fresh one"
     name = names[0]
     shape = list(weights[name].shape)
+    if len(names) == 2 and list(weights[names[1]].shape) == [1, width]:
+        raise ValueError(f"{source}: {' and '.join(names)} are both value heads; expected one")
     found = f"weight {name} has shape {shape}; expected {[1, width]}"
     if shape == [1, width]:
         return weights[name], f"value head read from {name}"

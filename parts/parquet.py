@@ -31,6 +31,9 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
                     for values in zip(*columns):
                         row += 1
                         yield row, json_of(dict(zip(batch.schema.names, values)))
+    except MemoryError as error:
+        reason = str(error) or "a batch of rows does not fit"
+        raise MemoryError(f"{path}: cannot be read behind row {row}: {reason}") from None
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(

@@ -23,6 +23,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from parts.repeats import read_answers_once, read_dialogue_once, read_text_once
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 EXPECTED_FILE = "expected .jsonl, .jsonl.gz, .json or .parquet"
+MOST_ROW_BYTES = 100_000_000  # of its JSON; some gigabytes are needed to encode so long a text
 MOST_NOTES = 40  # that are printed for a file; its keys may be numbers
 
 # --------------------------------------------------------------------------------------------------
@@ -91,6 +93,11 @@ def read_rows(path) -> Iterator[tuple[int, bytes]]:
     rows = parquet_rows(path) if path.suffix == ".parquet" else json_rows(path)
     is_empty = True
     for line, text in rows:
+        if len(text) > MOST_ROW_BYTES:
+            raise ValueError(
+                f"{path}:{line}: a row of more than {MOST_ROW_BYTES:,} bytes; expected one JSON "
+                "object a line"
+            )
         is_empty = False
         yield line, text
     if is_empty:
@@ -103,7 +110,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     line = 0
     try:
         with open_file(path, "rb") as file:
-            rows = enumerate(file, start=1)
+            # A longer line would fill the memory; `read_rows` refuses it by its beginning.
+            lines = iter(partial(file.readline, MOST_ROW_BYTES + 1), b"")
+            rows = enumerate(lines, start=1)
             if path.suffix == ".json":
                 start = file.peek(1024).lstrip(BYTE_ORDER_MARK + b" \t\r\n")
                 if start.startswith(b"["):
@@ -116,6 +125,8 @@ def json_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         found = f"cannot be decompressed ({error}); the file is cut, damaged, or not gzip"
         raise ValueError(f"{path}:{line + 1}: {found}") from None
+    except MemoryError:
+        raise MemoryError(f"{path}:{line + 1}: cannot be read into memory") from None
 
 
 def array_items(path, content: bytes) -> Iterator[tuple[int, bytes]]:

@@ -28,6 +28,7 @@ from parts.files import replacing, sync
 from parts.flags import REPOSITORY
 from parts.guards import counted
 from parts.huggingface import WEIGHT_FILES
+from parts.memory import full_memory
 from parts.metrics import Writer
 from parts.token_cache import file_hash
 from parts.tokenizers import CONFIG_FILES, TOKENIZER_FILES
@@ -306,7 +307,7 @@ class RunDirectory:
         try:
             yield
         except (OSError, RuntimeError) as error:
-            if lost_process(error) or isinstance(error, torch.OutOfMemoryError):
+            if lost_process(error) or full_memory(error):
                 raise error
             reason = str(error).partition("\n")[0]
             raise ValueError(

@@ -4,12 +4,14 @@ import json
 import math
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import data
+import model
 from model import GPT, GPTConfig
 from parts.huggingface import (
     FAMILIES,
@@ -650,6 +652,31 @@ def test_pad_id_beyond_the_embedding_adds_rows_of_zeros():
     assert model.backbone.embed.weight.shape == (100, 32)
 
 
+FAR_PAD_IDS = [1096, 16777215, 2**31, 2**63, 10**400, -1, -(2**63), 1.5, "5"]
+
+
+@pytest.mark.parametrize("pad_id", FAR_PAD_IDS, ids=lambda value: str(value)[:12])
+def test_a_pad_id_far_beyond_the_embedding_is_refused_before_rows_are_added(pad_id, monkeypatch):
+    monkeypatch.setattr(GPT, "resize_embedding", None)
+    with pytest.raises(ValueError) as error:
+        RewardModel.from_pretrained(TESTDATA / "gpt2", pad_id=pad_id)
+    words = [f"{TESTDATA}/gpt2", "--pad_id", f"{pad_id!r}"[:150], "96 rows", "0 to 1095"]
+    assert all(word in str(error.value) for word in words) and len(str(error.value)) < 600
+
+
+def test_a_pad_id_a_thousand_rows_beyond_the_embedding_is_the_last():
+    model = RewardModel.from_pretrained(TESTDATA / "gpt2", pad_id=1095)
+    assert model.pad_id == 1095 and model.backbone.embed.weight.shape == (1096, 32)
+
+
+@pytest.mark.parametrize("pad_id", [1096, 2**24 - 1])
+def test_a_far_pad_id_of_config_json_is_refused(pad_id, tmp_path):
+    directory = broken(tmp_path / "model", {"pad_token_id": pad_id}, {})
+    with pytest.raises(ValueError, match=f"pad_token_id of config.json. is {pad_id}, .* 96 rows"):
+        RewardModel.from_pretrained(directory)
+    assert RewardModel.from_pretrained(directory, pad_id=5).pad_id == 5
+
+
 # --------------------------------------------------------------------------------------------------
 # Errors
 
@@ -879,6 +906,217 @@ def test_bad_files_are_refused(spoil, words, tmp_path, capfd):
         RewardModel.from_pretrained(directory)
     assert all(word in str(error.value) for word in [str(directory), *words]), error.value
     assert "code in a pickle ran" not in capfd.readouterr().out
+
+
+OUTSIDE = ["../a.bin", "/a.bin", "below/../../a.bin", "..", ".", "", "a\\..\\..\\a.bin", "C:a.bin"]
+OUTSIDE += ["\\a.bin", "a\0.bin", None, True, 5, ["a.bin"], {}]
+
+
+@pytest.mark.parametrize("name", OUTSIDE, ids=str)
+@pytest.mark.parametrize("index", ["model.safetensors", "pytorch_model.bin"])
+def test_an_index_names_files_of_its_directory_alone(index, name, tmp_path):
+    """The file that it names outside is there, so that an error is not about a missing one."""
+    directory = broken(tmp_path / "model", {}, {})
+    (directory / "pytorch_model.bin").rename(tmp_path / "a.bin")
+    (directory / f"{index}.index.json").write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(directory)
+    start = f"{directory}/{index}.index.json: weight_map has 'wte.weight' in {name!r}; expected"
+    assert str(error.value).startswith(start)
+
+
+def test_links_to_other_places_are_followed(tmp_path):
+    """The cache of huggingface_hub is made of them."""
+    directory = broken(tmp_path / "model", {}, {})
+    expected = GPT.from_pretrained(directory).state_dict()
+    for name in ("config.json", "pytorch_model.bin"):
+        (directory / name).rename(tmp_path / name)
+    (directory / "config.json").symlink_to("../config.json")
+    (directory / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "shard.bin"}}')
+    (directory / "shard.bin").symlink_to(tmp_path / "pytorch_model.bin")
+    found = GPT.from_pretrained(directory).state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+TWO_NAMES = [  # families, and what stands before the second name of a parameter
+    *((model_type, FAMILIES[model_type].prefixes[0]) for model_type in FAMILIES),
+    *((model_type, "rwtransformer.") for model_type in FAMILIES),
+    *((model_type, "rwtranrsformer.") for model_type in FAMILIES),
+    *((model_type, "rwtransformer." + FAMILIES[model_type].prefixes[0]) for model_type in FAMILIES),
+]
+
+
+@pytest.mark.parametrize("model_type, prefix", TWO_NAMES)
+def test_two_names_of_one_parameter_are_refused(model_type, prefix, tmp_path):
+    """Which one was loaded would depend on their order in the file."""
+    backbone = GPT(small(model_type))
+    save_backbone(backbone, tmp_path)
+    GPT.from_pretrained(tmp_path)
+    for name in backbone.to_hf():
+        (tmp_path / "pytorch_model.bin").unlink()
+        save_backbone(backbone, tmp_path)
+        add_weight(tmp_path, prefix + name, torch.zeros(1))
+        with pytest.raises(ValueError) as error:
+            GPT.from_pretrained(tmp_path)
+        assert f"{tmp_path}: weights {name!r} and {prefix + name!r} are one param" in str(
+            error.value
+        )
+
+
+def test_one_name_in_two_shards_is_refused(tmp_path):
+    directory = broken(tmp_path / "model", {}, {})
+    shutil.copy(directory / "pytorch_model.bin", directory / "a.bin")
+    (directory / "pytorch_model.bin").rename(directory / "b.bin")
+    index = {"weight_map": {"wte.weight": "a.bin", "wpe.weight": "b.bin"}}
+    (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(
+        ValueError, match="/b.bin: weight .* is also in .*/a.bin; expected it in one"
+    ):
+        GPT.from_pretrained(directory)
+
+
+def test_two_value_heads_are_refused(tmp_path):
+    directory = broken(tmp_path / "model", {}, {})
+    add_weight(directory, "v_head.weight", torch.ones(1, 32))
+    add_weight(directory, "score.weight", torch.ones(2, 32))  # a classifier's is passed over
+    assert (
+        RewardModel.from_pretrained(directory).head_remark == "value head read from v_head.weight"
+    )
+    add_weight(directory, "score.weight", torch.zeros(1, 32))
+    with pytest.raises(ValueError, match="v_head.weight and score.weight are both value heads"):
+        RewardModel.from_pretrained(directory)
+
+
+# --------------------------------------------------------------------------------------------------
+# Every key of config.json, with every kind of wrong value
+
+HUGE = [10**400, -(10**400), 1e300, math.inf, -math.inf, math.nan]
+NO_COUNTS = [0, -1, True, 1.5, 2**31, 10**12, "2", [2], {}, *HUGE]
+NO_NUMBERS = [True, "1", [1], {}, *HUGE]
+NO_SWITCHES = [0, 1, "true", [], {}, *HUGE]
+NO_IDS = [-2, 2**24, 2**63, True, 1.5, "1", {}, *HUGE]
+LAYER_KEYS = ("n_layer", "num_hidden_layers")
+SIZES = ("vocab_size", "n_embd", "n_inner", "n_head", "head_dim", "n_kv_head", "embed_dim")
+
+
+def wrong_values(model_type):
+    """Yield each key of a family's config.json with values that are not of its kind."""
+    for field, key in FAMILIES[model_type].config.items():
+        if field == "norm_eps":
+            values = [0, -1e-5, 2, *NO_NUMBERS]
+        elif field == "rope_theta":
+            values = [0, -1, *NO_NUMBERS]
+        elif field == "rotary_fraction":
+            values = [0, -1, 2, *NO_NUMBERS]
+        elif field == "rope_scaling":
+            values = [True, "x", [1], 5, *HUGE]
+        elif field == "activation":
+            values = [True, 1, [], {}, *HUGE]
+        elif field == "sliding_window":
+            values = [value for value in NO_COUNTS if value is not None]
+        elif field.endswith("bias") or field in ("pre_norm", "parallel_residual"):
+            values = NO_SWITCHES
+        else:
+            values = NO_COUNTS
+        for value in values:
+            yield key, value
+    for value in NO_IDS:
+        yield "pad_token_id", value
+        yield "bos_token_id", value
+        yield "eos_token_id", value
+        yield "eos_token_id", [1, value]
+    for key in ("num_padding_at_beginning", "max_seq_len"):
+        for value in NO_COUNTS[1:]:
+            yield key, value
+    for value in NO_NUMBERS:
+        yield "reward_bias", value
+    for value in [1, "top", [], None, *HUGE]:
+        yield "truncation_side", value
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_value_of_another_kind_is_named_with_its_key(model_type, tmp_path):
+    hf = small(model_type).to_hf()
+    GPTConfig.from_hf(hf, "model")
+    count = 0
+    for key, value in wrong_values(model_type):
+        with pytest.raises(ValueError) as error:
+            GPTConfig.from_hf(hf | {key: value}, "model")
+        words = str(error.value)
+        assert words.startswith("model/config.json: ") and len(words) < 600
+        assert f"{key} is {value!r}"[:150] in words and "expected" in words, (key, value, words)
+        count += 1
+    assert count > 150
+
+
+LAYOUT_KEYS = [  # families, and their keys that weights have as a size
+    (model_type, key)
+    for model_type, family in FAMILIES.items()
+    for field, key in family.config.items()
+    if field in (*SIZES, "n_layer")
+    or (field == "n_positions" and "rope_theta" not in family.config)
+]
+
+
+@pytest.mark.parametrize("factor", [3, 2**20])  # twice as many heads may have half the width
+@pytest.mark.parametrize("model_type, key", LAYOUT_KEYS)
+def test_sizes_are_compared_with_the_weights_before_a_model_is_built(
+    model_type, key, factor, tmp_path, monkeypatch
+):
+    """A million layers would take minutes, and the product of two sizes may overflow."""
+    overrides = {"n_kv_head": 2, "head_dim": 6} if model_type in GROUPED else {}
+    backbone = GPT(small(model_type, **overrides))
+    save_backbone(backbone, tmp_path)
+    hf = json.loads((tmp_path / "config.json").read_text())
+    monkeypatch.setattr(model.Block, "__init__", None)
+    hf[key] *= factor
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(tmp_path)
+    assert str(tmp_path) in str(error.value) and f"{key} " in str(error.value)
+    assert f"{hf[key]}" in str(error.value) and "config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("model_type", ROTARY)
+def test_positions_of_rotary_families_take_no_memory(model_type, tmp_path):
+    save_backbone(GPT(small(model_type, n_positions=2**31 - 1)), tmp_path)
+    assert GPT.from_pretrained(tmp_path).config.n_positions == 2**31 - 1
+
+
+def test_layers_are_counted_and_not_believed(tmp_path):
+    """The weights name a layer of a high number, and no others below it."""
+    backbone = GPT(small("gpt2"))
+    save_backbone(backbone, tmp_path)
+    add_weight(tmp_path, "h.9999.ln_1.weight", torch.ones(16))
+    hf = json.loads((tmp_path / "config.json").read_text()) | {"n_layer": 10_000}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    with pytest.raises(ValueError, match="n_layer is 10000, but the weights have 3 layers"):
+        GPT.from_pretrained(tmp_path)
+
+
+WRONG_ROPE = [  # keys of rope_scaling, and words of the error
+    *(({"factor": value}, "factor is") for value in [0, -1, None, *NO_NUMBERS]),
+    *(({"low_freq_factor": value}, "low_freq_factor is") for value in [0, -1, None, *NO_NUMBERS]),
+    *(({"high_freq_factor": value}, "high_freq_factor is") for value in [0, -1, None, *NO_NUMBERS]),
+    *(
+        ({"original_max_position_embeddings": value}, "original_max_position_embeddings is")
+        for value in [0, -1, None, *NO_NUMBERS]
+    ),
+    ({"low_freq_factor": 4.0}, "low_freq_factor is 4.0 and high_freq_factor 4.0"),
+    ({"high_freq_factor": 0.5}, "low_freq_factor is 1.0 and high_freq_factor 0.5"),
+]
+
+
+@pytest.mark.parametrize("place", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("keys, words", WRONG_ROPE, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize("model_type", ROTARY)
+def test_rotary_numbers_that_give_no_numbers_are_refused(model_type, keys, words, place):
+    rope = {"rope_type": "llama3", **LLAMA_3} | keys
+    with pytest.raises(ValueError) as error:
+        GPTConfig.from_hf(small(model_type).to_hf() | {place: rope}, "model")
+    assert (
+        str(error.value).startswith(f"model/config.json: {words}") and len(str(error.value)) < 600
+    )
 
 
 def test_missing_directory_is_named():

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import pyarrow.parquet
 import pytest
 
 import data
+from conftest import forked, forked_ok, same_bits
 from data import Comparison
 from parts import token_cache
 from parts.rows import NO_PROMPT, REPEATED, TWICE, Reading, reading_of
@@ -340,34 +342,196 @@ def test_bad_rows_of_a_token_file(tmp_path):
     )  # the one that came out
 
 
-@pytest.mark.parametrize(
-    "name, change",
-    [
-        ("tokens.bin", lambda content: content[:-4]),
-        ("tokens.bin", lambda content: content[:-1]),
-        ("tokens.bin", lambda content: b""),
-        ("tokens.bin", None),
-        ("rows.npy", lambda content: content[:-1]),
-        ("sequences.npy", lambda content: b""),
-        ("bad_rows.json", lambda content: b"["),
-        ("about.json", lambda content: b"["),
-        ("about.json", None),
-    ],
-)
-def test_damaged_token_file_is_said_and_can_be_deleted(tmp_path, name, change):
+def flip(file, bit=0):
+    content = bytearray(file.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(content)
+
+
+def replace_by(make):
+    def replace(file):
+        file.unlink()
+        make(file)
+
+    return replace
+
+
+DAMAGES = {  # of a file
+    "first bit": flip,
+    "last bit": lambda file: flip(file, 8 * file.stat().st_size - 1),
+    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
+    "half": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "without the last byte": lambda file: os.truncate(file, file.stat().st_size - 1),
+    "longer": lambda file: file.write_bytes(file.read_bytes() * 2),
+    "empty": lambda file: file.write_bytes(b""),
+    "five": lambda file: file.write_bytes(b"5"),
+    "bracket": lambda file: file.write_bytes(b"["),
+    "nesting": lambda file: file.write_bytes(b"[" * 10**5),
+    "missing": Path.unlink,
+    "a directory": replace_by(Path.mkdir),
+    "a named pipe": replace_by(os.mkfifo),
+    "a lost link": replace_by(lambda file: file.symlink_to("nowhere")),
+}
+ENTRY = ("tokens.bin", "sequences.npy", "rows.npy", "bad_rows.json", "about.json", "checksums.json")
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("name", ENTRY)
+def test_a_damaged_entry_is_made_again_and_a_line_says_so(tmp_path, name, kind, capsys):
+    path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"]), None])
+    how = (path, Letters(), 99, "left", tmp_path / "cache", True)
+    file = data.tokenize_file(*how)
+    expected = file.notes(), groups_of(file)
+    directory = tmp_path / "cache" / file.key
+    assert {file.name for file in directory.iterdir()} == set(ENTRY)
+    assert capsys.readouterr().out == ""
+    DAMAGES[kind](directory / name)
+    file = data.tokenize_file(*how)
+    assert (file.notes(), groups_of(file)) == expected
+    line = capsys.readouterr().out
+    assert line.startswith(f"{directory}: ") and line.count("\n") == 1 and "made again" in line
+    assert name in line or name == "checksums.json"
+    file = data.tokenize_file(*how)
+    assert (file.notes(), groups_of(file)) == expected and capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("make", [Path.touch, os.mkfifo, Path.mkdir])
+def test_something_else_in_place_of_an_entry_is_replaced(tmp_path, make, capsys):
     path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])])
     how = (path, Letters(), 99, "left", tmp_path / "cache")
     directory = tmp_path / "cache" / data.tokenize_file(*how).key
-    content = (directory / name).read_bytes()
-    (directory / name).unlink()
-    if change:
-        (directory / name).write_bytes(change(content))
-    with pytest.raises(
-        ValueError, match=f"^{directory}: damaged .*; delete it, and it will be made again"
-    ):
-        data.tokenize_file(*how)
     shutil.rmtree(directory)
+    make(directory)
     assert letters(groups_of(data.tokenize_file(*how))) == [["<pa>", "<pb>"]]
+    assert capsys.readouterr().out.startswith(f"{directory}: ")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("bad_rows.json", b"5"),
+        ("bad_rows.json", b"["),
+        ("about.json", b"[]"),
+        ("about.json", b"{}"),
+        ("sequences.npy", b""),
+        ("rows.npy", b"\x93NUMPY"),
+        ("tokens.bin", b""),
+        ("tokens.bin", b"1234"),
+    ],
+)
+def test_foreign_content_with_right_checksums_is_named(tmp_path, name, content):
+    """Somebody has made the checksums anew."""
+    path = write(tmp_path / "a.jsonl", [Comparison("p", ["a", "b"])])
+    how = (path, Letters(), 99, "left", tmp_path / "cache")
+    directory = tmp_path / "cache" / data.tokenize_file(*how).key
+    (directory / name).write_bytes(content)
+    (directory / "checksums.json").unlink()
+    token_cache.write_checksums(directory)
+    with pytest.raises(ValueError, match=f"^{directory}: foreign .*; delete it, and it will be"):
+        data.tokenize_file(*how)
+
+
+def test_processes_that_find_damage_at_once_build_once(tmp_path, capsys):
+    """They wait for each other at the first look, and at the lock; one builds, all use it."""
+    built, found = [], []
+    looks = threading.Barrier(4)
+
+    def build(directory):
+        (directory / "file").write_text("whole")
+        built.append(directory)
+
+    def look():
+        entry = tmp_path / "a"
+        assert token_cache.damage(entry)
+        looks.wait(timeout=600)
+        found.append((token_cache.cached(entry, build) / "file").read_text())
+
+    token_cache.cached(tmp_path / "a", build)
+    (tmp_path / "a" / "file").write_text("whale")
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["whole"] * 4 and len(built) == 2
+    assert capsys.readouterr().out.count("file is damaged; it is discarded, and made again") == 1
+
+
+def test_two_ranks_that_find_damage_train_on_what_one_of_them_makes_again(small, tmp_path):
+    """Both look before either has prepared. The weights are those of a run with a fresh cache."""
+    cache = tmp_path / "cache"
+    arguments = [*small, "--max_steps 2 --data_output_path", cache]
+    forked_ok(tmp_path / "first", *arguments, processes=2)
+    damaged = sorted(cache.glob("*/tokens.bin")) + sorted(cache.glob("*/tokenizer.model"))
+    for file in damaged:
+        flip(file, 80)
+    codes, said = forked(tmp_path / "second", *arguments, processes=2)
+    assert codes == [0, 0] and len(damaged) == 3
+    for file in damaged:
+        line = f"{file.parent}: {file.name} is damaged; it is discarded, and made again"
+        assert "".join(said).count(line) == 1
+    same_bits(tmp_path / "second", tmp_path / "first")
+
+
+def test_checksums_are_those_of_zlib_in_any_blocks(tmp_path):
+    content = np.random.default_rng(0).bytes(3 * 2**20 + 7)
+    (tmp_path / "a").write_bytes(content)
+    assert token_cache.checksum(tmp_path / "a") == [len(content), zlib.crc32(content)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files that change
+
+
+def put(path, content, like=None):
+    """Write a file in place, or with `like`, the result of os.stat, as if it were as old."""
+    path.write_bytes(content)
+    if like:
+        os.utime(path, ns=(like.st_atime_ns, like.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keeps_time", [False, True])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.parquet"])
+@pytest.mark.parametrize("moment", ["before", "while", "while, and back"])
+def test_tokens_are_never_kept_under_the_hash_of_another_content(
+    tmp_path, monkeypatch, moment, name, keeps_time
+):
+    """The file changes behind its hash: before it is read, as it is, or until it has been read."""
+    path, other = tmp_path / name, tmp_path / f"other {name}"
+    for file, response in ((path, "a"), (other, "b")):
+        row = {"prompt": "p", "chosen": response, "rejected": "c"}
+        if name.endswith(".parquet"):
+            table = pyarrow.table({field: [text] for field, text in row.items()})
+            pyarrow.parquet.write_table(table, file)
+        else:
+            content = lines([row]).encode()
+            file.write_bytes(gzip.compress(content, mtime=0) if ".gz" in name else content)
+    first, second = path.read_bytes(), other.read_bytes()
+    assert first != second and len(first) == len(second)
+    stat = os.stat(path) if keeps_time else None
+    read_rows, build_from = token_cache.read_rows, token_cache.build_from
+
+    def changed_before(*arguments):
+        put(path, second, stat)
+        build_from(*arguments)
+
+    def changed_while(file):
+        put(path, second, stat)
+        yield from read_rows(file)
+        if "back" in moment:
+            put(path, first)
+
+    if moment == "before":
+        monkeypatch.setattr(token_cache, "build_from", changed_before)
+    else:
+        monkeypatch.setattr(token_cache, "read_rows", changed_while)
+    how = (Letters(), 99, "left", tmp_path / "cache")
+    with pytest.raises(ValueError, match=f"^{path}: was changed while it was read; start again"):
+        data.tokenize_file(path, *how)
+    assert {entry.suffix for entry in (tmp_path / "cache").iterdir()} == {".lock"}
+    monkeypatch.undo()
+    response = "b" if path.read_bytes() == second else "a"
+    assert letters(groups_of(data.tokenize_file(path, *how))) == [[f"<p{response}>", "<pc>"]]
 
 
 def test_a_file_that_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
@@ -480,11 +644,14 @@ def test_processes_that_need_the_same_directory_wait_for_the_one_that_builds(tmp
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == ["whole"] * 4 and len(built) == 1 and synced == [tmp_path / "new/a.part/file"]
+    assert found == ["whole"] * 4 and len(built) == 1
+    part = tmp_path / "new/a.part"
+    assert sorted(synced) == [part / "checksums.json", part / "file"]
     assert {str(entry.relative_to(tmp_path)) for entry in tmp_path.rglob("*")} == {
         "new",
         "new/a",
         "new/a.lock",
+        "new/a/checksums.json",
         "new/a/file",
     }
     # In a directory that is not there yet:

@@ -157,6 +157,18 @@ def test_damaged_tokenizer_file(tmp_path, tokenizer, file, content, found):
         data.load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("pad_id", [10_400, 2**24 - 1, 2**63, 10**400, -1, 1.5, "5"], ids=repr)
+@pytest.mark.parametrize("kind", ["sentencepiece", "Hugging Face"])
+def test_a_pad_id_far_beyond_the_ids_is_refused(kind, pad_id, tokenizer, tmp_path):
+    """Each id up to it would get a name: sixteen million of them take minutes, and gigabytes."""
+    tokenizer.save(tmp_path)
+    file = tmp_path / ("tokenizer.model" if kind == "sentencepiece" else "tokenizer.json")
+    size = tokenizer.text_size
+    with pytest.raises(ValueError, match=f"^{file}: the pad id .--pad_id.* tokenizer has {size} i"):
+        data.load_tokenizer(file, pad_id=pad_id)
+    assert data.load_tokenizer(file, pad_id=size + 1000).vocab_size == size + 1001
+
+
 @pytest.mark.parametrize("pad_id", [None, 2, 450])
 def test_a_saved_tokenizer_is_read_without_the_library(tmp_path, monkeypatch, tokenizer, pad_id):
     """It has the same ids and files, whether the library `tokenizers` was there or not."""

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,10 +22,13 @@ import numpy as np
 from tqdm import tqdm
 
 from parts.guards import counted
+from parts.inputs import is_file
+from parts.memory import full_memory
 from parts.rows import Reading, bad_row, note_lines, nothing_left, read_rows, unused_lines
 
 NO_LIMIT = 1 << 40  # of tokens in a sequence
 CHUNK_BYTES = 1 << 20  # rows of a file are tokenized together up to this size of their JSON
+CHECKSUMS = "checksums.json"  # in a cached directory: the length and CRC-32 of its other files
 
 # One row of a file: line number, what `Tokenized` has of it, the index of its subset's name (-1:
 # none), and its sequences `first` to `first + count - 1`.
@@ -227,12 +231,13 @@ def token_file(
     fingerprint: of the tokenizer; with max_seq_len, side and reading all that tokenize_rows follows
         from.
     cache_dir: one process of a machine writes the tokens there once, while others that need them
-        wait. They are found again by a hash of the file's content and the other arguments.
+        wait. They are found again by a hash of the file's content and the other arguments, and
+        made again where they are damaged.
     Raises ValueError that names the file and the line, or the file where all rows are identical.
     """
     content = file_hash(path)
     how = (fingerprint, max_seq_len, side, skip_bad_rows, reading)
-    key = hash_of("tokens 4", content, Path(path).suffix, *how)
+    key = hash_of("tokens 5", content, Path(path).suffix, *how)
 
     def build(directory: Path):
         bad_rows = [] if skip_bad_rows else None
@@ -245,14 +250,12 @@ def token_file(
                 f"{path}: has {counted(len(rows), 'row')}, and the responses of each are identical "
                 f"(--max_seq_len {max_seq_len}); some must differ"
             )
-        if file_hash(path) != content:
-            raise ValueError(f"{path}: was changed while it was read; start again when complete")
         np.save(directory / "sequences.npy", sequences)
         np.save(directory / "rows.npy", rows)
         (directory / "bad_rows.json").write_text(json.dumps(bad_rows or []))
         (directory / "about.json").write_text(json.dumps(about))
 
-    return open_tokens(cached(Path(cache_dir) / key, build), path, key)
+    return open_tokens(cached(Path(cache_dir) / key, build, {path: content}), path, key)
 
 
 def write_tokens(
@@ -316,6 +319,10 @@ def divide_rows(rows: Iterator[tuple[int, bytes]]) -> Iterator[list[tuple[int, b
 
 
 def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
+    """Map the files of a cached directory. Raises ValueError where they are none of `token_file`.
+
+    Their checksums are right, so an accident has not made them so.
+    """
     try:
         sequences = np.load(directory / "sequences.npy", mmap_mode="r")
         rows = np.load(directory / "rows.npy", mmap_mode="r")
@@ -324,11 +331,13 @@ def open_tokens(directory: Path, path, key: str) -> TokenizedFile:
         tokens = np.memmap(directory / "tokens.bin", np.int32, "r")
         if len(tokens) != sequences[-1]:
             raise ValueError(f"{len(tokens)} tokens in place of {sequences[-1]}")
-    except (OSError, EOFError, ValueError) as error:
-        message = f"{directory}: damaged ({error}); delete it, and it will be made again"
+        where = [f"{path}:{row}" for row in bad_rows]
+        counts, subsets = Counter(about["notes"]), list(about["subsets"])
+    except (OSError, EOFError, ValueError, TypeError, LookupError, RecursionError) as error:
+        if full_memory(error):
+            raise MemoryError(f"{directory}: {error}") from None
+        message = f"{directory}: foreign ({error}); delete it, and it will be made again"
         raise ValueError(message) from None
-    where = [f"{path}:{row}" for row in bad_rows]
-    counts, subsets = Counter(about["notes"]), list(about["subsets"])
     return TokenizedFile(path, key, where, counts, subsets, tokens, sequences, rows)
 
 
@@ -340,14 +349,26 @@ def file_hash(path) -> str:
     """Return the SHA-256 of a file, which is read once, and again if the file changes."""
     if not Path(path).is_file():
         next(read_rows(path))  # raises the error that says what is there
-    stat = os.stat(path)
-    return content_hash(path, stat.st_size, stat.st_mtime_ns)
+    return content_hash(path, *version_of(path), os.stat(path).st_ctime_ns)
 
 
 @functools.lru_cache
 def content_hash(path, *version) -> str:
+    return content_hash_now(path)
+
+
+def content_hash_now(path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def version_of(path) -> tuple[int, ...]:
+    """Return numbers of a file that change with its content: inode, size, time of change.
+
+    The time of a change to the inode (ctime) is none of them: a new hard link changes that, too.
+    """
+    stat = os.stat(path)
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def hash_of(*parts) -> str:
@@ -355,23 +376,34 @@ def hash_of(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def cached(directory: Path, build: Callable[[Path], None]) -> Path:
+def cached(
+    directory: Path, build: Callable[[Path], None], sources: dict[str, str] | None = None
+) -> Path:
     """Return `directory`; where it is missing, one process has `build` fill it, and others wait.
 
-    It is complete or absent: a directory that is half built when a process ends is discarded.
+    It is complete or absent: a directory that is half built when a process ends is discarded. Its
+    files are compared with their checksums; where one is damaged, all are built again, and a line
+    says so.
+    sources: files that `build` reads, and the `file_hash` of each, which the name of the directory
+        follows from. Raises ValueError that names a source which was changed since, or meanwhile.
     """
-    if directory.exists():
+    if directory.exists() and not damage(directory):
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     with open(directory.with_name(directory.name + ".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when its process ends, however that happens
-        if directory.exists():  # another process has built it meanwhile
-            return directory
+        if directory.exists():
+            found = damage(directory)
+            if not found:  # another process has built it meanwhile
+                return directory
+            tqdm.write(f"{directory}: {found}; it is discarded, and made again")
+            discard(directory)
         part = directory.with_name(directory.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)  # left by a process that was killed
+        discard(part)  # left by a process that was killed
         part.mkdir()
         try:
-            build(part)
+            build_from(sources or {}, build, part)
+            write_checksums(part)
             for file in part.iterdir():
                 with open(file, "rb+") as written:
                     os.fsync(written)
@@ -379,3 +411,61 @@ def cached(directory: Path, build: Callable[[Path], None]) -> Path:
         finally:
             shutil.rmtree(part, ignore_errors=True)  # it is there only after an error
     return directory
+
+
+def discard(path: Path):
+    """Delete a directory, or whatever lies there in place of it. Raises OSError where it stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def build_from(sources: dict[str, str], build: Callable[[Path], None], directory: Path):
+    """Have `build` fill a directory from files which still have, and keep, the given hashes.
+
+    They are hashed again behind `build`, so the content that it read is the content of the hash: a
+    change since would give another hash, one that was taken back another time of change.
+    """
+    versions = [version_of(path) for path in sources]
+    build(directory)
+    for (path, content), version in zip(sources.items(), versions):
+        if version_of(path) != version or content_hash_now(path) != content:
+            raise ValueError(f"{path}: was changed while it was read; start again when complete")
+
+
+def write_checksums(directory: Path):
+    checksums = {file.name: checksum(file) for file in directory.iterdir()}
+    (directory / CHECKSUMS).write_text(json.dumps(checksums))
+
+
+def checksum(file: Path) -> list[int]:
+    """Return the length and the CRC-32 of a file.
+
+    That is against accidents of disks and programs. Whoever can write into a cache on purpose can
+    write checksums, too, so a slower hash would not be safer.
+    """
+    size, crc = 0, 0
+    with open(file, "rb") as content:
+        for block in iter(functools.partial(content.read, 1 << 20), b""):
+            size += len(block)
+            crc = zlib.crc32(block, crc)
+    return [size, crc]
+
+
+def damage(directory: Path) -> str:
+    """Say which file of a cached directory is not as it was written; "" where all are."""
+    try:
+        if not is_file(directory / CHECKSUMS):
+            return f"{CHECKSUMS} is missing"
+        expected = json.loads((directory / CHECKSUMS).read_text())
+        for name, found in expected.items():
+            if not is_file(directory / name):
+                return f"{name} is missing"
+            if checksum(directory / name) != found:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return f"damaged ({error})"
+    if not expected:
+        return f"{CHECKSUMS} is empty"
+    return ""

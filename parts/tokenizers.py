@@ -28,6 +28,8 @@ from parts.chat import (
     plain_template,
 )
 from parts.guards import listed, visible
+from parts.inputs import is_file
+from parts.memory import full_memory
 from parts.rows import json_type
 from parts.token_cache import hash_of
 
@@ -53,10 +55,15 @@ BYTE_NAMES = {
     "behavior": "Isolated",
     "invert": False,
 }
+MOST_NEW_IDS = 10_000  # behind a tokenizer's own, up to a new pad id; each gets a name
 UNIGRAM, USER_DEFINED = 1, 4  # in its protobuf: a type of models, and a type of pieces
 
 # --------------------------------------------------------------------------------------------------
 # Two kinds of tokenizers
+
+
+class PadIdError(ValueError):
+    """The pad id that a tokenizer is given is none, or too far beyond its ids."""
 
 
 class Tokenizer:
@@ -116,9 +123,15 @@ class Tokenizer:
         """Set the special ids and sizes of a tokenizer with `size` ids; `pad_id` overrides its pad.
 
         Padding with eos or bos could be mistaken for text, so such a pad is replaced by a new id.
+        Raises PadIdError for a pad id that is none, or far beyond the tokenizer's ids.
         """
         if pad_id is None:
             pad_id = size if own_pad in (None, bos, eos) else own_pad
+        if not isinstance(pad_id, int) or not 0 <= pad_id < size + MOST_NEW_IDS:
+            raise PadIdError(
+                f"the pad id (--pad_id, pad_id, or pad_token_id) is {pad_id!r}, and the tokenizer "
+                f"has {size} ids; expected an id from 0, at most {MOST_NEW_IDS:,} beyond its own"
+            )
         self.pad_id, self.bos_id, self.eos_id = pad_id, bos, eos
         self.text_size, self.vocab_size = size, max(size, pad_id + 1)
 
@@ -324,6 +337,8 @@ def read_backend(file: Path) -> "tokenizers.Tokenizer":
     """Read tokenizer.json, or vocab.json and the merges.txt beside it (byte-level BPE)."""
     if file.name == "vocab.json":
         merges = file.with_name("merges.txt")
+        if not is_file(merges):
+            raise ValueError(f"{merges}: no such file; vocab.json needs it")
         backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(str(file), str(merges)))
         backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         backend.decoder = tokenizers.decoders.ByteLevel()
@@ -413,7 +428,7 @@ def prepare_as(class_name: str, backend: "tokenizers.Tokenizer", config: dict) -
 
 
 def has_tokenizer(directory) -> bool:
-    return any((Path(directory) / name).is_file() for name in TOKENIZER_FILES)
+    return any(is_file(Path(directory) / name) for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto") -> Tokenizer:
@@ -427,7 +442,7 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     """
     path = Path(path)
     files = [path / name for name in TOKENIZER_FILES] if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
+    files = [file for file in files if is_file(file)]
     if not files:
         missing = "tokenizer in this directory" if path.is_dir() else "such file"
         expected = "tokenizer.model, tokenizer.json, or vocab.json and merges.txt"
@@ -460,7 +475,11 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
             config = prepare_as(class_name, backend, config) | config
             return HuggingFaceTokenizer(backend, config, pad_id, template)
         tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
+    except PadIdError as error:
+        raise PadIdError(f"{file}: {error}") from None
     except Exception as error:  # tokenizers raises Exception itself
+        if full_memory(error):
+            raise error
         raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     if not is_ours:
         check_no_splits(file, tokenizer)
@@ -480,7 +499,7 @@ def class_of(directory: Path, config: dict) -> str:
     Returns "" where tokenizer.json alone decides, as it does for some types of models.
     """
     file = directory / "config.json"
-    if file.is_file() and read_object(file).get("model_type") in ("mistral", "qwen2"):
+    if is_file(file) and read_object(file).get("model_type") in ("mistral", "qwen2"):
         return ""
     return (config.get("tokenizer_class") or "").removesuffix("Fast")
 
@@ -518,7 +537,7 @@ def tokenizer_config(directory: Path) -> dict:
     """
     config, legacy = {}, {}
     files = [directory / name for name in CONFIG_FILES]
-    for file in filter(Path.is_file, files):
+    for file in filter(is_file, files):
         found = read_config(file)
         try:
             if file.name == "added_tokens.json":

@@ -35,7 +35,7 @@ from model import GPT, GPTConfig
 from parts.distributed import Process, complaint_about, leave, share_of
 from parts.flags import objective_of, parse_flags
 from parts.guards import counted
-from parts.huggingface import FAMILIES, read_config
+from parts.huggingface import FAMILIES, check_pad_id, read_config
 from rm import LOSSES, RewardModel
 from train import DTYPES, autocast, check_positions, collate, distribute, set_up
 
@@ -139,6 +139,7 @@ def make_model(args) -> RewardModel:
             pad_id = config.token_ids.get("pad_token_id")
         if pad_id is None or pad_id < 0:
             pad_id = config.vocab_size
+        check_pad_id(pad_id, config.vocab_size, directory)
         config.vocab_size = max(config.vocab_size, pad_id + 1)
     else:
         config = GPTConfig(

@@ -40,6 +40,7 @@ from parts.files import replacing
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import check_scores, counted
 from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
+from parts.memory import full_memory, memory_line
 from parts.packed import reward_places
 from parts.rows import (
     Reading,
@@ -545,8 +546,13 @@ def main():
             convert_program(arguments[1:])
         else:
             score_program(arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"rm.py: error: {error}")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        message = str(error)
+        if full_memory(error):
+            message = memory_line(error, "give a smaller --batch_size or --max_seq_len")
+        elif isinstance(error, RuntimeError):
+            raise
+        sys.exit(f"rm.py: error: {message}")
     except KeyboardInterrupt:
         sys.exit("rm.py: interrupted; --out and --html are as they were")
 

@@ -344,6 +344,7 @@ def test_mistakes_are_named_in_one_line(tmp_path):
         ({"model_name_or_path": "nowhere"}, "nowhere: no such directory"),
         ({"model_name_or_path": directory, "max_seq_len": 4097}, too_long),
         ({"model_name_or_path": windowed, "max_seq_len": 33}, too_wide),
+        ({"model_name_or_path": directory, "pad_id": 33000}, f"{directory}: the pad id (--pad_id,"),
         ({"model_name_or_path": stretched}, f"{stretched}/config.json: rope_type is 'linear'"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(message)}[^\n]*$"):
