@@ -342,9 +342,10 @@ def complaint_about(error: BaseException, timeout: float) -> str:
         return f"train.py: error: {error}"
     first_line = str(error).partition("\n")[0]
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        reason = " ".join(str(error).partition("\n\n")[0].split())
         return (
-            f"train.py: error: --compile: torch.compile failed ({first_line}); it needs a C++ "
-            "compiler on a CPU and triton on a GPU; without the flag the same run goes on"
+            f"train.py: error: --compile: torch.compile failed ({reason}); it needs a C++ compiler "
+            "on a CPU and triton on a GPU; without the flag the same run goes on"
         )
     if lost_process(error):
         return (

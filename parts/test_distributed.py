@@ -42,6 +42,7 @@ from conftest import (
 from model import GPT, GPTConfig
 from parts.distributed import (
     Process,
+    complaint_about,
     cut_into_micro_batches,
     own_gpu,
     share_of,
@@ -429,3 +430,17 @@ make_scaler = torch.amp.GradScaler.__init__
 def scaler_for_any_device(self, device, enabled):
     """Make a GradScaler of the CPU: PyTorch makes none for the meta device."""
     make_scaler(self, "cpu", enabled=enabled)
+
+
+def test_a_failed_compilation_is_said_in_a_line():
+    """The last error is PyTorch's own: a backend of --compile that raises."""
+
+    def backend(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    torch.compiler.reset()
+    with pytest.raises(Exception) as error:
+        torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(2))
+    line = complaint_about(error.value, 1.0)
+    assert line.startswith("train.py: error: --compile: torch.compile failed (")
+    assert "no compiler here" in line and "\n" not in line
