@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from parts.guards import counted, listed, visible
+from parts.guards import LONGEST_NAME, counted, listed, one_line, shown
 from parts.parquet import parquet_rows
 from parts.repeats import read_answers_once, read_dialogue_once, read_text_once
 
@@ -68,6 +68,10 @@ def files_at(path: str) -> list[str]:
     if not names:
         raise ValueError(f"{path}: a directory without a data file; {EXPECTED_FILE} in it")
     return [str(Path(path) / name) for name in names]
+
+
+class RepeatedKeyError(ValueError):
+    """A key stands twice in an object of JSON, which Python reads as the last value in silence."""
 
 
 class SetupError(ValueError):
@@ -305,12 +309,6 @@ def unused_lines(reading: Reading, notes: Iterable[Counter]) -> list[str]:
     return lines
 
 
-def shown(name: str) -> str:
-    """Return the name of a field in quotes, visible, on one line and cut to 60 characters."""
-    text = visible(name[:60]).replace("\n", "")
-    return f'"{text}…"' if len(name) > 60 else f'"{text}"'
-
-
 # --------------------------------------------------------------------------------------------------
 # One row
 
@@ -362,14 +360,32 @@ def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2)
 
 
 def parse_object(text: bytes) -> dict:
-    """Parse the JSON of a row. Raises ValueError where it is no object."""
+    """Parse the JSON of a row.
+
+    Raises ValueError where it is no object, or an object in it has a key twice.
+    """
     try:
-        row = json.loads(text.decode().rstrip())
+        row = ROW_DECODER.decode(text.decode().rstrip())
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(not_json(error)) from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {json_type(row)}")
     return row
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict:
+    """Make the dictionary of a JSON object. Raises RepeatedKeyError that names a repeated key."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    keys = Counter(key for key, _ in pairs)
+    key, count = keys.most_common(1)[0]
+    raise RepeatedKeyError(f"{shown(key)}: found {count} times in one object; give each key once")
+
+
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=object_of)
 
 
 def divide_fields(found: dict, reading: Reading) -> tuple[dict, dict, list[str]]:
@@ -475,7 +491,7 @@ def check_plain(row: dict):
 
 def no_responses(found: dict, min_responses: int) -> str:
     """Say for an error which fields a row without responses has."""
-    names = listed([visible(name[:60]) for name in found]) or "none"
+    names = listed([one_line(name, LONGEST_NAME) for name in found]) or "none"
     expected = "expected chosen and rejected, or prompt and responses"
     if min_responses == 1:
         expected += ", or prompt and response"
@@ -555,7 +571,8 @@ def parse_messages(name: str, value, role: str, unread: set[str]) -> list[dict]:
             raise ValueError(f"{name}[{i}]: found {json_type(message)}; {expected}")
         message_role, content = message.get("role"), message.get("content")
         if message_role not in ("system", "user", "assistant"):
-            raise ValueError(f"{name}[{i}]: found role {json.dumps(message_role)}; {expected}")
+            found = one_line(json.dumps(message_role, ensure_ascii=False), LONGEST_NAME)
+            raise ValueError(f"{name}[{i}]: found role {found}; {expected}")
         check_text(f"{name}[{i}].content", content)
         messages.append({"role": message_role, "content": content})
         if len(message) > 2:
@@ -621,7 +638,7 @@ def not_json(error: Exception) -> str:
         expected = "expected one object a line, or in .json one array of objects"
         return f"not JSON ({error.msg}, column {error.colno}); {expected}"
     # A number of thousands of digits, or lists nested thousands deep.
-    return f"not JSON that a row could be ({error})"
+    return f"not JSON that a row could be ({one_line(error, LONGEST_NAME)})"
 
 
 def json_type(value) -> str:

@@ -763,6 +763,40 @@ BAD = {  # name: (file name, content, line or None, what was found)
 }
 
 
+MESSAGE = '{"role": "user", "content": "u", "content": "v"}'
+REPEATED_KEYS = {  # the JSON of a row, the key that it has twice or three times
+    "field": ('{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', "chosen", 2),
+    "three": ('{"prompt": 1, "prompt": 2, "prompt": "p", "responses": ["a", "b"]}', "prompt", 3),
+    "equal values": ('{"prompt": "p", "chosen": "a", "chosen": "a", "rejected": "b"}', "chosen", 2),
+    "message": (f'{{"prompt": [{MESSAGE}], "chosen": "a", "rejected": "b"}}', "content", 2),
+    "message of a response": (f'{{"chosen": [{MESSAGE}], "rejected": "b"}}', "content", 2),
+    "field that is not read": (
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "more": [{"x": {"id": 1, "id": 2}}]}',
+        "id",
+        2,
+    ),
+    "escaped": ('{"prompt": "p", "chosen": "a", "rejected": "b", "\\u0063hosen": 1}', "chosen", 2),
+}
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "a.json", "array.json"])
+@pytest.mark.parametrize("text, key, count", REPEATED_KEYS.values(), ids=REPEATED_KEYS)
+def test_a_key_that_stands_twice_is_an_error_of_its_row(tmp_path, file, text, key, count):
+    """Python's json would take the last value, and say nothing; such a row can be skipped."""
+    rows = [GOOD.decode().strip(), text, GOOD.decode().strip()]
+    content = "\n".join(rows)
+    if file.startswith("array"):
+        content = "[" + ",\n".join(rows) + "]"
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError) as error:
+        list(data.load_comparisons(tmp_path / file))
+    found = f'"{key}": found {count} times in one object; give each key once'
+    assert str(error.value) == f"{tmp_path / file}:2: {found}"
+    bad_rows = []
+    assert len(list(data.load_comparisons(tmp_path / file, bad_rows=bad_rows))) == 2
+    assert bad_rows == [f"2: {found}"]
+
+
 @pytest.mark.parametrize(
     "file, content, line, found",
     [
