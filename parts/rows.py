@@ -18,6 +18,7 @@ has the other fields that are read, and what becomes of fields that are not.
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -44,7 +45,7 @@ def files_of(paths: Iterable[str]) -> list[str]:
 
     A directory stands for the files in it whose names end as data files do, in the order of their
     names; a glob for what it matches, in the same order. Raises ValueError that names a path where
-    nothing is found.
+    nothing is found, and two paths of one file.
     """
     files = []
     for path in map(str, paths):
@@ -57,7 +58,24 @@ def files_of(paths: Iterable[str]) -> list[str]:
             raise ValueError(f"{path}: {found}; {EXPECTED_FILE}")
         for match in matches:
             files += files_at(match)
+    check_no_file_twice(files)
     return files
+
+
+def check_no_file_twice(files: list[str]):
+    """Raise ValueError that names two paths of one file, whose rows would count twice.
+
+    A link is a path of the file that it leads to.
+    """
+    paths = {}
+    for path in files:
+        if not os.path.exists(path):
+            continue  # reading it says what is wrong
+        stat = os.stat(path)
+        first = paths.setdefault((stat.st_dev, stat.st_ino), path)
+        if first is not path:
+            found = f"is the same file as {first}" if first != path else "found twice"
+            raise ValueError(f"{path}: {found}; give each file once, or a copy of it")
 
 
 def files_at(path: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -679,6 +680,39 @@ def test_paths_without_a_data_file(tmp_path, path, words):
         files_of([f"{tmp_path}/a.jsonl", f"{tmp_path}/{path}"])
     name = f"{tmp_path}/empty" if path == "e*" else f"{tmp_path}/{path}"
     assert str(error.value).startswith(f"{name}: {words}")
+
+
+@pytest.mark.parametrize(
+    "paths, found",
+    [
+        (["a.jsonl", "a.jsonl"], "a.jsonl: found twice"),
+        (["b.jsonl", "a.jsonl", "a.json*"], "a.jsonl: found twice"),
+        (["a.jsonl", "more/../a.jsonl"], "more/../a.jsonl: is the same file as DIR/a.jsonl"),
+        (["more", "more/y.jsonl"], "more/y.jsonl: found twice"),
+        (["more/y.jsonl", "more/"], "more/y.jsonl: found twice"),
+        (["a.jsonl", "link.jsonl"], "link.jsonl: is the same file as DIR/a.jsonl"),
+        (["hard.jsonl", "a.jsonl"], "a.jsonl: is the same file as DIR/hard.jsonl"),
+        (["more", "folder"], "folder/y.jsonl: is the same file as DIR/more/y.jsonl"),
+        (["."], "hard.jsonl: is the same file as DIR/a.jsonl"),
+    ],
+)
+def test_one_file_by_two_paths_is_refused(tmp_path, paths, found):
+    make_files(tmp_path, "a.jsonl b.jsonl more/y.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    os.link(tmp_path / "a.jsonl", tmp_path / "hard.jsonl")
+    (tmp_path / "folder").symlink_to("more")
+    with pytest.raises(ValueError) as error:
+        files_of(f"{tmp_path}/{path}" for path in paths)
+    assert str(error.value).startswith(f"{tmp_path}/{found.replace('DIR', str(tmp_path))}; give")
+
+
+def test_one_file_by_a_relative_and_an_absolute_path_is_refused(tmp_path, monkeypatch):
+    make_files(tmp_path, "a.jsonl b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.jsonl: is the same file as a.jsonl; "):
+        files_of(["a.jsonl", f"{tmp_path}/a.jsonl"])
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert files_of(["a.jsonl", "b.jsonl"]) == ["a.jsonl", "b.jsonl"]  # a copy is another file
 
 
 def test_errors_in_a_directory_name_the_file(tmp_path):

@@ -134,12 +134,32 @@ class TokenizedFile:
         return lines
 
 
-def file_notes(files: list[TokenizedFile], reading: Reading) -> list[str]:
+def file_notes(
+    files: list[TokenizedFile], eval_files: list[TokenizedFile], reading: Reading
+) -> list[str]:
     """List the lines that a user should read about files, and about flags that name no field."""
-    lines = []
-    for file in {file.path: file for file in files}.values():
+    lines, both = [], [*files, *eval_files]
+    for file in {file.path: file for file in both}.values():
         lines += file.notes()
-    return lines + unused_lines(reading, [file.counts for file in files])
+    lines += [*copies(files), *copies(eval_files)]
+    trained_on = {file.key: file.path for file in files}
+    for file in eval_files:
+        if file.key in trained_on:
+            lines.append(
+                f"{file.path}: its rows are trained on, too ({trained_on[file.key]}), so the "
+                "evaluation does not show what is learned about new ones"
+            )
+    return lines + unused_lines(reading, [file.counts for file in both])
+
+
+def copies(files: list[TokenizedFile]) -> list[str]:
+    """List a line for each file that has the content of an earlier one."""
+    lines, first = [], {}
+    for file in files:
+        before = first.setdefault(file.key, file.path)
+        if before != file.path:
+            lines.append(f"{file.path}: has the content of {before}, so each row counts twice")
+    return lines
 
 
 @dataclass
