@@ -226,6 +226,28 @@ def convert_rows(
         yield converted
 
 
+def row_by_row(convert: Callable[[list], list]) -> Callable[[list], list]:
+    """Make `convert`, a function of rows together, call itself for each alone where it fails.
+
+    A ValueError of a row then stands in the result, in place of the row.
+    """
+
+    def converted(rows: list) -> list:
+        try:
+            return convert(rows)
+        except ValueError:
+            pass  # of one of them
+        results = []
+        for row in rows:
+            try:
+                results += convert([row])
+            except ValueError as error:
+                results.append(error)
+        return results
+
+    return converted
+
+
 def nothing_left(path, bad_rows: list[str]) -> ValueError:
     return ValueError(f"{path}: no row of it is a comparison, for example {path}:{bad_rows[-1]}")
 

@@ -1,5 +1,6 @@
 """Tokenizers: what text becomes, what is trained, loaded and saved, also against transformers."""
 
+import base64
 import io
 import json
 import random
@@ -782,6 +783,126 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
     (tmp_path / file).write_text(content)  # the third lacks its merges.txt
     with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: not a tokenizer"):
         data.load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers that fail at a text
+
+BACKTRACKING = "(a+)+$"  # takes the regex library too many steps for many a's and a b
+# sentencepiece's map of characters: the size of a trie, and the trie, which ends before z.
+SHORT_TRIE = base64.b64encode((4 * ord("z")).to_bytes(4, "little") + bytes(4 * ord("z"))).decode()
+AT_LETTERS = {"x y": [1, 2], "y": [2], "x aab": [1, 0]}
+FAILING = {  # name: parts of its tokenizer.json, texts that it encodes, one at which it fails
+    "no unk": ({"model": {"unk_token": "none"}}, {"x y": [1, 2], "y y y": [2, 2, 2]}, "x z"),
+    "a normalizer panics": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": SHORT_TRIE}},
+        AT_LETTERS,
+        "x z",
+    ),
+    "a pre-tokenizer panics": (
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "WhitespaceSplit"},
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": BACKTRACKING},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                ],
+            }
+        },
+        AT_LETTERS,
+        "a" * 60 + "b",
+    ),
+}
+
+
+def failing_tokenizer(directory, change):
+    """Write tokenizer.json of a tokenizer of words, x, y and eos, with some parts changed."""
+    spec = {
+        "version": "1.0",
+        **dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"]),
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+    }
+    spec |= change
+    vocab = {"?": 0, "x": 1, "y": 2, "<end>": 3}
+    spec["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "?"} | spec.get("model", {})
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(params=FAILING)
+def failing(request, tmp_path):
+    """Write one of FAILING; its directory, what it makes of texts, and a text where it fails."""
+    change, good, bad = FAILING[request.param]
+    return failing_tokenizer(tmp_path / "tokenizer", change), good, bad
+
+
+def test_a_text_that_cannot_be_encoded_is_a_value_error_that_shows_it(failing):
+    directory, good, bad = failing
+    tokenizer = data.load_tokenizer(directory)
+    for _ in range(2):  # also after it has failed
+        for text, ids in good.items():
+            assert tokenizer.encode(text) == ids
+        assert tokenizer.encode_batch(list(good)) == list(good.values())
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([*good, text, *good])):
+            with pytest.raises(ValueError, match=f'cannot encode "{bad[:15]}.* [(].+[)]$'):
+                encode(bad)
+
+
+def test_rows_that_cannot_be_encoded_are_named_or_skipped_and_others_kept(failing, tmp_path):
+    directory, good, bad = failing
+    tokenizer, file = data.load_tokenizer(directory), tmp_path / "rows.jsonl"
+    texts = list(good)
+    rows = [{"prompt": "", "chosen": texts[i % 2], "rejected": texts[1 - i % 2]} for i in range(7)]
+    rows[2]["rejected"], rows[5]["prompt"] = bad, bad + " "
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    how = file, tokenizer, 100, "left", tmp_path / "cache"
+    with pytest.raises(ValueError, match=f'^{file}:3: the tokenizer cannot encode "{bad[:15]}'):
+        data.tokenize_file(*how)
+    found = data.tokenize_file(*how, skip_bad_rows=True)
+    assert [place.partition(": ")[0] for place in found.bad_rows] == [f"{file}:3", f"{file}:6"]
+    expected = []
+    for i in (0, 1, 3, 4, 6):
+        ids = [good[rows[i][name]] + [tokenizer.eos_id] for name in ("chosen", "rejected")]
+        expected.append(ids)
+    assert [found[i].sequences for i in range(len(found))] == expected
+
+
+def test_ids_that_cannot_be_decoded_are_a_value_error(gpt2):
+    tokenizer = data.load_tokenizer(gpt2)
+    with pytest.raises(ValueError, match="^the tokenizer cannot decode .*-5"):
+        tokenizer.decode([-5])
+
+
+def test_a_tokenizer_json_that_makes_the_library_panic_is_named(tmp_path, monkeypatch):
+    directory = failing_tokenizer(tmp_path / "tokenizer", {})
+
+    class PanicException(BaseException):
+        """An error that is no Exception, as a panic in the library's Rust code is one."""
+
+    def panic(*_):
+        raise PanicException("index out of bounds\n\x1b]52;c;aGk=\x07")
+
+    monkeypatch.setattr(parts.tokenizers, "read_backend", panic)
+    found = "not a tokenizer, or damaged (index out of bounds↵␛]52;c;aGk=␇)"
+    with pytest.raises(ValueError) as error:
+        data.load_tokenizer(directory)
+    assert str(error.value) == f"{directory}/tokenizer.json: {found}"
+    monkeypatch.setattr(parts.tokenizers, "read_backend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_tokenizer(directory)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------------------------------------

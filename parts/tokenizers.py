@@ -14,7 +14,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from parts.chat import (
     find_template,
     plain_template,
 )
-from parts.guards import listed, visible
+from parts.guards import LONGEST_NAME, listed, one_line
 from parts.rows import json_type
 from parts.token_cache import hash_of
 
@@ -159,7 +160,10 @@ class Tokenizer:
         """Tell whether the text of a token is white space alone; special tokens have no text."""
         if token_id not in self.spaces:
             # Behind a letter, because decoders leave out a space in front.
-            before = self.encode("a")
+            try:
+                before = self.encode("a")
+            except ValueError:  # the tokenizer has no token for it
+                before = []
             text = self.decode([*before, token_id])[len(self.decode(before)) :]
             self.spaces[token_id] = text.isspace()
         return self.spaces[token_id]
@@ -264,14 +268,22 @@ class HuggingFaceTokenizer(Tokenizer):
         return hash_of(self.backend.to_str(), self.splits_special, *self.facts())
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Return the token ids of a text. Raises ValueError that shows a text it cannot encode."""
+        with as_value_error("the tokenizer cannot encode", text):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self.backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            with as_value_error("the tokenizer cannot encode texts"):
+                found = self.backend.encode_batch(texts, add_special_tokens=False)
+        except ValueError:
+            return [self.encode(text) for text in texts]  # shows which one
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         text_ids = [int(i) for i in ids if i != self.pad_id]
-        return self.backend.decode(text_ids, skip_special_tokens=True)
+        with as_value_error("the tokenizer cannot decode", text_ids):
+            return self.backend.decode(text_ids, skip_special_tokens=True)
 
     def gap(self) -> str:
         return ""
@@ -286,6 +298,22 @@ class HuggingFaceTokenizer(Tokenizer):
         spec = json.loads(self.backend.to_str())
         config = {"split_special_tokens": self.splits_special} | settings
         write_json(directory, transformers_files(self, spec, self.backend.id_to_token, config))
+
+
+@contextmanager
+def as_value_error(what: str, item="") -> Iterator[None]:
+    """Turn an error of the library `tokenizers` into a ValueError: `what`, the item, the reason.
+
+    The library raises Exception itself; a panic of its Rust code is no Exception at all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        if item:
+            what += f' "{one_line(item, 80)}"'
+        raise ValueError(f"{what} ({one_line(error, LONGEST_NAME)})") from None
 
 
 def piece_names_of(pieces: sentencepiece.SentencePieceProcessor) -> dict[int, str]:
@@ -449,7 +477,7 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
         raise ValueError(f"{file}: reading it needs `pip install -r requirements-hf.txt`")
     if pad_id is None:
         pad_id = config.get("pad_token_id")
-    try:
+    with as_value_error(f"{file}: not a tokenizer, or damaged"):
         backend = None
         if is_json:
             backend = read_backend(file)
@@ -460,8 +488,6 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
             config = prepare_as(class_name, backend, config) | config
             return HuggingFaceTokenizer(backend, config, pad_id, template)
         tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
-    except Exception as error:  # tokenizers raises Exception itself
-        raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     if not is_ours:
         check_no_splits(file, tokenizer)
     return tokenizer
@@ -496,7 +522,7 @@ def check_no_splits(file: Path, tokenizer: Tokenizer):
     names = [token["content"] for token in config.get("added_tokens_decoder", {}).values()]
     names += [config.get(name) for name in SPECIAL_TOKENS if name != "pad_token"]
     names += config.get("additional_special_tokens", [])
-    added = sorted({visible(name) for name in names if name and name not in known})
+    added = sorted({one_line(name, LONGEST_NAME) for name in names if name and name not in known})
     if added or (config and tokenizer.has_own_template):
         written = f"added tokens ({listed(added)})" if added else "the tokens of a chat template"
         code = (
