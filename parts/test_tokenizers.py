@@ -3,7 +3,11 @@
 import base64
 import io
 import json
+import os
 import random
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -12,6 +16,7 @@ import transformers
 
 import data
 import parts.tokenizers
+from conftest import TINY, end, start
 from data import Comparison
 from parts.chat import chat_text, plain_template
 
@@ -76,6 +81,74 @@ def test_training_is_reproducible_and_vocab_size_an_upper_bound(tokenizer):
     for vocab_size in (8, 256, 260):  # 4 special ids and 256 bytes are 260, before any letter
         with pytest.raises(ValueError, match=f"^{vocab_size} ids are too few .*; 282 would do"):
             data.train_tokenizer(TEXTS, vocab_size)
+
+
+@pytest.mark.parametrize(
+    "program, found",
+    [
+        ("raise MemoryError('is full')", "MemoryError: is full"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9, perhaps for lack of memory"),
+    ],
+)
+def test_a_process_that_trains_no_tokenizer_is_an_error(program, found, tmp_path, monkeypatch):
+    (tmp_path / "train_pieces.py").write_text(program)
+    monkeypatch.setattr(parts.tokenizers, "__file__", str(tmp_path / "tokenizers.py"))
+    with pytest.raises(ValueError, match=f"^found 400, .* not trained a tokenizer .*{found}[)]; "):
+        data.train_tokenizer(TEXTS, 400)
+
+
+def state_of(process: int) -> str:
+    """Return the state of a process, "S" or "T" for example, "" where it has ended (man 5 proc)."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return state.replace("Z", "")  # one that has ended, and that nobody has asked about
+
+
+def training_process(run) -> int:
+    """Wait for the process that trains a tokenizer for a run, and hold it for good."""
+    while True:
+        assert run.is_alive()
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                lines = status.read_text().splitlines()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            # It ignores Ctrl-C once it is set up.
+            ignores = int(facts["SigIgn"], 16) >> (signal.SIGINT - 1) & 1
+            if facts["PPid"].strip() == str(run.pid) and ignores:
+                child = int(status.parent.name)
+                os.kill(child, signal.SIGSTOP)
+                return child
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_trains_a_tokenizer_and_the_training(number, tmp_path):
+    """The training process is held, so that a run which waits for its end would wait for ever."""
+    file, rng, rows = tmp_path / "rows.jsonl", random.Random(0), []
+    for _ in range(5000):  # it would take many times as long as it takes to find the process
+        words = "".join(rng.choices("abcdefghijklmnopqrst", k=1000))
+        rows.append({"prompt": "", "chosen": words, "rejected": "c"})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data_path", file, "--data_output_path", tmp_path / "cache"]
+    ranks = start(tmp_path / "out", *TINY, *flags)
+    child = training_process(ranks[0])
+    os.kill(ranks[0].pid, number)
+    (code,), (said,) = end(ranks)
+    if number == signal.SIGINT:
+        assert code == 1
+        last = said.splitlines()[-1]
+        assert last == "train.py: interrupted before the first step; nothing was trained"
+        assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+    else:
+        assert code == -signal.SIGTERM  # as at any time before the first step
+    while state_of(child):
+        assert state_of(child) != "T"  # a process that is killed is held no longer
+        time.sleep(0.01)
+    assert not (tmp_path / "out").exists() and "Traceback" not in said
 
 
 def sentencepiece_model(**options) -> bytes:

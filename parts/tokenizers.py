@@ -9,10 +9,10 @@ say the same, from which transformers' `AutoTokenizer` makes the same tokenizer.
 """
 
 import base64
-import io
 import json
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -641,36 +641,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The same texts in the same order give the same tokenizer. Bytes are the fallback for what is not
     in the vocabulary, and nothing is normalized: no text is lost (but for U+2581, sentencepiece's
     own sign for a space, which is decoded as a space). Ids 0 to 3 are pad, bos, eos, unk.
+    Another process trains it, parts/train_pieces.py, which an interrupt ends.
     Raises ValueError where `vocab_size` is too small for the bytes and the text's characters.
     """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=1 << 24,
-            num_threads=1,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        # sentencepiece compares the size that was asked for with the size that it needs.
-        sizes = re.search(r"(\d+) vs (\d+)", str(error))
-        needed = f"; {sizes[2]} would do" if sizes else f" ({error})"
+    order = json.dumps({"vocab_size": vocab_size, "texts": list(texts)}).encode()
+    program = Path(__file__).with_name("train_pieces.py")
+    # After an interrupt `run` ends the process. -P: modules of ours hide none of the libraries'.
+    done = subprocess.run([sys.executable, "-P", program], input=order, capture_output=True)
+    if done.returncode == 0:
+        return Tokenizer(done.stdout)
+    found = done.stderr.decode(errors="replace").strip()
+    # sentencepiece compares the size that was asked for with the size that it needs.
+    sizes = re.search(r"(\d+) vs (\d+)", found)
+    if sizes:
         text = "256 bytes, 4 special ids and the text's characters"
-        raise ValueError(f"{vocab_size} ids are too few for {text}{needed}") from None
-    return Tokenizer(model.getvalue())
+        raise ValueError(f"{vocab_size} ids are too few for {text}; {sizes[2]} would do")
+    if done.returncode < 0:
+        found = f"ended by signal {-done.returncode}, perhaps for lack of memory"
+    raise ValueError(
+        f"found {vocab_size}, and sentencepiece has not trained a tokenizer "
+        f"({one_line(found, LONGEST_NAME)}); give another size, or --tokenizer_path"
+    )
 
 
 # --------------------------------------------------------------------------------------------------
