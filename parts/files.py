@@ -4,26 +4,80 @@ Files of tensors are in parts/tensor_files.py, the directory of a run in parts/r
 """
 
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+MOST_LINKS = 40  # that Linux follows, one after the other
 
 
 @contextmanager
 def replacing(file) -> Iterator[Path]:
     """Give the path FILE.part to write to; it takes the name of `file` when the block ends.
 
-    After an error `file` is as it was, and FILE.part is gone.
+    After an error `file` is as it was, and FILE.part is gone. Where `file` is a link, all this
+    happens to the file that it leads to. What is no regular file, such as a device or a FIFO, keeps
+    its place: its own path is given to write to. Raises ValueError for a directory.
     """
-    part = Path(f"{file}.part")
+    if not is_regular_or_new(file):
+        yield Path(file)
+        return
+    target = os.path.realpath(file)
+    part = Path(f"{target}.part")
     try:
         yield part
         sync(part)  # a power failure must not leave the new name without the new content
-        os.replace(part, file)
+        os.replace(part, target)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def is_regular_or_new(file) -> bool:
+    """Tell whether a path leads to a regular file, or to none yet.
+
+    Raises ValueError for a directory.
+    """
+    try:
+        mode = os.stat(file).st_mode
+    except FileNotFoundError:
+        return True
+    if stat.S_ISDIR(mode):
+        raise ValueError(f"{file}: is a directory; expected a file")
+    return stat.S_ISREG(mode)
+
+
+@contextmanager
+def writing(file) -> Iterator[TextIO]:
+    """Open a file to write text to, which is replaced as `replacing` says.
+
+    What a path like /dev/stdout stands for is written to where this process is in it, as its shell
+    may have redirected it to a file that others write to.
+    """
+    descriptor = own_descriptor(file)
+    if descriptor is not None:
+        sys.stdout.flush()  # what was printed before stands in front
+        with open(os.dup(descriptor), "w", encoding="utf-8") as out:
+            yield out
+        return
+    with replacing(file) as part, open(part, "w", encoding="utf-8") as out:
+        yield out
+
+
+def own_descriptor(file) -> int | None:
+    """Return the descriptor of this process that a path, or what it links to, stands for."""
+    path = Path(file)
+    for _ in range(MOST_LINKS):
+        directory = os.path.realpath(path.parent)
+        if directory == os.path.realpath("/proc/self/fd") and path.name.isdecimal():
+            return int(path.name)
+        if not path.is_symlink():
+            return None
+        path = Path(directory, os.readlink(path))
+    return None
 
 
 def sync(path: Path):

@@ -5,11 +5,12 @@ import functools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from conftest import HERE, forked_ok, same_bits, words
-from parts.files import LastingStream, replacing
+from parts.files import LastingStream, replacing, writing
 
 
 def test_file_is_replaced_when_all_of_it_is_written(tmp_path):
@@ -33,6 +34,99 @@ def test_file_is_as_it_was_after_an_error(error, is_begun, tmp_path):
         raise error
     assert file.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("write", [replacing, writing])
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("links", [["file"], ["../there/file"], ["second", "file"], ["/file"]])
+def test_a_link_stays_and_the_file_that_it_leads_to_is_replaced(links, is_there, write, tmp_path):
+    directory = tmp_path / "there"
+    directory.mkdir()
+    file, names = directory / "file", ["link", *links]
+    for name, target in zip(names, links):
+        (directory / name).symlink_to(str(directory) + target if target[0] == "/" else target)
+    (tmp_path / "folder").symlink_to("there")
+    for path in (directory / "link", tmp_path / "folder" / "link"):
+        file.unlink(missing_ok=True)
+        if is_there:
+            file.write_text("old")
+        with pytest.raises(OSError), write(path) as out:
+            write_into(out, "half")
+            raise OSError
+        assert file.exists() == is_there
+        with write(path) as out:
+            write_into(out, "new")
+            assert file.exists() == is_there and (not is_there or file.read_text() == "old")
+        assert file.read_text() == "new"
+    left = {path.name: path.is_symlink() for path in directory.iterdir()}
+    assert left == {"file": False, "link": True} | {
+        name: True for name in links if name == "second"
+    }
+
+
+def write_into(out, text):
+    """Write to a file of `writing`, or to a path of `replacing`."""
+    if isinstance(out, Path):
+        out.write_text(text)
+    else:
+        out.write(text)
+
+
+@pytest.mark.parametrize("write", [replacing, writing])
+def test_a_device_and_a_fifo_are_written_to_as_they_are(write, tmp_path):
+    null = os.stat("/dev/null")
+    (tmp_path / "null").symlink_to("/dev/null")
+    for path in ("/dev/null", tmp_path / "null"):
+        with write(path) as out:
+            write_into(out, "nobody reads this")
+    assert os.stat("/dev/null").st_rdev == null.st_rdev and not os.path.exists("/dev/null.part")
+    with pytest.raises(OSError, match="No space left"), write("/dev/full") as out:
+        write_into(out, "no room for this")
+    assert Path("/dev/full").is_char_device()
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    with write(fifo) as out:
+        write_into(out, "read this")
+    assert os.read(reader, 100) == b"read this" and fifo.is_fifo()
+    os.close(reader)
+    assert {path.name for path in tmp_path.iterdir()} == {"null", "fifo"}
+
+
+@pytest.mark.parametrize("write", [replacing, writing])
+def test_a_directory_and_a_circle_of_links_are_refused(write, tmp_path):
+    with pytest.raises(ValueError, match=f"^{tmp_path}: is a directory; expected a file$"):
+        with write(tmp_path):
+            pass
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError, match="levels of symbolic links"), write(tmp_path / "a"):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+
+
+@pytest.mark.parametrize("kind", ["regular file", "pipe"])
+def test_a_descriptor_of_this_process_is_written_to_where_it_is(kind, tmp_path):
+    if kind == "pipe":
+        reader, writer = os.pipe()
+    else:
+        writer = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+        reader = os.open(tmp_path / "log", os.O_RDONLY)
+    os.write(writer, b"before, ")
+    link = tmp_path / "link"
+    link.symlink_to(f"/proc/self/fd/{writer}")
+    expected = b"before, "
+    for path in (f"/dev/fd/{writer}", link, f"/proc/{os.getpid()}/fd/{writer}"):
+        with writing(path) as out:
+            out.write("é, ")
+        expected += "é, ".encode()
+    os.write(writer, b"after")
+    assert os.read(reader, 100) == expected + b"after"
+    assert link.is_symlink() and not list(tmp_path.glob("*.part"))
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(OSError), writing(f"/dev/fd/{writer}") as out:
+        out.write("it is closed")
 
 
 # --------------------------------------------------------------------------------------------------

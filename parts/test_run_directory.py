@@ -339,6 +339,22 @@ def test_what_a_killed_run_was_writing_is_gone_after_the_next_start(small, undis
     assert not list((output_dir / "checkpoints").glob(".*"))
 
 
+def test_a_directory_by_links_is_trained_into(small, undisturbed, tmp_path):
+    """The links stay, those of files in it, too, and the model is that of any other run."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    (tmp_path / "there" / "metrics.jsonl").symlink_to("../metrics")
+    said = forked_ok(tmp_path / "out", *small)
+    assert "earlier run" not in said
+    forked_ok(tmp_path / "out", *small, "--resume")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "there" / "metrics.jsonl").is_symlink()
+    same_bits(tmp_path / "there", undisturbed)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (code,), (said,) = forked(tmp_path / "dangling", *small)
+    last = said.splitlines()[-1]
+    assert code == 1 and last.startswith("train.py: error: --output_dir") and "dangling" in last
+
+
 def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_path):
     output_dir = shutil.copytree(undisturbed, tmp_path / "out")
     (output_dir / "pytorch_model.bin").unlink()  # killed while it was saved

@@ -36,7 +36,7 @@ from data import (
 )
 from parts import metrics
 from parts.chat import notes_on
-from parts.files import replacing
+from parts.files import writing
 from parts.flags import add_row_flags, flags_of, row_reading
 from parts.guards import check_scores, counted
 from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
@@ -259,7 +259,8 @@ def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     for flag, target in (("--out", args.out), ("--html", args.html)):
         if not target:
             continue
-        if Path(target).is_dir() or not Path(target).absolute().parent.is_dir():
+        # Links are followed, so that a file is written where they lead.
+        if Path(target).is_dir() or not Path(os.path.realpath(target)).parent.is_dir():
             parser.error(
                 f"argument {flag}: found {target}; expected a file in a directory that exists"
             )
@@ -313,7 +314,7 @@ def score_program(argv: list[str]):
             pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
     counts, settings = Counts(), (args.batch_size, args.layout, max_seq_len, side)
     if args.out:
-        with replacing(args.out) as part, open(part, "w") as out:
+        with writing(args.out) as out:
             counts = write_scores(out, rows, model, tokenizer, *settings)
     elif not (args.html or args.show):
         counts = write_scores(sys.stdout, rows, model, tokenizer, *settings)
