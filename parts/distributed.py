@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from tqdm import tqdm
 
+from parts.guards import one_line
 from parts.packed import packed_size
 
 # Tokens that an evaluation on a CPU computes on at once, at most. On the built-in data four times
@@ -77,9 +78,9 @@ class Process:
         waiting.wait()
 
     def print(self, text: str):
-        """Print a line, on rank 0, beside a progress bar if there is one."""
+        """Print one line, on rank 0, beside a progress bar if there is one."""
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(one_line(text))
 
     def bar(self, steps: Iterable | None, **options) -> tqdm:
         """Show progress through `steps`, on rank 0. None: the caller says how far it is."""
@@ -317,7 +318,7 @@ def complaint_about(error: BaseException, timeout: float) -> str:
     if isinstance(error, KeyboardInterrupt):
         return "train.py: interrupted before the first step; nothing was trained"
     if isinstance(error, (ValueError, OSError)):
-        return f"train.py: error: {error}"
+        return f"train.py: error: {one_line(error)}"
     first_line = str(error).partition("\n")[0]
     if isinstance(error, torch.OutOfMemoryError):
         return (

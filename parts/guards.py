@@ -315,7 +315,6 @@ def visible(text: str) -> str:
     """
     if text.isprintable():
         return text
-    text = JOINS_NOTHING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
     return "".join(map(visible_character, text))
 
 
@@ -341,7 +340,10 @@ def one_line(text, most: int = LONGEST_LINE) -> str:
 
     The middle of longer text is left out: its start and its end say more. text: of any type.
     """
-    text = visible(str(text)).replace("\n", "").replace("\t", "")
+    text = str(text)
+    if not text.isprintable():
+        text = JOINS_NOTHING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+        text = visible(text).replace("\n", "").replace("\t", "")
     if len(text) <= most:
         return text
     left_out = f" … {len(text):,} characters in all … "

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from parts.files import replacing
-from parts.guards import check_weights, counted
+from parts.guards import LONGEST_NAME, check_weights, counted, one_line
 from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
 
 # --------------------------------------------------------------------------------------------------
@@ -549,8 +549,8 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
     for bare, name in stored.items():
         if not bare.endswith(family.ignored + HEADS):
             raise ValueError(
-                f"{source}: weight {name} is not part of a {model_type} backbone of "
-                f"{counted(n_layer, 'layer')} (config.json)"
+                f"{source}: weight {one_line(name, LONGEST_NAME)} is not part of a {model_type} "
+                f"backbone of {counted(n_layer, 'layer')} (config.json)"
             )
     return state
 
@@ -658,7 +658,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         try:
             weights |= load(file)
         except Exception as error:  # of a cut, missing or foreign file; each library has its kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = one_line(f"{type(error).__name__}: {error}".splitlines()[0], 300)
             raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
     for name, weight in weights.items():
         is_named_tensor = isinstance(name, str) and torch.is_tensor(weight)

@@ -293,7 +293,8 @@ def test_text_from_outside_is_shown_on_one_line(text, expected):
     assert one_line(text) == expected
     assert shown(text) == f'"{expected}"'
     assert one_line(expected) == expected
-    assert visible(text).replace("\n", "").replace("\t", "") == expected
+    if "⟨U+200D⟩" not in expected:  # on pages they may join tokens
+        assert visible(text).replace("\n", "").replace("\t", "") == expected
 
 
 @pytest.mark.parametrize("filling", ["x", "\x1b", "\u202e", "\n", "日"])

@@ -11,6 +11,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -42,7 +43,7 @@ from conftest import (
 )
 from parts import run_directory
 from parts.distributed import Process
-from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint
+from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint, shell_word
 from parts.tensor_files import own_rows
 
 STEP = {"event": "step", "loss": 0.5, "lr": 0.1, "grad_norm": 1.0}
@@ -353,6 +354,17 @@ def test_a_directory_by_links_is_trained_into(small, undisturbed, tmp_path):
     (code,), (said,) = forked(tmp_path / "dangling", *small)
     last = said.splitlines()[-1]
     assert code == 1 and last.startswith("train.py: error: --output_dir") and "dangling" in last
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["a/b", "a b", "it's", "\x1b]52;c;aGk=\x07'\\n\\", "\n\u202eé\u009b日", "\udcff", "", "\x071"],
+)
+def test_a_word_of_a_command_is_visible_and_read_as_it_is(word):
+    quoted = shell_word(word)
+    assert quoted.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
+    assert os.fsdecode(done.stdout) == word
 
 
 def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_path):

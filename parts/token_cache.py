@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from parts.guards import counted
+from parts.guards import counted, one_line
 from parts.rows import Reading, bad_row, note_lines, nothing_left, read_rows, unused_lines
 
 NO_LIMIT = 1 << 40  # of tokens in a sequence
@@ -285,7 +285,7 @@ def write_tokens(
     """
     lengths, rows = [[0]], []  # an array for each chunk
     is_small = os.path.getsize(path) <= CHUNK_BYTES
-    bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows", disable=is_small)
+    bar = tqdm(desc=f"tokenize {one_line(Path(path).name, 60)}", unit=" rows", disable=is_small)
     with open(directory / "tokens.bin", "wb") as out, bar:
         for chunk in divide_rows(read_rows(path)):
             sequences, found = [], []
