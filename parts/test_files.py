@@ -2,15 +2,17 @@
 
 import errno
 import functools
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from conftest import HERE, forked_ok, same_bits, words
-from parts.files import LastingStream, replacing, writing
+from parts.files import LastingStream, VisibleStream, replacing, writing
 
 
 def test_file_is_replaced_when_all_of_it_is_written(tmp_path):
@@ -164,6 +166,70 @@ def test_stream_outlives_a_terminal_that_is_gone_and_a_full_disk(number, tmp_pat
     stream = LastingStream(Failing())
     print("a line", file=stream, flush=True)
     assert os.readlink(f"/proc/self/fd/{stream.fileno()}") == "/dev/null"
+
+
+ACTS = "\x1b[2J\x1b]52;c;aGk=\x07\rb\u202e\x9b"
+SHOWN = "␛[2J␛]52;c;aGk=␇␍b⟨U+202E⟩⟨U+009B⟩"
+
+
+@pytest.mark.parametrize("is_error", [False, True])
+def test_stream_shows_what_acts_on_a_terminal(is_error):
+    stream = VisibleStream(io.StringIO(), is_error)
+    print(f"a{ACTS}\n\nb{ACTS}", file=stream, flush=True)
+    assert stream.write(f"é {ACTS}") == len(f"é {ACTS}")
+    assert stream.getvalue() == f"a{SHOWN}\n\nb{SHOWN}\né {SHOWN}"
+    assert not stream.isatty()
+
+
+def test_lines_of_standard_error_alone_are_cut():
+    out, error = VisibleStream(io.StringIO(), False), VisibleStream(io.StringIO(), True)
+    text = f"start {'x' * 10**5} end\nshort\nstart {ACTS * 10**4} end\n"
+    for stream in (out, error):
+        stream.write(text)
+    assert out.getvalue() == text.replace(ACTS, SHOWN)
+    lines = error.getvalue().split("\n")
+    assert [len(line) > 3800 for line in lines] == [True, False, True, False]
+    for line in lines[::2][:2]:
+        assert len(line) < 4000 and line.startswith("start ") and line.endswith(" end")
+
+
+def test_bars_and_lines_beside_them_pass_as_they_are():
+    """Two bars, one below the other, with a line written above them."""
+
+    class Recorded(VisibleStream):
+        given = ""
+
+        def write(self, text):
+            self.given += text
+            return super().write(text)
+
+    stream = io.StringIO()
+    file = Recorded(stream, is_error=True)
+    how = {"total": 3, "file": file, "mininterval": 0}
+    with tqdm(desc="one", **how) as one, tqdm(desc="two", **how) as two:
+        for bar in (one, two, one):
+            bar.update()
+        tqdm.write("a line", file=file)
+    assert stream.getvalue() == file.given
+    assert "\x1b[A" in file.given and "\r" in file.given and "a line\n" in file.given
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+def test_a_locale_that_lacks_the_signs_ends_no_program(encoding, tmp_path):
+    """Paths may also hold bytes that are no text, which no encoding has."""
+    program = (
+        "import sys; from parts.files import show_output; show_output();"
+        "print('\\x1b \\u202e \\udcff é'); sys.exit('rm.py: \\x1b \\udcff')"
+    )
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True)
+    assert done.returncode == 1 and b"\x1b" not in done.stdout + done.stderr
+    if encoding == "utf-8":
+        assert done.stdout.decode() == "␛ ⟨U+202E⟩ ⟨U+DCFF⟩ é\n"
+        assert done.stderr.decode() == "rm.py: ␛ ⟨U+DCFF⟩\n"
+    else:
+        assert done.stdout.startswith(b"\\u241b \\u27e8U+202E\\u27e9 ")
 
 
 SHELL = {
