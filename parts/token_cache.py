@@ -252,7 +252,7 @@ def token_file(
     """
     content = file_hash(path)
     how = (fingerprint, max_seq_len, side, skip_bad_rows, reading)
-    key = hash_of("tokens 4", content, Path(path).suffix, *how)
+    key = hash_of("tokens 5", content, Path(path).suffix, *how)
 
     def build(directory: Path):
         bad_rows = [] if skip_bad_rows else None
