@@ -161,7 +161,7 @@ def show_output():
     # Newer versions of Python colour help and tracebacks; colours would be shown as signs.
     os.environ["PYTHON_COLORS"] = "0"
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+        stream = unfiltered(getattr(sys, name))
         if stream is None:  # closed
             continue
         # A locale may not have the signs. Not every stream can be changed.
@@ -182,7 +182,7 @@ def outlive_readers():
     no terminal, as `show_output` says.
     """
     for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
+        stream = unfiltered(getattr(sys, name))
         if stream is None:
             # Its descriptor is the lowest free one, so that no file of ours gets that number.
             stream = open(os.devnull, "w")
