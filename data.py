@@ -16,7 +16,7 @@ import torch
 # Names that nothing below uses, such as PackedBatch and load_tokenizer, are imported for callers.
 from parts.chat import encode_prompt, notes_on, without_ends
 from parts.packed import PackedBatch, pack, shared_prefix
-from parts.rows import TWICE, Reading, files_of, parse_row, parsed_rows, reading_of
+from parts.rows import TWICE, Reading, files_of, parse_row, parsed_rows, reading_of, row_by_row
 from parts.token_cache import Tokenized, TokenizedData, cut_sequences, rows_of, select, token_file
 from parts.tokenizers import Tokenizer, has_tokenizer, load_tokenizer, train_tokenizer
 
@@ -185,7 +185,7 @@ def tokenize_file(
         return tokenize_rows(rows, tokenizer, max_seq_len, truncation_side, reading)
 
     keys = tokenizer.fingerprint(), max_seq_len, truncation_side, skip_bad_rows, reading
-    return token_file(path, cache_dir, tokenize_chunk, *keys)
+    return token_file(path, cache_dir, row_by_row(tokenize_chunk), *keys)
 
 
 def tokenize_rows(

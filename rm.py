@@ -440,7 +440,7 @@ def main():
     try:
         hand_over("score", sys.argv[1:], "python rm.py")
     except ValueError as error:
-        sys.exit(f"rm.py: error: {error}")
+        sys.exit(f"rm.py: error: {guards.one_line(error)}")
 
 
 if __name__ == "__main__":

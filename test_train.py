@@ -45,7 +45,7 @@ from parts.chat import chat_text, given_template
 from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
 from parts.test_huggingface import save_backbone
-from parts.test_tokenizers import FAST, byte_level, hub_files
+from parts.test_tokenizers import FAILING, FAST, byte_level, failing_tokenizer, hub_files
 
 
 def tiny_model(model_type="gpt2", vocab_size=9, **fields):
@@ -761,6 +761,24 @@ def test_the_cached_tokenizer_follows_from_how_rows_are_read(ours_and_theirs, mo
     before = keys[flags]
     new(flags)
     assert keys[flags] == before
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_an_error_of_its_row(
+    tmp_path, monkeypatch, capsys
+):
+    change, good, bad = FAILING["a normalizer panics"]
+    flags = [*TINY, "--tokenizer_path", failing_tokenizer(tmp_path / "tokenizer", change)]
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "", "chosen": "x y", "rejected": "y"} for _ in range(20)]
+    rows[7]["chosen"] = bad
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags += ["--data_path", file, "--output_dir", tmp_path / "out"]
+    line = complaint(monkeypatch, capsys, *flags)
+    assert line.startswith(f'train.py: error: {file}:8: the tokenizer cannot encode "{bad}" (')
+    done, events = train_ok(tmp_path / "out", *flags, "--skip_bad_rows")
+    assert f"{file}: skipped 1 row without a comparison; the first: {file}:8: " in done.stdout
+    assert sum(step["pairs"] for step in events["step"]) == 18
+    assert "Traceback" not in done.stderr
 
 
 def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):

@@ -420,7 +420,7 @@ def prepare(args, process: Process):
             raise ValueError(f"{error}; --tokenizer_path names another place{hint}") from None
     if directory:
         model = load_model(args, tokenizer, process)
-    for path in files_of([*(args.data_path or ()), *(args.eval_path or ())]):
+    for path in [*files_of(args.data_path or ()), *files_of(args.eval_path or ())]:
         file_hash(path)  # a missing file shows now
     try:
         if tokenizer is None:
@@ -569,7 +569,7 @@ def load_data(args, tokenizer: data.Tokenizer, process: Process):
     how = *how, args.data_output_path, args.skip_bad_rows, row_reading(args)
     files = [data.tokenize_file(path, *how) for path in files_of(args.data_path)]
     eval_files = [data.tokenize_file(path, *how) for path in files_of(args.eval_path or ())]
-    for line in file_notes([*files, *eval_files], row_reading(args)):
+    for line in file_notes(files, eval_files, row_reading(args)):
         process.print(line)
     split = partial(data.split_indices, data_split=args.data_split, stage=1, seed=args.seed)
     selected = data.rows_of(files, split)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-from parts.guards import visible
+from parts.guards import LONGEST_NAME, listed, one_line
 from parts.inputs import is_file
 from parts.rows import SetupError, check_text, json_type
 
@@ -144,7 +144,7 @@ class ChatTemplate:
 def words_of(error: Exception) -> str:
     """Return the message of an error in one line that may be shown, at most 300 characters."""
     message = getattr(error, "message", None) or str(error) or type(error).__name__
-    return visible(" ".join(message.split())[:300])
+    return one_line(" ".join(message.split()), 300)
 
 
 def version_of(module) -> tuple[int, ...]:
@@ -331,7 +331,7 @@ def own_template(directory: Path, own) -> ChatTemplate | None:
     if not templates:
         return None
     if "default" not in templates:
-        names = ", ".join(sorted(map(visible, templates)))
+        names = listed([one_line(name, LONGEST_NAME) for name in sorted(templates)])
         raise ValueError(
             f"{place}: the chat templates are {names}, and none is default; "
             "--chat_template takes plain or a file"

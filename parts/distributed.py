@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from tqdm import tqdm
 
+from parts.guards import one_line
 from parts.memory import full_memory, memory_line
 from parts.packed import packed_size
 
@@ -85,9 +86,9 @@ class Process:
         waiting.wait()
 
     def print(self, text: str):
-        """Print a line, on rank 0, beside a progress bar if there is one."""
+        """Print one line, on rank 0, beside a progress bar if there is one."""
         if self.rank == 0:
-            tqdm.write(text)
+            tqdm.write(one_line(text))
 
     def bar(self, steps: Iterable | None, **options) -> tqdm:
         """Show progress through `steps`, on rank 0. None: the caller says how far it is."""
@@ -339,7 +340,7 @@ def complaint_about(error: BaseException, timeout: float) -> str:
     if full_memory(error):
         return f"train.py: error: {memory_line(error, ROOM[full_memory(error)])}"
     if isinstance(error, (ValueError, OSError)):
-        return f"train.py: error: {error}"
+        return f"train.py: error: {one_line(error)}"
     first_line = str(error).partition("\n")[0]
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         reason = " ".join(str(error).partition("\n\n")[0].split())

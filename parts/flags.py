@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from parts.agreement import ANY
+from parts.guards import one_line
 from parts.rows import Reading, reading_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -125,14 +126,19 @@ positive = number(float, 0, above=True)
 not_negative = number(float, 0)
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors show the words of a command line on one line, and cut (`one_line`)."""
+
+    def error(self, message: str):
+        super().error(one_line(message))
+
+
 def parse_flags(families: Iterable[str], losses: Iterable[str]) -> argparse.Namespace:
     """Parse the command line of train.py; a mistake ends the program and names the flag.
 
     families: names for --model_type. losses: names for --loss.
     """
-    parser = argparse.ArgumentParser(
-        description="Train a reward model on pairs of responses.", allow_abbrev=False
-    )
+    parser = Parser(description="Train a reward model on pairs of responses.", allow_abbrev=False)
     add_data_flags(flags_of(parser, "data"))
     add_model_flags(flags_of(parser, "model"), tuple(families))
     add_training_flags(flags_of(parser, "training"), tuple(losses))

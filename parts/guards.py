@@ -4,6 +4,7 @@ It computes no loss (rm.py) and ends no run (train.py).
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
@@ -13,6 +14,10 @@ import torch
 from parts.packed import PackedBatch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LONGEST_LINE = 3500  # characters of a message: with what stands in front of it below 4,000
+LONGEST_NAME = 200  # characters of a name in a message
+JOINERS = "\u200c\u200d"  # they join letters and emoji; beside ASCII they only hide
+JOINS_NOTHING = re.compile(f"(?<![^\0-\x7f])[{JOINERS}]|[{JOINERS}](?![^\0-\x7f])")
 
 # --------------------------------------------------------------------------------------------------
 # Batches
@@ -242,9 +247,10 @@ def check_weights(weights: dict[str, torch.Tensor], source):
     """
     names = non_finite(weights)
     if names:
+        name = one_line(names[0], LONGEST_NAME)
         raise ValueError(
-            f"{source}: weight {visible(names[0])} holds NaN or infinity, as training leaves it "
-            "that has diverged; take an earlier checkpoint"
+            f"{source}: weight {name} holds NaN or infinity, as training leaves it that has "
+            "diverged; take an earlier checkpoint"
         )
 
 
@@ -318,8 +324,10 @@ def visible(text: str) -> str:
     """Replace invisible characters, and characters that act on a page or a terminal, by signs.
 
     Control characters, also those of the writing direction, become signs or names: ⟨U+202E⟩.
-    Newlines and tabs stay, behind a sign.
+    Newlines and tabs stay, behind a sign. A message on one line takes `one_line`.
     """
+    if text.isprintable():
+        return text
     return "".join(map(visible_character, text))
 
 
@@ -333,8 +341,30 @@ def visible_character(character: str) -> str:
         return chr(0x2400 + ord(character))
     if character == "\x7f":
         return "␡"
-    if character in "\u200c\u200d":  # they join letters and emoji
+    if character in JOINERS:
         return character
-    if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp"):
+    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp"):
         return f"⟨U+{ord(character):04X}⟩"
     return character
+
+
+def one_line(text, most: int = LONGEST_LINE) -> str:
+    """Show text from outside in a message: visible, without newlines, at most `most` characters.
+
+    The middle of longer text is left out: its start and its end say more. text: of any type.
+    """
+    text = str(text)
+    if not text.isprintable():
+        text = JOINS_NOTHING.sub(lambda found: f"⟨U+{ord(found[0]):04X}⟩", text)
+        text = visible(text).replace("\n", "").replace("\t", "")
+    if len(text) <= most:
+        return text
+    left_out = f" … {len(text):,} characters in all … "
+    kept = max(2, most - len(left_out))
+    return text[: kept - kept // 3] + left_out + text[-(kept // 3) :]
+
+
+def shown(name) -> str:
+    """Return a name from outside in quotes, as `one_line` shows it, cut to 60 characters."""
+    text = one_line(str(name)[:60])
+    return f'"{text}…"' if len(str(name)) > 60 else f'"{text}"'

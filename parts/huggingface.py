@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from parts.files import replacing
-from parts.guards import check_weights, counted
+from parts.guards import LONGEST_NAME, check_weights, counted, one_line
 from parts.inputs import is_file
 from parts.memory import full_memory
 from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
@@ -261,7 +261,7 @@ def family_of(model_type) -> Family:
     """Return the row of FAMILIES. Raises ValueError where there is none."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(
-            f"model_type {shown(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
+            f"model_type {quoted(model_type)} is not supported; supported are {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
@@ -357,13 +357,12 @@ def check(hf: dict, key: str, kind: tuple):
     """Raise ValueError where the value of `key` is not of its kind."""
     expected, is_of_kind = kind
     if not is_of_kind(hf.get(key)):
-        raise ValueError(f"{key} is {shown(hf.get(key))}; expected {expected}")
+        raise ValueError(f"{key} is {quoted(hf.get(key))}; expected {expected}")
 
 
-def shown(value) -> str:
-    """Write a value of JSON for an error, cut to 200 characters; nothing in it is invisible."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
+def quoted(value) -> str:
+    """Write a name or a value of JSON for an error: its repr, at most 200 characters of it."""
+    return one_line(repr(value), 200)
 
 
 def config_fields(hf: dict) -> dict:
@@ -376,7 +375,7 @@ def config_fields(hf: dict) -> dict:
     hf = family.missing | hf | rope_keys(family, hf)
     for key, value in (FIXED | family.fixed).items():
         if hf.get(key, value) != value:
-            raise ValueError(f"{key} is {shown(hf[key])}; only {value!r} is supported")
+            raise ValueError(f"{key} is {quoted(hf[key])}; only {value!r} is supported")
     if hf.get("quantization_config"):
         raise ValueError(
             "quantization_config: the weights are quantized; give a directory with unquantized "
@@ -440,7 +439,7 @@ def rope_keys(family: Family, hf: dict) -> dict:
         add_rope_keys(rope, {key: hf.get(key)})
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type is {shown(kind)}; supported are default and llama3")
+        raise ValueError(f"rope_type is {quoted(kind)}; supported are default and llama3")
     unknown = sorted(rope.keys() - set(ROPE))
     if unknown:
         raise ValueError(f"{unknown[0]} among the rotary keys; supported are {', '.join(ROPE)}")
@@ -467,7 +466,9 @@ def add_rope_keys(rope: dict, found: dict):
             continue
         other = rope.setdefault(key, value)
         if other is not value and other != value:  # NaN does not equal itself
-            raise ValueError(f"{key} is {shown(other)} in one place and {shown(value)} in another")
+            raise ValueError(
+                f"{key} is {quoted(other)} in one place and {quoted(value)} in another"
+            )
 
 
 def window_fields(family: Family, hf: dict) -> dict:
@@ -493,7 +494,7 @@ def window_fields(family: Family, hf: dict) -> dict:
         is_used = "sliding_attention" in layer_types
         if len(layer_types) != n_layer or (is_used and window is None):
             raise ValueError(
-                f"layer_types is {shown(layer_types)}, which does not fit {n_layer} layers and a "
+                f"layer_types is {quoted(layer_types)}, which does not fit {n_layer} layers and a "
                 f"sliding_window of {window}"
             )
     return {"sliding_window": window if is_used else None, "window_keys": keys}
@@ -562,7 +563,7 @@ def names_by_parameter(model_type: str, weights: dict, source) -> dict[str, str]
         other = stored.setdefault(bare_name(model_type, name), name)
         if other != name:
             raise ValueError(
-                f"{source}: weights {shown(other)} and {shown(name)} are one parameter; expected "
+                f"{source}: weights {quoted(other)} and {quoted(name)} are one parameter; expected "
                 "one of them"
             )
     return stored
@@ -666,8 +667,8 @@ def state_dict_to_ours(hf: dict, weights: dict, shapes: dict, source) -> dict[st
     for bare, name in stored.items():
         if bare not in HEADS and not bare.endswith(family.ignored):
             raise ValueError(
-                f"{source}: weight {name} is not part of a {model_type} backbone of "
-                f"{counted(n_layer, 'layer')} (config.json)"
+                f"{source}: weight {one_line(name, LONGEST_NAME)} is not part of a {model_type} "
+                f"backbone of {counted(n_layer, 'layer')} (config.json)"
             )
     return state
 
@@ -779,11 +780,11 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
         except Exception as error:  # of a cut or foreign file; each library has its kinds
             if full_memory(error):
                 raise error
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = one_line(f"{type(error).__name__}: {error}".splitlines()[0], 300)
             raise ValueError(f"{file}: cannot be read as weights ({reason})") from None
         for name in found:
             if name in places:
-                other = f"weight {shown(name)} is also in {places[name]}"
+                other = f"weight {quoted(name)} is also in {places[name]}"
                 raise ValueError(f"{file}: {other}; expected it in one file")
             places[name] = file
         weights |= found
@@ -811,8 +812,8 @@ def shards_of(index: Path) -> list[Path]:
     for weight, name in weight_map.items():
         if not is_below(name):
             raise ValueError(
-                f"{index}: weight_map has {shown(weight)} in {shown(name)}; expected the name of a "
-                "file in this directory, such as model-00001-of-00002.safetensors"
+                f"{index}: weight_map has {quoted(weight)} in {quoted(name)}; expected the name of "
+                "a file in this directory, such as model-00001-of-00002.safetensors"
             )
     return [index.parent / name for name in sorted(set(weight_map.values()))]
 
@@ -879,7 +880,7 @@ def check_pad_id(pad_id: int, rows: int, source):
     if not isinstance(pad_id, int) or not 0 <= pad_id < rows + MOST_ADDED_ROWS:
         raise ValueError(
             f"{source}: the pad id (--pad_id, pad_id, or pad_token_id of config.json) is "
-            f"{shown(pad_id)}, and the embedding has {rows} rows, to which at most "
+            f"{quoted(pad_id)}, and the embedding has {rows} rows, to which at most "
             f"{MOST_ADDED_ROWS:,} are added; expected an id from 0 to {rows + MOST_ADDED_ROWS - 1}"
         )
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from parts.guards import counted, visible
+from parts.guards import LONGEST_NAME, counted, one_line
 
 # The lists that an evaluation collects. Of every pair: the end scores, the target, the subset (or
 # None), and the difference of the true rewards where these are known. Of every response: the end
@@ -269,7 +269,7 @@ def subset_lines(
         if before is not None:
             earlier = before.get(name, {}).get("accuracy")
             text = f"{accuracy_in_words(earlier, counts[name])} before, {text} after"
-        lines.append(f"  {visible(name)}: {text}")
+        lines.append(f"  {one_line(name, LONGEST_NAME)}: {text}")
     if len(by) > SUBSETS_LISTED:
         lines.append(f"  and {counted(len(by) - SUBSETS_LISTED, 'more subset')}")
     return lines

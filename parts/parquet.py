@@ -8,13 +8,20 @@ from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
+from parts.guards import LONGEST_NAME, one_line, shown
+
 BATCH_ROWS = 1024  # rows that are Python objects at once
+
+
+class RepeatedColumnError(ValueError):
+    """Two columns of a file have one name, so that a row would keep the last one's value alone."""
 
 
 def parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield (row number from 1, JSON) for every row of a parquet file, row group by row group.
 
-    A null is an absent field. Text may be stored as bytes; times become text.
+    A null is an absent field. Text may be stored as bytes; times become text. Raises ValueError
+    that names the file.
     """
     try:
         import pyarrow
@@ -25,6 +32,7 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     row = 0
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            check_columns(path, file.schema_arrow.names)
             for group in range(file.num_row_groups):
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group]):
                     columns = [plain_values(column, pyarrow) for column in batch.columns]
@@ -34,12 +42,23 @@ def parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     except MemoryError as error:
         reason = str(error) or "a batch of rows does not fit"
         raise MemoryError(f"{path}: cannot be read behind row {row}: {reason}") from None
+    except RepeatedColumnError:
+        raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = one_line(str(error).partition("\n")[0], LONGEST_NAME)
         raise ValueError(
             f"{path}: cannot be read after row {row} ({reason}); the file is cut, damaged, or no "
             "parquet"
         ) from None
+
+
+def check_columns(path: Path, names: list[str]):
+    """Raise RepeatedColumnError that names a column which stands twice in the file."""
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise RepeatedColumnError(
+                f"{path}: found two columns {shown(name)}; give each column a name of its own"
+            )
 
 
 def plain_values(column, pyarrow) -> list:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from parts.files import replacing
+from parts.files import writing
 from parts.guards import counted, visible
 from parts.metrics import (
     accuracy_in_words,
@@ -388,8 +388,8 @@ def write_page(path, title: str, body: str):
         f"<style>{style_of_charts()}{STYLE}{style_of_shades()}</style></head>\n"
         f"<body><main>{body}</main></body></html>\n"
     )
-    with replacing(path) as part:
-        part.write_text(page, encoding="utf-8")
+    with writing(path) as out:
+        out.write(page)
 
 
 def facts(values: dict) -> str:

@@ -18,6 +18,7 @@ has the other fields that are read, and what becomes of fields that are not.
 import glob
 import gzip
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -27,7 +28,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from parts.guards import counted, listed, visible
+from parts.guards import LONGEST_NAME, counted, listed, one_line, shown
 from parts.parquet import parquet_rows
 from parts.repeats import read_answers_once, read_dialogue_once, read_text_once
 
@@ -46,7 +47,7 @@ def files_of(paths: Iterable[str]) -> list[str]:
 
     A directory stands for the files in it whose names end as data files do, in the order of their
     names; a glob for what it matches, in the same order. Raises ValueError that names a path where
-    nothing is found.
+    nothing is found, and two paths of one file.
     """
     files = []
     for path in map(str, paths):
@@ -59,7 +60,24 @@ def files_of(paths: Iterable[str]) -> list[str]:
             raise ValueError(f"{path}: {found}; {EXPECTED_FILE}")
         for match in matches:
             files += files_at(match)
+    check_no_file_twice(files)
     return files
+
+
+def check_no_file_twice(files: list[str]):
+    """Raise ValueError that names two paths of one file, whose rows would count twice.
+
+    A link is a path of the file that it leads to.
+    """
+    paths = {}
+    for path in files:
+        if not os.path.exists(path):
+            continue  # reading it says what is wrong
+        stat = os.stat(path)
+        first = paths.setdefault((stat.st_dev, stat.st_ino), path)
+        if first is not path:
+            found = f"is the same file as {first}" if first != path else "found twice"
+            raise ValueError(f"{path}: {found}; give each file once, or a copy of it")
 
 
 def files_at(path: str) -> list[str]:
@@ -70,6 +88,10 @@ def files_at(path: str) -> list[str]:
     if not names:
         raise ValueError(f"{path}: a directory without a data file; {EXPECTED_FILE} in it")
     return [str(Path(path) / name) for name in names]
+
+
+class RepeatedKeyError(ValueError):
+    """A key stands twice in an object of JSON, which Python reads as the last value in silence."""
 
 
 class SetupError(ValueError):
@@ -215,6 +237,28 @@ def convert_rows(
         yield converted
 
 
+def row_by_row(convert: Callable[[list], list]) -> Callable[[list], list]:
+    """Make `convert`, a function of rows together, call itself for each alone where it fails.
+
+    A ValueError of a row then stands in the result, in place of the row.
+    """
+
+    def converted(rows: list) -> list:
+        try:
+            return convert(rows)
+        except ValueError:
+            pass  # of one of them
+        results = []
+        for row in rows:
+            try:
+                results += convert([row])
+            except ValueError as error:
+                results.append(error)
+        return results
+
+    return converted
+
+
 def nothing_left(path, bad_rows: list[str]) -> ValueError:
     return ValueError(f"{path}: no row of it is a comparison, for example {path}:{bad_rows[-1]}")
 
@@ -316,12 +360,6 @@ def unused_lines(reading: Reading, notes: Iterable[Counter]) -> list[str]:
     return lines
 
 
-def shown(name: str) -> str:
-    """Return the name of a field in quotes, visible, on one line and cut to 60 characters."""
-    text = visible(name[:60]).replace("\n", "")
-    return f'"{text}…"' if len(name) > 60 else f'"{text}"'
-
-
 # --------------------------------------------------------------------------------------------------
 # One row
 
@@ -373,14 +411,32 @@ def parse_row(text: bytes, reading: Reading = Reading(), min_responses: int = 2)
 
 
 def parse_object(text: bytes) -> dict:
-    """Parse the JSON of a row. Raises ValueError where it is no object."""
+    """Parse the JSON of a row.
+
+    Raises ValueError where it is no object, or an object in it has a key twice.
+    """
     try:
-        row = json.loads(text.decode().rstrip())
+        row = ROW_DECODER.decode(text.decode().rstrip())
+    except RepeatedKeyError:
+        raise
     except (ValueError, RecursionError) as error:
         raise ValueError(not_json(error)) from None
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {json_type(row)}")
     return row
+
+
+def object_of(pairs: list[tuple[str, Any]]) -> dict:
+    """Make the dictionary of a JSON object. Raises RepeatedKeyError that names a repeated key."""
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    keys = Counter(key for key, _ in pairs)
+    key, count = keys.most_common(1)[0]
+    raise RepeatedKeyError(f"{shown(key)}: found {count} times in one object; give each key once")
+
+
+ROW_DECODER = json.JSONDecoder(object_pairs_hook=object_of)
 
 
 def divide_fields(found: dict, reading: Reading) -> tuple[dict, dict, list[str]]:
@@ -486,7 +542,7 @@ def check_plain(row: dict):
 
 def no_responses(found: dict, min_responses: int) -> str:
     """Say for an error which fields a row without responses has."""
-    names = listed([visible(name[:60]) for name in found]) or "none"
+    names = listed([one_line(name, LONGEST_NAME) for name in found]) or "none"
     expected = "expected chosen and rejected, or prompt and responses"
     if min_responses == 1:
         expected += ", or prompt and response"
@@ -566,7 +622,8 @@ def parse_messages(name: str, value, role: str, unread: set[str]) -> list[dict]:
             raise ValueError(f"{name}[{i}]: found {json_type(message)}; {expected}")
         message_role, content = message.get("role"), message.get("content")
         if message_role not in ("system", "user", "assistant"):
-            raise ValueError(f"{name}[{i}]: found role {json.dumps(message_role)}; {expected}")
+            found = one_line(json.dumps(message_role, ensure_ascii=False), LONGEST_NAME)
+            raise ValueError(f"{name}[{i}]: found role {found}; {expected}")
         check_text(f"{name}[{i}].content", content)
         messages.append({"role": message_role, "content": content})
         if len(message) > 2:
@@ -632,7 +689,7 @@ def not_json(error: Exception) -> str:
         expected = "expected one object a line, or in .json one array of objects"
         return f"not JSON ({error.msg}, column {error.colno}); {expected}"
     # A number of thousands of digits, or lists nested thousands deep.
-    return f"not JSON that a row could be ({error})"
+    return f"not JSON that a row could be ({one_line(error, LONGEST_NAME)})"
 
 
 def json_type(value) -> str:

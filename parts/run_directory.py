@@ -338,18 +338,31 @@ class RunDirectory:
         """
         there = [str(file) for file in files if Path(file).exists()]
         file = there[0] if there else "FILE.jsonl"
-        score = shlex.join([*how_to_start("rm.py"), str(self.path), file, *flags])
-        page, scores = (
-            shlex.quote(str(self.path / name)) for name in ("pairs.html", "scores.jsonl")
-        )
+        words = [*how_to_start("rm.py"), str(self.path), file, *flags]
+        score = " ".join(map(shell_word, words))
+        page, scores = (shell_word(self.path / name) for name in ("pairs.html", "scores.jsonl"))
+        path = guards.one_line(self.path)
         return (
-            f"model: {self.path}   metrics: {self.path}/metrics.jsonl   "
-            f"page: {self.path}/report.html\n"
+            f"model: {path}   metrics: {path}/metrics.jsonl   page: {path}/report.html\n"
             "score with it, token by token in the terminal or on a page, or as numbers alone:\n"
             f"    {score} --show\n"
             f"    {score} --html {page}\n"
             f"    {score} --out {scores}"
         )
+
+
+def shell_word(word) -> str:
+    """Quote a word of a command, which bash and zsh read as it is; nothing in it is invisible."""
+    text = str(word)
+    if text.isprintable():
+        return shlex.quote(text)
+    quoted = ""
+    for character in text:
+        if character.isprintable() and character not in "\\'":
+            quoted += character
+        else:
+            quoted += "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+    return f"$'{quoted}'"
 
 
 def how_to_start(program: str) -> list[str]:
@@ -381,7 +394,7 @@ def hold(directory: Path):
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = guards.visible(os.read(descriptor, 100).decode(errors="replace").strip())
+        holder = guards.one_line(os.read(descriptor, 100).decode(errors="replace").strip())
         os.close(descriptor)
         raise ValueError(
             f"--output_dir {directory}: {holder or 'another process'} trains into it; wait until "

@@ -40,6 +40,9 @@ from parts.guards import (
     listed,
     non_finite,
     non_finite_message,
+    one_line,
+    shown,
+    visible,
 )
 from parts.run_directory import newest_checkpoint
 from rm import GPT, RewardModel
@@ -265,6 +268,42 @@ def test_message_of_many_rows_lists_the_first_and_counts_the_others():
     batch = [data.Tokenized([[1], [2]], where=f"file:{i}") for i in range(3)]
     text = non_finite_message(1.5, math.inf, [], batch, streak=1)
     assert text == ("the gradient norm is inf, that of a finite loss (rows: file:0 and 2 more)")
+
+
+# --------------------------------------------------------------------------------------------------
+# Text from outside
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a\x1b]52;c;aGk=\x07b", "a␛]52;c;aGk=␇b"),
+        ("a\x00\x7f\x9b1m", "a␀␡⟨U+009B⟩1m"),
+        ("a\u202eb\u2066c\u200fd", "a⟨U+202E⟩b⟨U+2066⟩c⟨U+200F⟩d"),
+        ("a\u200bb\ufeffc\xadd", "a⟨U+200B⟩b⟨U+FEFF⟩c⟨U+00AD⟩d"),
+        ("a\u2028b\u2029\x85", "a⟨U+2028⟩b⟨U+2029⟩⟨U+0085⟩"),
+        ("a\udcffb\ud800", "a⟨U+DCFF⟩b⟨U+D800⟩"),  # bytes of a path that are not UTF-8
+        ("cho\u200dsen\u200c", "cho⟨U+200D⟩sen⟨U+200C⟩"),
+        ("👩\u200d💻 می\u200cخواهم é ▁ 日本", "👩\u200d💻 می\u200cخواهم é ▁ 日本"),
+        ("a\r\nb\tc\n", "a␍↵b⇥c↵"),
+        ("", ""),
+    ],
+)
+def test_text_from_outside_is_shown_on_one_line(text, expected):
+    assert one_line(text) == expected
+    assert shown(text) == f'"{expected}"'
+    assert one_line(expected) == expected
+    if "⟨U+200D⟩" not in expected:  # on pages they may join tokens
+        assert visible(text).replace("\n", "").replace("\t", "") == expected
+
+
+@pytest.mark.parametrize("filling", ["x", "\x1b", "\u202e", "\n", "日"])
+@pytest.mark.parametrize("most", [60, 200, 3500])
+def test_long_text_loses_its_middle(filling, most):
+    text = one_line("start " + filling * 10**6 + " end", most)
+    assert text.startswith("start ") and text.endswith(" end") and "characters in all" in text
+    assert most - 2 <= len(text) <= most and text.isprintable()
+    assert len(shown("start " + filling * 10**6)) <= 60 * 8 + 3
 
 
 # --------------------------------------------------------------------------------------------------

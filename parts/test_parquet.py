@@ -240,6 +240,24 @@ def test_row_groups_in_front_of_a_damaged_one_are_read(tmp_path):
         next(rows)
 
 
+@pytest.mark.parametrize("name", ["chosen", "id"])
+def test_two_columns_of_one_name_are_refused(tmp_path, name):
+    """A row would keep the value of the last one alone, and say nothing."""
+    path, names = tmp_path / "a.parquet", ["prompt", "chosen", "rejected", "id", name]
+    columns = [pyarrow.array([text]) for text in "pabcd"]
+    parquet.write_table(pyarrow.table(columns, names=names), path)
+    with pytest.raises(ValueError, match=f'^{path}: found two columns "{name}"; give each'):
+        list(data.load_comparisons(path))
+
+
+def test_an_object_with_a_name_twice_is_refused(tmp_path):
+    path, values = tmp_path / "a.parquet", [pyarrow.array([text]) for text in ("user", "a", "b")]
+    message = pyarrow.StructArray.from_arrays(values, names=["role", "content", "content"])
+    parquet.write_table(pyarrow.table([message], names=["chosen"]), path)
+    with pytest.raises(ValueError, match=f"^{path}: .*duplicate field names"):
+        list(data.load_comparisons(path))
+
+
 def test_without_pyarrow_the_error_has_the_line_that_installs_it(tmp_path, monkeypatch):
     path = write(tmp_path / "a.parquet", [PAIR])
     monkeypatch.setitem(sys.modules, "pyarrow", None)

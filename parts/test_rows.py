@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -681,6 +682,39 @@ def test_paths_without_a_data_file(tmp_path, path, words):
     assert str(error.value).startswith(f"{name}: {words}")
 
 
+@pytest.mark.parametrize(
+    "paths, found",
+    [
+        (["a.jsonl", "a.jsonl"], "a.jsonl: found twice"),
+        (["b.jsonl", "a.jsonl", "a.json*"], "a.jsonl: found twice"),
+        (["a.jsonl", "more/../a.jsonl"], "more/../a.jsonl: is the same file as DIR/a.jsonl"),
+        (["more", "more/y.jsonl"], "more/y.jsonl: found twice"),
+        (["more/y.jsonl", "more/"], "more/y.jsonl: found twice"),
+        (["a.jsonl", "link.jsonl"], "link.jsonl: is the same file as DIR/a.jsonl"),
+        (["hard.jsonl", "a.jsonl"], "a.jsonl: is the same file as DIR/hard.jsonl"),
+        (["more", "folder"], "folder/y.jsonl: is the same file as DIR/more/y.jsonl"),
+        (["."], "hard.jsonl: is the same file as DIR/a.jsonl"),
+    ],
+)
+def test_one_file_by_two_paths_is_refused(tmp_path, paths, found):
+    make_files(tmp_path, "a.jsonl b.jsonl more/y.jsonl")
+    (tmp_path / "link.jsonl").symlink_to("a.jsonl")
+    os.link(tmp_path / "a.jsonl", tmp_path / "hard.jsonl")
+    (tmp_path / "folder").symlink_to("more")
+    with pytest.raises(ValueError) as error:
+        files_of(f"{tmp_path}/{path}" for path in paths)
+    assert str(error.value).startswith(f"{tmp_path}/{found.replace('DIR', str(tmp_path))}; give")
+
+
+def test_one_file_by_a_relative_and_an_absolute_path_is_refused(tmp_path, monkeypatch):
+    make_files(tmp_path, "a.jsonl b.jsonl")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/a.jsonl: is the same file as a.jsonl; "):
+        files_of(["a.jsonl", f"{tmp_path}/a.jsonl"])
+    (tmp_path / "b.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+    assert files_of(["a.jsonl", "b.jsonl"]) == ["a.jsonl", "b.jsonl"]  # a copy is another file
+
+
 def test_errors_in_a_directory_name_the_file(tmp_path):
     make_files(tmp_path, "a.jsonl b.jsonl")
     (tmp_path / "b.jsonl").write_text(json.dumps(PAIR) + "\n[]")
@@ -761,6 +795,40 @@ BAD = {  # name: (file name, content, line or None, what was found)
         "chosen: character 2 is half of a surrogate pair", chosen="ab\ud800", rejected="b"
     ),
 }
+
+
+MESSAGE = '{"role": "user", "content": "u", "content": "v"}'
+REPEATED_KEYS = {  # the JSON of a row, the key that it has twice or three times
+    "field": ('{"prompt": "p", "chosen": "a", "rejected": "b", "chosen": "c"}', "chosen", 2),
+    "three": ('{"prompt": 1, "prompt": 2, "prompt": "p", "responses": ["a", "b"]}', "prompt", 3),
+    "equal values": ('{"prompt": "p", "chosen": "a", "chosen": "a", "rejected": "b"}', "chosen", 2),
+    "message": (f'{{"prompt": [{MESSAGE}], "chosen": "a", "rejected": "b"}}', "content", 2),
+    "message of a response": (f'{{"chosen": [{MESSAGE}], "rejected": "b"}}', "content", 2),
+    "field that is not read": (
+        '{"prompt": "p", "chosen": "a", "rejected": "b", "more": [{"x": {"id": 1, "id": 2}}]}',
+        "id",
+        2,
+    ),
+    "escaped": ('{"prompt": "p", "chosen": "a", "rejected": "b", "\\u0063hosen": 1}', "chosen", 2),
+}
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "a.json", "array.json"])
+@pytest.mark.parametrize("text, key, count", REPEATED_KEYS.values(), ids=REPEATED_KEYS)
+def test_a_key_that_stands_twice_is_an_error_of_its_row(tmp_path, file, text, key, count):
+    """Python's json would take the last value, and say nothing; such a row can be skipped."""
+    rows = [GOOD.decode().strip(), text, GOOD.decode().strip()]
+    content = "\n".join(rows)
+    if file.startswith("array"):
+        content = "[" + ",\n".join(rows) + "]"
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError) as error:
+        list(data.load_comparisons(tmp_path / file))
+    found = f'"{key}": found {count} times in one object; give each key once'
+    assert str(error.value) == f"{tmp_path / file}:2: {found}"
+    bad_rows = []
+    assert len(list(data.load_comparisons(tmp_path / file, bad_rows=bad_rows))) == 2
+    assert bad_rows == [f"2: {found}"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import resource
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -42,7 +43,7 @@ from conftest import (
 )
 from parts import run_directory
 from parts.distributed import Process
-from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint
+from parts.run_directory import RunDirectory, checkpoint_steps, newest_checkpoint, shell_word
 from parts.tensor_files import own_rows
 
 STEP = {"event": "step", "loss": 0.5, "lr": 0.1, "grad_norm": 1.0}
@@ -337,6 +338,33 @@ def test_what_a_killed_run_was_writing_is_gone_after_the_next_start(small, undis
     forked_ok(output_dir, *small, "--resume")
     assert [path.name for path in output_dir.glob("*.part")] == ["notes.part"]
     assert not list((output_dir / "checkpoints").glob(".*"))
+
+
+def test_a_directory_by_links_is_trained_into(small, undisturbed, tmp_path):
+    """The links stay, those of files in it, too, and the model is that of any other run."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "out").symlink_to("there")
+    (tmp_path / "there" / "metrics.jsonl").symlink_to("../metrics")
+    said = forked_ok(tmp_path / "out", *small)
+    assert "earlier run" not in said
+    forked_ok(tmp_path / "out", *small, "--resume")
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "there" / "metrics.jsonl").is_symlink()
+    same_bits(tmp_path / "there", undisturbed)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (code,), (said,) = forked(tmp_path / "dangling", *small)
+    last = said.splitlines()[-1]
+    assert code == 1 and last.startswith("train.py: error: --output_dir") and "dangling" in last
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["a/b", "a b", "it's", "\x1b]52;c;aGk=\x07'\\n\\", "\n\u202eé\u009b日", "\udcff", "", "\x071"],
+)
+def test_a_word_of_a_command_is_visible_and_read_as_it_is(word):
+    quoted = shell_word(word)
+    assert quoted.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, check=True)
+    assert os.fsdecode(done.stdout) == word
 
 
 def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_path):

@@ -274,10 +274,29 @@ def test_notes_on_files_say_which_flags_name_no_field(tmp_path):
         files.append(data.tokenize_file(*how))
     unused = '--ignore_fields lable: no row has a field "lable"'
     unread = f'{tmp_path}/b.jsonl: field "x" is not read (1 row)'
-    assert token_cache.file_notes(files, reading) == [unread, unused]
-    assert token_cache.file_notes([*files, files[1]], reading) == [unread, unused]  # twice the same
+    assert token_cache.file_notes(files, [], reading) == [unread, unused]
+    assert token_cache.file_notes(files[:1], files[1:], reading) == [unread, unused]
     kind = '--fields subset=kind (--eval_by): no row has a field "kind"'
-    assert token_cache.file_notes(files[:1], reading) == [unused, kind]
+    assert token_cache.file_notes(files[:1], [], reading) == [unused, kind]
+
+
+def test_copies_of_files_are_named_and_files_to_train_and_to_evaluate_on(tmp_path):
+    files = []
+    for name, prompt in (("a.jsonl", "p"), ("b.jsonl", "q"), ("copy.jsonl", "p")):
+        path = tmp_path / name
+        path.write_text(lines([{"prompt": prompt, "chosen": "a", "rejected": "b"}]))
+        how = (path, Letters(), 20, "left", tmp_path / "cache", False, Reading())
+        files.append(data.tokenize_file(*how))
+    a, b, copy = files
+    twice = (
+        f"{tmp_path}/copy.jsonl: has the content of {tmp_path}/a.jsonl, so each row counts twice"
+    )
+    assert token_cache.file_notes(files, [], Reading()) == [twice]
+    assert token_cache.file_notes([b], [a, copy], Reading()) == [twice]
+    assert token_cache.file_notes([a], [b], Reading()) == []
+    for file in (a, copy):
+        (line,) = token_cache.file_notes([b, a], [file], Reading())
+        assert line.startswith(f"{file.path}: its rows are trained on, too ({tmp_path}/a.jsonl), ")
 
 
 def test_a_file_is_hashed_once_and_again_if_it_changes(tmp_path, monkeypatch):

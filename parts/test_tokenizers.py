@@ -1,8 +1,13 @@
 """Tokenizers: what text becomes, what is trained, loaded and saved, also against transformers."""
 
+import base64
 import io
 import json
+import os
 import random
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -11,6 +16,7 @@ import transformers
 
 import data
 import parts.tokenizers
+from conftest import TINY, end, start
 from data import Comparison
 from parts.chat import chat_text, plain_template
 
@@ -75,6 +81,74 @@ def test_training_is_reproducible_and_vocab_size_an_upper_bound(tokenizer):
     for vocab_size in (8, 256, 260):  # 4 special ids and 256 bytes are 260, before any letter
         with pytest.raises(ValueError, match=f"^{vocab_size} ids are too few .*; 282 would do"):
             data.train_tokenizer(TEXTS, vocab_size)
+
+
+@pytest.mark.parametrize(
+    "program, found",
+    [
+        ("raise MemoryError('is full')", "MemoryError: is full"),
+        ("import os; os.kill(os.getpid(), 9)", "ended by signal 9, perhaps for lack of memory"),
+    ],
+)
+def test_a_process_that_trains_no_tokenizer_is_an_error(program, found, tmp_path, monkeypatch):
+    (tmp_path / "train_pieces.py").write_text(program)
+    monkeypatch.setattr(parts.tokenizers, "__file__", str(tmp_path / "tokenizers.py"))
+    with pytest.raises(ValueError, match=f"^found 400, .* not trained a tokenizer .*{found}[)]; "):
+        data.train_tokenizer(TEXTS, 400)
+
+
+def state_of(process: int) -> str:
+    """Return the state of a process, "S" or "T" for example, "" where it has ended (man 5 proc)."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+    return state.replace("Z", "")  # one that has ended, and that nobody has asked about
+
+
+def training_process(run) -> int:
+    """Wait for the process that trains a tokenizer for a run, and hold it for good."""
+    while True:
+        assert run.is_alive()
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                lines = status.read_text().splitlines()
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            facts = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+            # It ignores Ctrl-C once it is set up.
+            ignores = int(facts["SigIgn"], 16) >> (signal.SIGINT - 1) & 1
+            if facts["PPid"].strip() == str(run.pid) and ignores:
+                child = int(status.parent.name)
+                os.kill(child, signal.SIGSTOP)
+                return child
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_run_that_trains_a_tokenizer_and_the_training(number, tmp_path):
+    """The training process is held, so that a run which waits for its end would wait for ever."""
+    file, rng, rows = tmp_path / "rows.jsonl", random.Random(0), []
+    for _ in range(5000):  # it would take many times as long as it takes to find the process
+        words = "".join(rng.choices("abcdefghijklmnopqrst", k=1000))
+        rows.append({"prompt": "", "chosen": words, "rejected": "c"})
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--data_path", file, "--data_output_path", tmp_path / "cache"]
+    ranks = start(tmp_path / "out", *TINY, *flags)
+    child = training_process(ranks[0])
+    os.kill(ranks[0].pid, number)
+    (code,), (said,) = end(ranks)
+    if number == signal.SIGINT:
+        assert code == 1
+        last = said.splitlines()[-1]
+        assert last == "train.py: interrupted before the first step; nothing was trained"
+        assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+    else:
+        assert code == -signal.SIGTERM  # as at any time before the first step
+    while state_of(child):
+        assert state_of(child) != "T"  # a process that is killed is held no longer
+        time.sleep(0.01)
+    assert not (tmp_path / "out").exists() and "Traceback" not in said
 
 
 def sentencepiece_model(**options) -> bytes:
@@ -794,6 +868,126 @@ def test_damaged_hub_tokenizer_is_named(file, content, tmp_path):
     (tmp_path / file).write_text(content)  # the third lacks its merges.txt
     with pytest.raises(ValueError, match=f"^{tmp_path}/{file}: not a tokenizer"):
         data.load_tokenizer(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Tokenizers that fail at a text
+
+BACKTRACKING = "(a+)+$"  # takes the regex library too many steps for many a's and a b
+# sentencepiece's map of characters: the size of a trie, and the trie, which ends before z.
+SHORT_TRIE = base64.b64encode((4 * ord("z")).to_bytes(4, "little") + bytes(4 * ord("z"))).decode()
+AT_LETTERS = {"x y": [1, 2], "y": [2], "x aab": [1, 0]}
+FAILING = {  # name: parts of its tokenizer.json, texts that it encodes, one at which it fails
+    "no unk": ({"model": {"unk_token": "none"}}, {"x y": [1, 2], "y y y": [2, 2, 2]}, "x z"),
+    "a normalizer panics": (
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": SHORT_TRIE}},
+        AT_LETTERS,
+        "x z",
+    ),
+    "a pre-tokenizer panics": (
+        {
+            "pre_tokenizer": {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "WhitespaceSplit"},
+                    {
+                        "type": "Split",
+                        "pattern": {"Regex": BACKTRACKING},
+                        "behavior": "Isolated",
+                        "invert": False,
+                    },
+                ],
+            }
+        },
+        AT_LETTERS,
+        "a" * 60 + "b",
+    ),
+}
+
+
+def failing_tokenizer(directory, change):
+    """Write tokenizer.json of a tokenizer of words, x, y and eos, with some parts changed."""
+    spec = {
+        "version": "1.0",
+        **dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"]),
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+    }
+    spec |= change
+    vocab = {"?": 0, "x": 1, "y": 2, "<end>": 3}
+    spec["model"] = {"type": "WordLevel", "vocab": vocab, "unk_token": "?"} | spec.get("model", {})
+    directory.mkdir()
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    config = {"eos_token": "<end>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.fixture(params=FAILING)
+def failing(request, tmp_path):
+    """Write one of FAILING; its directory, what it makes of texts, and a text where it fails."""
+    change, good, bad = FAILING[request.param]
+    return failing_tokenizer(tmp_path / "tokenizer", change), good, bad
+
+
+def test_a_text_that_cannot_be_encoded_is_a_value_error_that_shows_it(failing):
+    directory, good, bad = failing
+    tokenizer = data.load_tokenizer(directory)
+    for _ in range(2):  # also after it has failed
+        for text, ids in good.items():
+            assert tokenizer.encode(text) == ids
+        assert tokenizer.encode_batch(list(good)) == list(good.values())
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_batch([*good, text, *good])):
+            with pytest.raises(ValueError, match=f'cannot encode "{bad[:15]}.* [(].+[)]$'):
+                encode(bad)
+
+
+def test_rows_that_cannot_be_encoded_are_named_or_skipped_and_others_kept(failing, tmp_path):
+    directory, good, bad = failing
+    tokenizer, file = data.load_tokenizer(directory), tmp_path / "rows.jsonl"
+    texts = list(good)
+    rows = [{"prompt": "", "chosen": texts[i % 2], "rejected": texts[1 - i % 2]} for i in range(7)]
+    rows[2]["rejected"], rows[5]["prompt"] = bad, bad + " "
+    file.write_text("\n".join(json.dumps(row) for row in rows))
+    how = file, tokenizer, 100, "left", tmp_path / "cache"
+    with pytest.raises(ValueError, match=f'^{file}:3: the tokenizer cannot encode "{bad[:15]}'):
+        data.tokenize_file(*how)
+    found = data.tokenize_file(*how, skip_bad_rows=True)
+    assert [place.partition(": ")[0] for place in found.bad_rows] == [f"{file}:3", f"{file}:6"]
+    expected = []
+    for i in (0, 1, 3, 4, 6):
+        ids = [good[rows[i][name]] + [tokenizer.eos_id] for name in ("chosen", "rejected")]
+        expected.append(ids)
+    assert [found[i].sequences for i in range(len(found))] == expected
+
+
+def test_ids_that_cannot_be_decoded_are_a_value_error(gpt2):
+    tokenizer = data.load_tokenizer(gpt2)
+    with pytest.raises(ValueError, match="^the tokenizer cannot decode .*-5"):
+        tokenizer.decode([-5])
+
+
+def test_a_tokenizer_json_that_makes_the_library_panic_is_named(tmp_path, monkeypatch):
+    directory = failing_tokenizer(tmp_path / "tokenizer", {})
+
+    class PanicException(BaseException):
+        """An error that is no Exception, as a panic in the library's Rust code is one."""
+
+    def panic(*_):
+        raise PanicException("index out of bounds\n\x1b]52;c;aGk=\x07")
+
+    monkeypatch.setattr(parts.tokenizers, "read_backend", panic)
+    found = "not a tokenizer, or damaged (index out of bounds↵␛]52;c;aGk=␇)"
+    with pytest.raises(ValueError) as error:
+        data.load_tokenizer(directory)
+    assert str(error.value) == f"{directory}/tokenizer.json: {found}"
+    monkeypatch.setattr(parts.tokenizers, "read_backend", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.load_tokenizer(directory)
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from parts.guards import counted
+from parts.guards import counted, one_line
 from parts.inputs import is_file
 from parts.memory import full_memory
 from parts.rows import Reading, bad_row, note_lines, nothing_left, read_rows, unused_lines
@@ -138,12 +138,32 @@ class TokenizedFile:
         return lines
 
 
-def file_notes(files: list[TokenizedFile], reading: Reading) -> list[str]:
+def file_notes(
+    files: list[TokenizedFile], eval_files: list[TokenizedFile], reading: Reading
+) -> list[str]:
     """List the lines that a user should read about files, and about flags that name no field."""
-    lines = []
-    for file in {file.path: file for file in files}.values():
+    lines, both = [], [*files, *eval_files]
+    for file in {file.path: file for file in both}.values():
         lines += file.notes()
-    return lines + unused_lines(reading, [file.counts for file in files])
+    lines += [*copies(files), *copies(eval_files)]
+    trained_on = {file.key: file.path for file in files}
+    for file in eval_files:
+        if file.key in trained_on:
+            lines.append(
+                f"{file.path}: its rows are trained on, too ({trained_on[file.key]}), so the "
+                "evaluation does not show what is learned about new ones"
+            )
+    return lines + unused_lines(reading, [file.counts for file in both])
+
+
+def copies(files: list[TokenizedFile]) -> list[str]:
+    """List a line for each file that has the content of an earlier one."""
+    lines, first = [], {}
+    for file in files:
+        before = first.setdefault(file.key, file.path)
+        if before != file.path:
+            lines.append(f"{file.path}: has the content of {before}, so each row counts twice")
+    return lines
 
 
 @dataclass
@@ -268,7 +288,7 @@ def write_tokens(
     """
     lengths, rows = [[0]], []  # an array for each chunk
     is_small = os.path.getsize(path) <= CHUNK_BYTES
-    bar = tqdm(desc=f"tokenize {Path(path).name}", unit=" rows", disable=is_small)
+    bar = tqdm(desc=f"tokenize {one_line(Path(path).name, 60)}", unit=" rows", disable=is_small)
     with open(directory / "tokens.bin", "wb") as out, bar:
         for chunk in divide_rows(read_rows(path)):
             sequences, found = [], []

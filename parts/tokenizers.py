@@ -9,12 +9,13 @@ say the same, from which transformers' `AutoTokenizer` makes the same tokenizer.
 """
 
 import base64
-import io
 import json
 import os
 import re
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from parts.chat import (
     find_template,
     plain_template,
 )
-from parts.guards import listed, visible
+from parts.guards import LONGEST_NAME, listed, one_line
 from parts.inputs import is_file
 from parts.memory import full_memory
 from parts.rows import json_type
@@ -172,7 +173,10 @@ class Tokenizer:
         """Tell whether the text of a token is white space alone; special tokens have no text."""
         if token_id not in self.spaces:
             # Behind a letter, because decoders leave out a space in front.
-            before = self.encode("a")
+            try:
+                before = self.encode("a")
+            except ValueError:  # the tokenizer has no token for it
+                before = []
             text = self.decode([*before, token_id])[len(self.decode(before)) :]
             self.spaces[token_id] = text.isspace()
         return self.spaces[token_id]
@@ -277,14 +281,22 @@ class HuggingFaceTokenizer(Tokenizer):
         return hash_of(self.backend.to_str(), self.splits_special, *self.facts())
 
     def encode(self, text: str) -> list[int]:
-        return self.backend.encode(text, add_special_tokens=False).ids
+        """Return the token ids of a text. Raises ValueError that shows a text it cannot encode."""
+        with as_value_error("the tokenizer cannot encode", text):
+            return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [found.ids for found in self.backend.encode_batch(texts, add_special_tokens=False)]
+        try:
+            with as_value_error("the tokenizer cannot encode texts"):
+                found = self.backend.encode_batch(texts, add_special_tokens=False)
+        except ValueError:
+            return [self.encode(text) for text in texts]  # shows which one
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         text_ids = [int(i) for i in ids if i != self.pad_id]
-        return self.backend.decode(text_ids, skip_special_tokens=True)
+        with as_value_error("the tokenizer cannot decode", text_ids):
+            return self.backend.decode(text_ids, skip_special_tokens=True)
 
     def gap(self) -> str:
         return ""
@@ -299,6 +311,24 @@ class HuggingFaceTokenizer(Tokenizer):
         spec = json.loads(self.backend.to_str())
         config = {"split_special_tokens": self.splits_special} | settings
         write_json(directory, transformers_files(self, spec, self.backend.id_to_token, config))
+
+
+@contextmanager
+def as_value_error(what: str, item="") -> Iterator[None]:
+    """Turn an error of the library `tokenizers` into a ValueError: `what`, the item, the reason.
+
+    The library raises Exception itself; a panic of its Rust code is no Exception at all.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, PadIdError):
+        raise
+    except BaseException as error:
+        if full_memory(error):
+            raise
+        if item:
+            what += f' "{one_line(item, 80)}"'
+        raise ValueError(f"{what} ({one_line(error, LONGEST_NAME)})") from None
 
 
 def piece_names_of(pieces: sentencepiece.SentencePieceProcessor) -> dict[int, str]:
@@ -465,22 +495,19 @@ def load_tokenizer(path, pad_id: int | None = None, chat_template: str = "auto")
     if pad_id is None:
         pad_id = config.get("pad_token_id")
     try:
-        backend = None
-        if is_json:
-            backend = read_backend(file)
-        elif is_llama:
-            config = {"add_bos_token": True} | config
-            backend = bpe_backend(file)
-        if backend is not None:
-            config = prepare_as(class_name, backend, config) | config
-            return HuggingFaceTokenizer(backend, config, pad_id, template)
-        tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
+        with as_value_error(f"{file}: not a tokenizer, or damaged"):
+            backend = None
+            if is_json:
+                backend = read_backend(file)
+            elif is_llama:
+                config = {"add_bos_token": True} | config
+                backend = bpe_backend(file)
+            if backend is not None:
+                config = prepare_as(class_name, backend, config) | config
+                return HuggingFaceTokenizer(backend, config, pad_id, template)
+            tokenizer = sentencepiece_tokenizer(file, config, pad_id, template)
     except PadIdError as error:
         raise PadIdError(f"{file}: {error}") from None
-    except Exception as error:  # tokenizers raises Exception itself
-        if full_memory(error):
-            raise error
-        raise ValueError(f"{file}: not a tokenizer, or damaged ({error})") from None
     if not is_ours:
         check_no_splits(file, tokenizer)
     return tokenizer
@@ -515,7 +542,7 @@ def check_no_splits(file: Path, tokenizer: Tokenizer):
     names = [token["content"] for token in config.get("added_tokens_decoder", {}).values()]
     names += [config.get(name) for name in SPECIAL_TOKENS if name != "pad_token"]
     names += config.get("additional_special_tokens", [])
-    added = sorted({visible(name) for name in names if name and name not in known})
+    added = sorted({one_line(name, LONGEST_NAME) for name in names if name and name not in known})
     if added or (config and tokenizer.has_own_template):
         written = f"added tokens ({listed(added)})" if added else "the tokens of a chat template"
         code = (
@@ -634,36 +661,27 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     The same texts in the same order give the same tokenizer. Bytes are the fallback for what is not
     in the vocabulary, and nothing is normalized: no text is lost (but for U+2581, sentencepiece's
     own sign for a space, which is decoded as a space). Ids 0 to 3 are pad, bos, eos, unk.
+    Another process trains it, parts/train_pieces.py, which an interrupt ends.
     Raises ValueError where `vocab_size` is too small for the bytes and the text's characters.
     """
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            hard_vocab_limit=False,
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            max_sentence_length=1 << 24,
-            num_threads=1,
-            pad_id=0,
-            bos_id=1,
-            eos_id=2,
-            unk_id=3,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        # sentencepiece compares the size that was asked for with the size that it needs.
-        sizes = re.search(r"(\d+) vs (\d+)", str(error))
-        needed = f"; {sizes[2]} would do" if sizes else f" ({error})"
+    order = json.dumps({"vocab_size": vocab_size, "texts": list(texts)}).encode()
+    program = Path(__file__).with_name("train_pieces.py")
+    # After an interrupt `run` ends the process. -P: modules of ours hide none of the libraries'.
+    done = subprocess.run([sys.executable, "-P", program], input=order, capture_output=True)
+    if done.returncode == 0:
+        return Tokenizer(done.stdout)
+    found = done.stderr.decode(errors="replace").strip()
+    # sentencepiece compares the size that was asked for with the size that it needs.
+    sizes = re.search(r"(\d+) vs (\d+)", found)
+    if sizes:
         text = "256 bytes, 4 special ids and the text's characters"
-        raise ValueError(f"{vocab_size} ids are too few for {text}{needed}") from None
-    return Tokenizer(model.getvalue())
+        raise ValueError(f"{vocab_size} ids are too few for {text}; {sizes[2]} would do")
+    if done.returncode < 0:
+        found = f"ended by signal {-done.returncode}, perhaps for lack of memory"
+    raise ValueError(
+        f"found {vocab_size}, and sentencepiece has not trained a tokenizer "
+        f"({one_line(found, LONGEST_NAME)}); give another size, or --tokenizer_path"
+    )
 
 
 # --------------------------------------------------------------------------------------------------

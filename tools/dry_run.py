@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from data import Tokenized
 from model import GPT, GPTConfig
 from parts.distributed import Process, complaint_about, leave, share_of
+from parts.files import show_output
 from parts.flags import objective_of, parse_flags
 from parts.guards import counted
 from parts.huggingface import FAMILIES, check_pad_id, read_config
@@ -301,6 +302,7 @@ def report(args, world_size: int) -> str:
 
 
 def main():
+    show_output()
     args = parse_flags(list(FAMILIES), LOSSES)
     complaint = None
     try:

@@ -122,21 +122,25 @@ def scored_rows(
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def tokenized(comparison) -> tuple:
-        """Return the comparison, its sequences, and texts that begin alike: uncut, and prompt."""
+        """Return the comparison, its sequences, their texts, and texts that begin alike.
+
+        These are the sequences, uncut, and the prompt.
+        """
         begin_alike = tokenize(comparison, tokenizer, 2**31)
         if comparison.prompt or len(begin_alike) == 1:
             begin_alike.append(bos + encode_prompt(comparison.prompt, tokenizer))
-        return comparison, tokenize(comparison, tokenizer, max_seq_len, side), begin_alike
+        sequences = tokenize(comparison, tokenizer, max_seq_len, side)
+        texts = [token_texts(tokenizer, sequence) for sequence in sequences]
+        return comparison, sequences, texts, begin_alike
 
     converted = convert_rows(tokenized, itertools.islice(comparisons, count))
-    for comparison, sequences, begin_alike in tqdm(converted, unit=" rows", leave=False):
+    for comparison, sequences, texts, begin_alike in tqdm(converted, unit=" rows", leave=False):
         input_ids, mask = pad_rows(sequences, model.pad_id)
         rewards = model.token_rewards(input_ids.to(device), mask.to(device)).cpu()
         length = len(input_ids[0])
         padding = ["⟨pad⟩"] + ["·"] * length  # by name once, as there may be hundreds
-        texts = []
-        for sequence in sequences:
-            texts.append(token_texts(tokenizer, sequence) + padding[: length - len(sequence)])
+        for text in texts:
+            text += padding[: length - len(text)]
         # The prompt reaches as far as all texts have its tokens; in whole dialogues, as far as
         # these are equal. Truncation takes tokens off its start.
         prompt = shared_prefix(begin_alike)

@@ -36,9 +36,9 @@ from data import (
 )
 from parts import metrics
 from parts.chat import notes_on
-from parts.files import replacing
-from parts.flags import add_row_flags, flags_of, row_reading
-from parts.guards import check_scores, counted
+from parts.files import show_output, unfiltered, writing
+from parts.flags import Parser, add_row_flags, flags_of, row_reading
+from parts.guards import check_scores, counted, one_line
 from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
 from parts.memory import full_memory, memory_line
 from parts.packed import reward_places
@@ -222,7 +222,7 @@ def named_responses(responses) -> dict:
 
 
 def score_flags() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "rm.py",
         allow_abbrev=False,
         description="Score the responses in a file. One JSON line a row, in the file's order: "
@@ -262,7 +262,8 @@ def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
     for flag, target in (("--out", args.out), ("--html", args.html)):
         if not target:
             continue
-        if Path(target).is_dir() or not Path(target).absolute().parent.is_dir():
+        # Links are followed, so that a file is written where they lead.
+        if Path(target).is_dir() or not Path(os.path.realpath(target)).parent.is_dir():
             parser.error(
                 f"argument {flag}: found {target}; expected a file in a directory that exists"
             )
@@ -313,15 +314,16 @@ def score_program(argv: list[str]):
             print(f"{args.html}: a page of {counted(len(shown), 'row')}", file=sys.stderr)
         if args.show:
             wants_colors = sys.stdout.isatty() or os.environ.get("FORCE_COLOR")
-            pairs_page.show(shown, sys.stdout, wants_colors and not os.environ.get("NO_COLOR"))
+            out = unfiltered(sys.stdout)
+            pairs_page.show(shown, out, wants_colors and not os.environ.get("NO_COLOR"))
     counts, settings = Counts(), (args.batch_size, args.layout, max_seq_len, side)
     if args.out:
-        with replacing(args.out) as part, open(part, "w") as out:
+        with writing(args.out) as out:
             counts = write_scores(out, rows, model, tokenizer, *settings)
     elif not (args.html or args.show):
         counts = write_scores(sys.stdout, rows, model, tokenizer, *settings)
     for line in [*rows.notes(), *counts.summary(max_seq_len)]:
-        print(line, file=sys.stderr)
+        print(one_line(line), file=sys.stderr)
 
 
 class Rows:
@@ -441,7 +443,7 @@ def write_scores(
 
 
 def convert_program(argv: list[str]):
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         "rm.py convert",
         allow_abbrev=False,
         description="Write a trained reward model in another layout.",
@@ -540,6 +542,7 @@ def how_to_load(directory: Path, has_tokenizer: bool) -> str:
 
 
 def main():
+    show_output()
     arguments = sys.argv[1:]
     try:
         if arguments[:1] == ["convert"]:
@@ -547,12 +550,12 @@ def main():
         else:
             score_program(arguments)
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
-        message = str(error)
+        message = error
         if full_memory(error):
             message = memory_line(error, "give a smaller --batch_size or --max_seq_len")
         elif isinstance(error, RuntimeError):
             raise
-        sys.exit(f"rm.py: error: {message}")
+        sys.exit(f"rm.py: error: {one_line(message)}")
     except KeyboardInterrupt:
         sys.exit("rm.py: interrupted; --out and --html are as they were")
 

@@ -21,7 +21,14 @@ import train
 from model import GPT, GPTConfig
 from parts.huggingface import LAYOUTS
 from parts.normalize import normalize
-from parts.test_tokenizers import FAST, byte_level, hub_files, sentencepiece_model
+from parts.test_tokenizers import (
+    FAILING,
+    FAST,
+    byte_level,
+    failing_tokenizer,
+    hub_files,
+    sentencepiece_model,
+)
 from rm import RewardModel
 from tools import score
 
@@ -708,6 +715,63 @@ def test_score_that_is_not_finite_is_an_error_that_names_the_row(
     assert len(said.splitlines()) == (2 if way == "stdout" else 0)
     assert out.read_text() == "earlier"
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html"])
+def test_links_are_followed_and_devices_written_to_as_they_are(flag, trained, tmp_path, run_here):
+    file = write_rows(tmp_path / "rows.jsonl", 3)
+    assert run_here(trained, file, flag, tmp_path / "expected")[0] is None
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "file", tmp_path / "link"
+    link.symlink_to("there/file")
+    for before in (None, "old"):
+        if before:
+            target.write_text(before)
+        assert run_here(trained, file, flag, link)[0] is None
+        assert link.is_symlink() and target.read_text() == (tmp_path / "expected").read_text()
+    assert run_here(trained, file, flag, "/dev/null")[0] is None
+    assert Path("/dev/null").is_char_device() and [*(tmp_path / "there").iterdir()] == [target]
+    link.unlink()
+    link.symlink_to("nowhere/file")
+    status, _ = run_here(trained, file, flag, link)
+    assert status.endswith(f"{flag}: found {link}; expected a file in a directory that exists")
+    command = f'{{ echo before; {sys.executable} {HERE}/rm.py "$@"; echo after; }} > {tmp_path}/log'
+    arguments = [str(trained), str(file), flag, "/dev/stdout"]
+    subprocess.run(["bash", "-c", command, "bash", *arguments], check=True, capture_output=True)
+    expected = (tmp_path / "expected").read_text()
+    assert (tmp_path / "log").read_text() == f"before\n{expected}after\n"
+
+
+def test_converting_into_a_directory_by_a_link(trained, tmp_path, run_here):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    assert run_here("convert", trained, tmp_path / "link", "--layout", "hf")[0] is None
+    assert (tmp_path / "link").is_symlink() and RewardModel.from_pretrained(tmp_path / "there")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    status, _ = run_here("convert", trained, tmp_path / "dangling", "--layout", "hf")
+    assert status.startswith("rm.py: error: ") and "dangling" in status
+
+
+@pytest.mark.parametrize("flags", [[], ["--show"], ["--html", "page.html"]])
+@pytest.mark.parametrize("kind", ["no unk", "a normalizer panics"])
+def test_a_text_that_the_tokenizer_cannot_encode_is_named(kind, flags, tmp_path, run_here):
+    change, good, bad = FAILING[kind]
+    tokenizer = data.load_tokenizer(failing_tokenizer(tmp_path / "hub", change))
+    tiny = GPTConfig("llama", vocab_size=8, n_positions=64, n_layer=1, n_head=2, n_embd=16)
+    model = RewardModel(GPT(tiny), tokenizer.pad_id)
+    model.save_pretrained(tmp_path / "model", tokenizer=tokenizer)
+    chosen, rejected = list(good)[:2]
+    row = {"prompt": "", "chosen": chosen, "rejected": rejected}
+    file = tmp_path / "rows.jsonl"
+    rows = [row, row, row | {"rejected": bad}]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = [tmp_path / flag if flag.endswith(".html") else flag for flag in flags]
+    status, _ = run_here(tmp_path / "model", file, *flags)
+    assert status.startswith(f'rm.py: error: {file}:3: the tokenizer cannot encode "{bad}" (')
+    scorer = score.Scorer(tmp_path / "model")
+    with pytest.raises(ValueError, match=f'^the tokenizer cannot encode "y {bad}" [(]'):
+        scorer("y ", [chosen, bad])
+    assert len(scorer("", [rejected, chosen])) == 2
 
 
 def test_an_interrupt_is_said_in_a_line(monkeypatch, run_here):
