@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import shutil
 import signal
@@ -158,16 +157,6 @@ def pretend_flash() -> ExitStack:
     return changes
 
 
-def reset_peak():
-    bench.free()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak_gb() -> float:
-    return torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
-
-
 def seconds(function: Callable, *arguments) -> float:
     """Time a call, until the GPU has done it."""
 
@@ -227,7 +216,7 @@ def facts(check: Check) -> dict:
         "python": sys.version,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cpu": platform.processor(),
+        "cpu": re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1],
         "cores": os.cpu_count(),
         "C compiler, for --compile": shutil.which("cc") or shutil.which("gcc"),
         "varlen_attn": str(inspect.signature(varlen.varlen_attn)),
@@ -241,6 +230,7 @@ def facts(check: Check) -> dict:
         found["gpu"] = str(torch.cuda.get_device_properties(0))
         found["nccl"] = torch.cuda.nccl.version()
         found["cudnn"] = torch.backends.cudnn.version()
+    if shutil.which("nvidia-smi"):
         query = "name,driver_version,clocks.sm,power.limit,memory.used"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout
@@ -418,7 +408,7 @@ TRAININGS = {
 TINY = "--n_layer 2 --n_embd 32 --n_head 2 --max_seq_len 64 --per_device_train_batch_size 8"
 TINY_TRAININGS = ("cpu fp32", "gpu bf16 padded", "nccl zero 3 bf16", KILLED, WAITS)
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1"
-TESTS = "-m pytest -q -rs -p no:cacheprovider -k on_a_gpu test_train.py parts"
+TESTS = "-m pytest -q -rs -p no:cacheprovider -k on_a_gpu"
 EQUAL = (
     (KILLED, "nccl zero 3 bf16"),
     ("gpu bf16", "gpu bf16 padded"),
@@ -435,7 +425,9 @@ def start_jobs(check: Check):
     if check.tiny:
         estimates.append("--tiny")
     start_job(check, "estimates", estimates, sees_gpu=False)
-    start_job(check, "pytest", TESTS.split())
+    files = [*ROOT.glob("test_*.py"), *ROOT.glob("*/test_*.py")]
+    files = [str(path) for path in files if "_on_a_gpu" in path.read_text()]
+    start_job(check, "pytest", [*TESTS.split(), *files])
     for name, flags in TRAININGS.items():
         flags = f"{flags} --max_steps 60 --eval_iters 4"
         if check.tiny:
@@ -450,13 +442,13 @@ def start_jobs(check: Check):
         words = [*launcher, *program, *flags.split(), *output_dir]
         start_job(check, name, words, sees_gpu=name != "cpu fp32")
     limit = math.inf if check.tiny else 300
-    check.watcher = threading.Thread(target=watch, args=(check.jobs, limit), daemon=True)
+    check.watcher = threading.Thread(target=watch, args=(dict(check.jobs), limit), daemon=True)
     check.watcher.start()
     if check.tiny:  # on few cores the other parts would keep the watcher from its work
         check.watcher.join()
 
 
-def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True):
+def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True) -> Job:
     log = (check.out if name == "pytest" else check.where) / f"log.{name}.txt"
     environment = {"XDG_CACHE_HOME": str(check.where / "cache"), "OMP_NUM_THREADS": "1"}
     if not sees_gpu:
@@ -469,6 +461,7 @@ def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True):
         stderr=subprocess.STDOUT,
     )
     check.jobs[name] = Job(process, log, check.where / name)
+    return check.jobs[name]
 
 
 def watch(jobs: dict[str, Job], limit: float):
@@ -560,14 +553,18 @@ def apart(curve: dict, other: dict) -> float:
 # Speed
 
 
+@functools.cache
+def peak_flops() -> float:
+    return bench.dense_peak(DEVICE)[0]
+
+
 def measure(check: Check, found: dict, key: str, contestants: dict, batches: list):
     """Time contestants in turns, and say so; none after the end of the budget."""
     if check.elapsed() > check.budget and not check.tiny:
         check.say(f"  {key}: left out, {check.elapsed():.0f} s are over")
         return
-    peak, _ = bench.dense_peak(DEVICE)
     rounds = 1 if check.tiny else 2
-    for name, figures in bench.in_turns(contestants, batches, rounds, peak).items():
+    for name, figures in bench.in_turns(contestants, batches, rounds, peak_flops()).items():
         name = f"{key} {name}"
         found[name] = figures
         if "failed" in figures:
@@ -594,10 +591,47 @@ def speed(check: Check) -> dict:
     return found
 
 
+def end_to_end(check: Check) -> dict:
+    """train.py itself, --compile, blocks of OPT-350m's shape, 64 pairs a step of hh's lengths."""
+    pairs, steps = (3, 4) if check.tiny else (64, 40)
+    path, out = check.where / "pairs.jsonl", check.where / "end to end"
+    rows = []
+    for pair in itertools.chain(*batches_of(steps, pairs, check.tiny)):
+        chosen, rejected = (" ".join(map(word, ids)) for ids in pair)
+        rows.append(json.dumps({"chosen": chosen, "rejected": rejected}))
+    path.write_text("\n".join(rows) + "\n")
+    flags = "--model_type opt --n_layer 24 --n_embd 1024 --n_head 16 --compile"
+    if check.tiny:
+        flags = TINY
+    flags += f" --dtype bf16 --eval_iters 1 --save_interval 0 --max_steps {steps}"
+    flags += f" --per_device_train_batch_size {pairs} --data_path"
+    words = ["train.py", *flags.split(), str(path), "--output_dir", str(out)]
+    job = start_job(check, "end to end", words)
+    job.process.wait(150)
+    rows = [event for event in events_of(out) if event["event"] == "step"]
+    if job.process.returncode != 0:
+        raise RuntimeError(job.log.read_text(errors="replace")[-1000:])
+    measured = rows[steps // 2 :]  # the first ones compile, allocate, and choose kernels
+    took = sum(row["seconds"] for row in measured)
+    found = {"first step, s": rows[0]["seconds"]}
+    found["pairs/s"] = sum(row["pairs"] for row in measured) / took
+    found["tokens/s"] = sum(row["tokens"] for row in measured) / took
+    found["ms a step"] = took / len(measured) * 1e3
+    check.say(f"  {found}")
+    return found
+
+
+def word(token: int) -> str:
+    """Spell an id as a word of three letters. There are 4,096, so a tokenizer has most of them."""
+    return "".join(chr(97 + token // 16**i % 16) for i in range(3))
+
+
 def profile(check: Check) -> dict:
     """The kernels of a step, how long the GPU works, and the lines that wait for it."""
     found = {}
-    contestants = bench.contestants_of(config_of("OPT-350m", check.tiny), DEVICE)
+    model = make_model("OPT-350m", check.tiny)
+    contestants = {"packed": bench.Ours(model, dtype="bf16")}
+    contestants["packed, --compile"] = bench.Ours(bench.compiled(model), dtype="bf16")
     for name, pairs in (("packed", 16), ("packed", 64), ("packed, --compile", 64)):
         *first, profiled, last = batches_of(4, pairs, check.tiny)
         for batch in first:
@@ -747,7 +781,7 @@ def prototype(check: Check) -> dict:
             name += " + read late" if reads_late else ""
             changes = {"packs_ahead": packs_ahead, "reads_late": reads_late}
             contestants[name] = Changed(one, **shared, **changes)
-    for pairs in (64, 16, 128):
+    for pairs in (64,) if check.tiny else (64, 16, 128):
         batches = batches_of(3 if check.tiny else 6, pairs, check.tiny)
         measure(check, found, f"OPT-350m {pairs}", contestants, batches)
     return found
@@ -798,9 +832,14 @@ def memory(check: Check) -> dict:
         try:
             contestant = bench.Ours(make_model(" ".join(shape), check.tiny), layout, dtype)
             contestant.step(groups)  # the optimizer's states are there from now on
-            reset_peak()
+            bench.free()
+            peak = math.nan
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
             contestant.forward_backward(groups)
-            found[key] = {"estimated GB": estimate, "measured GB": peak_gb()}
+            if CUDA:
+                peak = torch.cuda.max_memory_allocated() / 1e9
+            found[key] = {"estimated GB": estimate, "measured GB": peak}
             check.say(f"  {key:28s} {found[key]}")
         except Exception as error:
             found[key] = check.failed(key, error)
@@ -813,8 +852,8 @@ def memory(check: Check) -> dict:
 # The program
 
 # Seconds that each part takes on a GPU.
-PARTS = {facts: 10, kernel: 20, exact: 100, programs: 60}
-PARTS |= {speed: 125, profile: 25, prototype: 60, memory: 20}
+PARTS = {facts: 10, kernel: 15, exact: 90, programs: 40, speed: 100}
+PARTS |= {end_to_end: 60, profile: 25, prototype: 60, memory: 20}
 
 
 def run_part(check: Check, part: Callable):
