@@ -406,9 +406,9 @@ TRAININGS = {
     WAITS: "--dtype bf16",
 }
 TINY = "--n_layer 2 --n_embd 32 --n_head 2 --max_seq_len 64 --per_device_train_batch_size 8"
-TINY_TRAININGS = ("cpu fp32", "gpu bf16 padded", "nccl zero 3 bf16", KILLED, WAITS)
+TINY_TRAININGS = ("cpu fp32", "nccl zero 3 bf16", KILLED, WAITS)
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1"
-TESTS = "-m pytest -q -rs -p no:cacheprovider -k on_a_gpu"
+TESTS = "-m pytest -q -rs -p no:cacheprovider"
 EQUAL = (
     (KILLED, "nccl zero 3 bf16"),
     ("gpu bf16", "gpu bf16 padded"),
@@ -425,9 +425,11 @@ def start_jobs(check: Check):
     if check.tiny:
         estimates.append("--tiny")
     start_job(check, "estimates", estimates, sees_gpu=False)
-    files = [*ROOT.glob("test_*.py"), *ROOT.glob("*/test_*.py")]
-    files = [str(path) for path in files if "_on_a_gpu" in path.read_text()]
-    start_job(check, "pytest", [*TESTS.split(), *files])
+    tests = tests_on_a_gpu()
+    # A process for each of them, because one after the other they take minutes.
+    for i, names in enumerate([tests] if check.tiny else [[test] for test in tests]):
+        words = [*TESTS.split(), "--basetemp", str(check.where / f"pytest {i}"), *names]
+        start_job(check, f"pytest {i}", words)
     for name, flags in TRAININGS.items():
         flags = f"{flags} --max_steps 60 --eval_iters 4"
         if check.tiny:
@@ -441,15 +443,24 @@ def start_jobs(check: Check):
         output_dir = ["--output_dir", str(check.where / name)]
         words = [*launcher, *program, *flags.split(), *output_dir]
         start_job(check, name, words, sees_gpu=name != "cpu fp32")
-    limit = math.inf if check.tiny else 300
+    limit = math.inf if check.tiny else 200
     check.watcher = threading.Thread(target=watch, args=(dict(check.jobs), limit), daemon=True)
     check.watcher.start()
     if check.tiny:  # on few cores the other parts would keep the watcher from its work
         check.watcher.join()
 
 
+def tests_on_a_gpu() -> list[str]:
+    """List the tests that need a GPU, as pytest names them."""
+    files = [*ROOT.glob("test_*.py"), *ROOT.glob("*/test_*.py")]
+    files = [path.relative_to(ROOT) for path in files if "_on_a_gpu" in path.read_text()]
+    command = [sys.executable, *TESTS.split(), "--collect-only", "-k", "on_a_gpu", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
 def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True) -> Job:
-    log = (check.out if name == "pytest" else check.where) / f"log.{name}.txt"
+    log = (check.out if name.startswith("pytest") else check.where) / f"log.{name}.txt"
     environment = {"XDG_CACHE_HOME": str(check.where / "cache"), "OMP_NUM_THREADS": "1"}
     if not sees_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -503,15 +514,14 @@ def programs(check: Check) -> dict:
     """train.py by itself and under torchrun; the tests that need a GPU."""
     check.watcher.join()
     found, curves = {}, {}
-    for name in (*TRAININGS, "pytest"):
-        if name not in check.jobs:
+    for name, job in check.jobs.items():
+        if name == "estimates":
             continue
-        job = check.jobs[name]
         log = job.log.read_text(errors="replace").strip()
         lines = log.splitlines()
         outcome = " ".join(lines[-1:])
         found[name] = {"exit": job.process.returncode, "log": log[-1500:]}
-        if name != "pytest":
+        if name in TRAININGS:
             events = events_of(job.out)
             curves[name] = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
             found[name] |= {"curve": curves[name], "killed after": job.killed}
@@ -654,9 +664,9 @@ def kernels_of(profiler) -> dict:
     kernels, calls = [], {}
     no_kernels = ("Optimizer.", "ProfilerStep", "FSDP", "##", "Torch-Compiled")
     for event in profiler.key_averages():
-        if event.key.startswith("cu"):
-            calls[event.key] = event.count
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if not on_gpu and event.key.startswith("cu"):
+            calls[event.key] = event.count
         if on_gpu and not event.key.startswith(no_kernels):
             kernels.append((event.key[:110], event.count, event.self_device_time_total / 1e3))
     kernels.sort(key=lambda kernel: -kernel[2])
