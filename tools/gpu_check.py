@@ -315,7 +315,8 @@ def variants(family: str, tiny: bool) -> Iterator[tuple[str, str]]:
     for dtype, variant in itertools.product(dtypes, VARIANTS):
         if variant == "masks" and dtype == "fp32":  # it is the program's own choice
             continue
-        if variant == "compiled" and (family not in ("opt", "llama") or dtype != "bf16"):
+        compiled = ("llama",) if tiny else ("opt", "llama")
+        if variant == "compiled" and (family not in compiled or dtype != "bf16"):
             continue
         yield dtype, variant
 

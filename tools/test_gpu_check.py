@@ -55,7 +55,7 @@ def check_errors(kernel: dict, exact: dict):
     assert len(kernel) == 6
     for errors in kernel.values():
         assert len(errors) == 4 and max(errors) < 1e-6
-    assert len(exact) == 37
+    assert len(exact) == 36
     for key, errors in exact.items():
         limit = 2e-6 if " fp32 " in key else 2e-2
         assert max(errors.values()) < limit, (key, errors)
