@@ -1,6 +1,7 @@
 """Measure speed and memory beside other implementations, always in turns and in one run.
 
     python -m tools.bench           training steps: packed beside padded, transformers and TRL
+    python -m tools.bench --device cuda     the same on a GPU: bf16, real shapes, --compile
     python -m tools.bench ranks     two processes of one thread beside one process of two threads
     python -m tools.bench load      loading checkpoints of real shapes, beside transformers
 
@@ -10,6 +11,7 @@ put it.
 """
 
 import argparse
+import gc
 import importlib.util
 import itertools
 import json
@@ -23,8 +25,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,10 +37,12 @@ import torch.nn.functional as F
 import data
 import train
 from model import GPT, GPTConfig
+from parts.compiling import compile_blocks
 from parts.distributed import Process, share_of
 from parts.guards import counted
 from parts.packed import packed_size
 from rm import RewardModel, pairwise_loss
+from tools import dry_run
 
 HERE = Path(__file__).resolve().parent
 # config.json of published models (a part of its keys), then smaller ones.
@@ -237,11 +243,15 @@ class Ours:
     dtype: str = "fp32"
     pad_to: int | None = None  # tokens that padded rows are filled up to; None: the longest row
     at_once: int | None = None  # comparisons of a micro-batch; None: all
+    optimizer: torch.optim.Optimizer | None = None  # of the same weights; None: an AdamW
 
     def __post_init__(self):
         self.parameters = list(self.model.parameters())
         self.device = self.parameters[0].device
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, betas=(0.9, 0.95), fused=True)
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(
+                self.parameters, lr=1e-5, betas=(0.9, 0.95), fused=True
+            )
 
     def collate(self, groups: list) -> tuple[tuple, int]:
         """Return the model's arguments and the number of tokens that it computes on."""
@@ -258,16 +268,23 @@ class Ours:
         """Compute the loss, by this name, and perhaps scores, as `pairwise_loss` does."""
         return self.model(*inputs)
 
+    def micro_batches(self, groups: list) -> Iterator[tuple[tuple, int, float]]:
+        """Yield the model's arguments, the tokens and the share of the step, by micro-batch."""
+        size = self.at_once or len(groups)
+        for start in range(0, len(groups), size):
+            part = groups[start : start + size]
+            yield *self.collate(part), len(part) / len(groups)
+
     def forward_backward(self, groups: list) -> tuple[torch.Tensor, int]:
         """Add up the gradients of a step. Returns its loss and its tokens."""
-        parts, losses, tokens = [groups], [], 0
-        if self.at_once:
-            starts = range(0, len(groups), self.at_once)
-            parts = [groups[start : start + self.at_once] for start in starts]
-        for part in parts:
-            inputs, count = self.collate(part)
+        return self.backward(self.micro_batches(groups))
+
+    def backward(self, micro_batches: Iterable) -> tuple[torch.Tensor, int]:
+        """Do as `forward_backward`, with the micro-batches of a step."""
+        losses, tokens = [], 0
+        for inputs, count, share in micro_batches:
             with train.autocast(self.dtype, self.device):
-                loss = self.run(inputs)["loss"] * (len(part) / len(groups))
+                loss = self.run(inputs)["loss"] * share
             loss.backward()
             losses.append(loss.detach())
             tokens += count
@@ -284,10 +301,18 @@ class Ours:
         """Take a step. Returns its tokens. Raises ValueError where loss or norm is not finite."""
         loss, tokens = self.forward_backward(groups)
         norm = self.clip().item()
-        if not math.isfinite(loss.item() + norm):
-            raise ValueError(f"loss {loss.item()}, norm of the gradient {norm}: not finite")
+        check_finite(loss.item(), norm)
         self.update()
         return tokens
+
+    def steps(self, batches: list) -> Iterator[int]:
+        """Take a step on each batch, and yield its tokens."""
+        return map(self.step, batches)
+
+
+def check_finite(loss: float, norm: float):
+    if not math.isfinite(loss + norm):
+        raise ValueError(f"loss {loss}, norm of the gradient {norm}: not finite")
 
 
 class TransformersOPT(Ours):
@@ -425,11 +450,16 @@ def bench_steps(rounds: int):
         )
 
 
+def non_embedding(model: torch.nn.Module) -> int:
+    """Count the parameters of a model, without its embeddings."""
+    named = model.named_parameters()
+    return sum(weight.numel() for name, weight in named if "embed" not in name)
+
+
 def print_share_of_peak(batches: list, tokens: list[int]):
     """Print which share of torch.mm's FLOP/s a step of a larger model reaches."""
     large = Ours(small_model(n_layer=12, n_embd=768))
-    named = large.model.named_parameters()
-    weights = sum(weight.numel() for name, weight in named if "embed" not in name)
+    weights = non_embedding(large.model)
     a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
     large.step(batches[0])
     torch.mm(a, b)
@@ -521,6 +551,189 @@ def bench_ranks(rounds: int):
     print(f"ratio: median {spread(ratios, digits=3)}; goal 0.95")
 
 
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+# FLOP/s in dense bf16 by the datasheets. The first name that is in the device's own name counts.
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+
+
+def dense_peak(device: torch.device) -> tuple[float, str]:
+    """Return the FLOP/s of a device in dense bf16, and where the figure is from."""
+    if device.type == "cuda":
+        for name, flops in PEAKS.items():
+            if name in torch.cuda.get_device_name(device):
+                return flops, "by the datasheet"
+    return dry_run.measured_flops("bf16"), "by torch.mm"
+
+
+def random_model(config: GPTConfig, device: torch.device) -> RewardModel:
+    """Make a model of random weights on a device, always the same one."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = RewardModel(GPT(config), 1, int(config.model_type == "opt"))
+    torch.nn.init.normal_(model.v_head.weight, std=0.02)
+    return model
+
+
+def compiled(model: RewardModel) -> RewardModel:
+    """Return a model of the same weights, in the same memory, whose blocks are compiled.
+
+    On a CPU aot_eager makes the graphs, which takes less time than the code that they stand for.
+    Graphs of earlier models are forgotten, as PyTorch keeps 8 of a function.
+    """
+    torch.compiler.reset()
+    with torch.device("meta"):
+        twin = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
+    twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
+    on_gpu = model.v_head.weight.is_cuda
+    compile_blocks(twin.backbone.blocks, "inductor" if on_gpu else "aot_eager")
+    return twin
+
+
+def contestants_of(config: GPTConfig, device: torch.device) -> dict[str, Ours]:
+    """Make what is compared on a GPU, all in bf16: ours, which share their weights, and OPT's."""
+    model = random_model(config, device)
+    packed = Ours(model, dtype="bf16")
+    shared = {"dtype": "bf16", "optimizer": packed.optimizer}
+    found = {
+        "packed": packed,
+        "packed, --compile": Ours(compiled(model), **shared),
+        # 64 padded pairs at once would need more memory than most GPUs have.
+        "padded": Ours(model, "padded", at_once=16, **shared),
+    }
+    if config.model_type == "opt":
+        theirs = TransformersOPT(config.to_hf(), device, dtype="bf16", at_once=16)
+        found["transformers, padded"] = theirs
+    return found
+
+
+def wait_for(device: torch.device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free():
+    """Give back the memory of models that are gone."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@dataclass
+class Turn:
+    """Steps of a contestant, from an idle device to an idle device."""
+
+    seconds: float
+    tokens: int
+    peak: int  # bytes allocated above those before
+    graphs: int  # that torch.compile made meanwhile
+
+    @classmethod
+    def of(cls, contestant: Ours, batches: list) -> "Turn":
+        """Take a step on each batch."""
+        device = contestant.device
+        stats = torch._dynamo.utils.counters["stats"]
+        graphs, before, peak = stats["unique_graphs"], 0, 0
+        wait_for(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        start = time.perf_counter()
+        tokens = sum(contestant.steps(batches))
+        wait_for(device)
+        took = time.perf_counter() - start
+        if device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(device) - before
+        return cls(took, tokens, peak, stats["unique_graphs"] - graphs)
+
+
+def in_turns(contestants: dict[str, Ours], batches: list, rounds: int, peak: float) -> dict:
+    """Let each contestant take a turn on the batches, `rounds` times after one that warms up.
+
+    peak: FLOP/s of the device.
+    Returns the figures of each contestant, or its traceback as `failed`.
+    """
+    turns, found = {name: [] for name in contestants}, {}
+    for _ in range(rounds + 1):
+        for name, contestant in contestants.items():
+            if name in found:
+                continue
+            try:
+                turns[name].append(Turn.of(contestant, batches))
+            except Exception:
+                found[name] = {"failed": traceback.format_exc()}
+                contestant.optimizer.zero_grad()
+                free()
+    for name, contestant in contestants.items():
+        if name not in found:
+            found[name] = figures(contestant, batches, turns[name], peak)
+    return {name: found[name] for name in contestants}
+
+
+def figures(contestant: Ours, batches: list, turns: list[Turn], peak: float) -> dict[str, float]:
+    """Compute a contestant's figures from its turns, the first of which warmed up."""
+    warm_up, *measured = turns
+    steps = len(batches) * len(measured)
+    took = sum(turn.seconds for turn in measured)
+    tokens = sum(turn.tokens for turn in measured)
+    speeds = [sum(map(len, batches)) / turn.seconds for turn in measured]
+    # Weights and AdamW's two moments stay; gradients and activations come and go.
+    weights = sum(parameter.nbytes for parameter in contestant.parameters)
+    return {
+        "pairs/s": statistics.median(speeds),
+        "lowest": min(speeds),
+        "highest": max(speeds),
+        "ms a step": took / steps * 1e3,
+        "tokens a step": tokens / steps,
+        "share of peak": 6 * non_embedding(contestant.model) * tokens / took / peak,
+        "peak GB": (3 * weights + max(turn.peak for turn in measured)) / 1e9,
+        "seconds of warm-up": warm_up.seconds,
+        "graphs": warm_up.graphs,
+        "graphs later": sum(turn.graphs for turn in measured),
+    }
+
+
+def bench_device(device: torch.device, rounds: int, configs: dict, sizes=(16, 64, 128)):
+    """Print the table of a device: training steps in bf16 of models with these configs."""
+    peak, source = dense_peak(device)
+    name = str(device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    print(f"{name}, {peak / 1e12:.4g} TFLOP/s {source}; PyTorch {torch.__version__}\n")
+    columns = "pairs/s (range)", "ms a step", "share of the peak", "peak memory"
+    table_head("model", "pairs a step", "layout", *columns)
+    for shape, config in configs.items():
+        contestants = contestants_of(config, device)
+        for size in sizes:
+            found = in_turns(contestants, random_batches(4, size), rounds, peak)
+            for contestant, numbers in found.items():
+                print(f"| {shape} | {size} | {contestant} | {in_a_row(numbers)} |", flush=True)
+        contestants = None
+        free()
+
+
+def in_a_row(numbers: dict) -> str:
+    """Write the figures of `in_turns` as the last cells of a row."""
+    if "failed" in numbers:
+        return f"{numbers['failed'].splitlines()[-1][:100]} | | |"
+    speeds = f"{numbers['pairs/s']:.0f} ({numbers['lowest']:.0f} to {numbers['highest']:.0f})"
+    memory = f"{numbers['peak GB']:.1f} GB"
+    return f"{speeds} | {numbers['ms a step']:.1f} | {numbers['share of peak']:.3f} | {memory}"
+
+
+def device_of(name: str, what: str) -> torch.device:
+    """Check --device. Raises ValueError where it cannot be measured."""
+    if what != "steps":
+        raise ValueError(f"--device {name}: found beside `{what}`, which measures CPUs alone")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {name}: PyTorch {torch.__version__} finds no GPU; leave the flag out to "
+            "measure the CPU"
+        )
+    return torch.device(name)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -534,11 +747,21 @@ def main():
     parser.add_argument(
         "--rounds", type=int, default=8, help="how often each is measured, in turns (8)"
     )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(cpu)")
     args = parser.parse_args()
     if args.what == "rank":
         train_rank()
         return
-    took = seconds(programs[args.what], args.rounds)
+    program = programs[args.what]
+    if args.device != "cpu":
+        try:
+            device = device_of(args.device, args.what)
+        except ValueError as error:
+            sys.exit(f"bench: error: {error}")
+        shapes = "OPT-350m", "TinyLlama 1.1B"
+        configs = {shape: GPTConfig.from_hf(SHAPES[shape], shape) for shape in shapes}
+        program = partial(bench_device, device, configs=configs)
+    took = seconds(program, args.rounds)
     print(f"{took:.0f} s")
 
 

@@ -5,18 +5,20 @@
 Runs in the root of a checkout, or as a copy anywhere with PROJECT set to one. After every part it
 writes gpu_check.json and gpu_check.txt into $OUT (gpu_out); a part that fails says so, and the next
 one runs. --tiny makes everything small, to try this program on a CPU, where a stand-in replaces the
-flash kernel. Models, batches and steps to measure are those of tools/bench.py.
+flash kernel. Models, batches and steps to measure are in tools/bench.py, the figures in
+docs/gpu.md.
 """
 
 import argparse
-import gc
+import functools
 import importlib.metadata
 import inspect
 import itertools
 import json
 import math
 import os
-import platform
+import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -26,10 +28,15 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
+
+import numpy as np
 
 ROOT = Path(os.environ.get("PROJECT") or Path.cwd()).resolve()
 if not (ROOT / "train.py").exists():
@@ -37,23 +44,20 @@ if not (ROOT / "train.py").exists():
 sys.path.insert(0, str(ROOT))
 
 import torch
-import torch.nn.functional as F
 from torch.nn.attention import varlen
 
-import rm
 import train
 from data import Tokenized
-from model import GPT, Block, GPTConfig, rotate
+from model import GPTConfig
 from parts.flags import parse_flags
 from parts.huggingface import FAMILIES
-from parts.packed import PackedAttention, starts_of
+from parts.packed import PackedAttention, PackedBatch, VarlenCall, moved, plan_varlen
 from rm import LOSSES, RewardModel
 from tools import bench, dry_run
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if CUDA else torch.device("cpu")
 KERNEL_DTYPE = torch.bfloat16 if CUDA else torch.float32
-PEAK = 990e12  # FLOP/s of an H100 or H200 (SXM) in dense bf16, by the datasheet
 
 
 @dataclass
@@ -102,12 +106,8 @@ class Check:
 # Helpers
 
 
-@torch.compiler.disable
 def attend_by_the_book(q, k, v, q_starts, k_starts, max_q, max_k, window_size=(-1, -1)):
-    """Compute what varlen_attn computes, one sequence after the other.
-
-    The parameters are those of PyTorch 2.11, without `enable_gqa`.
-    """
+    """Compute what varlen_attn computes, one sequence after the other."""
     group = q.shape[1] // k.shape[1]
     answers = []
     queries = itertools.pairwise(q_starts.tolist())
@@ -123,26 +123,38 @@ def attend_by_the_book(q, k, v, q_starts, k_starts, max_q, max_k, window_size=(-
     return torch.cat(answers)
 
 
-def varlen_options(heads: int, kv_heads: int) -> dict:
-    """Tell varlen_attn of grouped heads where it asks; PyTorch 2.11 takes them as they are."""
-    knows = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-    return {"enable_gqa": True} if knows and heads != kv_heads else {}
+def stand_in(kernel: Callable) -> Callable:
+    """Make a stand-in for varlen_attn, which is as strict as this PyTorch's about its arguments."""
+    parameters = inspect.signature(kernel)
+
+    @torch.compiler.disable
+    @functools.wraps(kernel)
+    def varlen_attn(*tensors, enable_gqa=False, **options):
+        announced = {"enable_gqa": True} if enable_gqa else {}
+        parameters.bind(*tensors, **announced, **options)  # TypeError, as the kernel has it
+        has_groups = tensors[0].shape[1] != tensors[1].shape[1]
+        if has_groups and "enable_gqa" in parameters.parameters and not enable_gqa:
+            raise ValueError("grouped heads without enable_gqa")
+        return attend_by_the_book(*tensors, **options)
+
+    return varlen_attn
 
 
-def sync():
-    if CUDA:
-        torch.cuda.synchronize()
+def pretend_flash() -> ExitStack:
+    """Let packed batches attend on a CPU as they do on a GPU, by the stand-in."""
 
+    def is_half(q, dropout_p):
+        return q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0
 
-def free():
-    gc.collect()
-    if CUDA:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    def to(batch, device):
+        return moved(replace(batch, calls=batch.calls or plan_varlen(batch)), torch.device(device))
 
-
-def peak_gb() -> float:
-    return torch.cuda.max_memory_allocated() / 1e9 if CUDA else math.nan
+    changes = ExitStack()
+    kernel = stand_in(varlen.varlen_attn)
+    changes.enter_context(mock.patch.object(varlen, "varlen_attn", kernel))
+    changes.enter_context(mock.patch("parts.packed.can_use_varlen", is_half))
+    changes.enter_context(mock.patch.object(PackedBatch, "to", to))
+    return changes
 
 
 def seconds(function: Callable, *arguments) -> float:
@@ -150,9 +162,9 @@ def seconds(function: Callable, *arguments) -> float:
 
     def run():
         function(*arguments)
-        sync()
+        bench.wait_for(DEVICE)
 
-    sync()
+    bench.wait_for(DEVICE)
     return bench.seconds(run)
 
 
@@ -184,12 +196,7 @@ def config_of(shape: str, tiny: bool) -> GPTConfig:
 
 
 def make_model(shape: str, tiny: bool, device=DEVICE) -> RewardModel:
-    torch.manual_seed(0)
-    config = config_of(shape, tiny)
-    with torch.device(device):
-        model = RewardModel(GPT(config), 1, int(config.model_type == "opt"))
-    torch.nn.init.normal_(model.v_head.weight, std=0.02)
-    return model
+    return bench.random_model(config_of(shape, tiny), device)
 
 
 def batches_of(count: int, pairs: int, tiny: bool) -> list:
@@ -197,146 +204,6 @@ def batches_of(count: int, pairs: int, tiny: bool) -> list:
         return bench.random_batches(count, pairs)
     batches = bench.random_batches(count, 3)
     return [[[text[-40:] for text in group] for group in batch] for batch in batches]
-
-
-# --------------------------------------------------------------------------------------------------
-# A prototype of what could be faster: plans and indices made ahead, on another thread if need be;
-# one loss over all regions; for OPT one call of attention a layer; blocks by torch.compile
-
-
-class Prepared:
-    """A packed batch with all that a step needs on the device: nothing is copied within the step.
-
-    calls: for all blocks but the last, and for the last, attention calls as `block_forward` takes.
-    """
-
-    def __init__(self, groups: list, model: RewardModel):
-        batch = model.pack(groups)
-        self.groups = groups
-        self.num_tokens = batch.num_tokens
-        self.n_trunks = sum(batch.trunks)
-        self.length = batch.length
-        self.ids = on_device(batch.input_ids)
-        if model.backbone.config.position_offset:
-            batch.positions[batch.num_tokens - sum(batch.tails) :] = -1
-        self.positions = on_device(batch.positions)
-        attention = PackedAttention(batch, None)
-        self.calls = []
-        for with_trunks in (True, False):
-            plan = attention.plan_varlen(with_trunks, "cpu")
-            if len(plan) == 2 and max(batch.tails) == 1:
-                plan = [joined(*plan)]
-            calls = []
-            for count, rows, (q_starts, k_starts, *longest), is_causal in plan:
-                tensors = map(on_device, (rows, q_starts, k_starts))
-                calls.append((count, *tensors, *longest, is_causal))
-            self.calls.append(tuple(calls))
-        self.regions = [on_device(tensor) for tensor in regions(model, batch)]
-
-    def __len__(self) -> int:
-        return len(self.groups)
-
-
-def on_device(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.pin_memory().to(DEVICE, non_blocking=True) if CUDA else tensor
-
-
-def joined(causal: tuple, full: tuple) -> tuple:
-    """Join two calls of `plan_varlen`: a single query that sees all is causal, too."""
-    starts = []
-    for first, second in zip(causal[2][:2], full[2][:2]):
-        starts.append(torch.cat((first, second[1:] + first[-1])))
-    longest = map(max, causal[2][2:], full[2][2:])
-    return causal[0] + full[0], torch.cat((causal[1], full[1])), (*starts, *longest), True
-
-
-def regions(model: RewardModel, batch) -> list[torch.Tensor]:
-    """List places of the chosen and the rejected rewards that the loss reads, and their weights.
-
-    It is the loss of rm.py that reads: places stand for rewards.
-    """
-    chosen, rejected, counts = [], [], []
-
-    def pair_loss(chosen_places, rejected_places, *rest):
-        chosen.append(chosen_places)
-        rejected.append(rejected_places)
-        counts.append(len(chosen_places))
-        return torch.zeros(())
-
-    places = torch.arange(sum(batch.branches) + sum(batch.tails))
-    with mock.patch.object(rm, "pair_loss", pair_loss):
-        with mock.patch.object(RewardModel, "value", lambda self, hidden: places):
-            with mock.patch.object(GPT, "forward_packed", lambda self, batch: places):
-                model.forward_packed(batch)
-    pairs = [math.comb(len(group), 2) for group in batch.token_groups]
-    pairs = torch.tensor(pairs).repeat_interleave(torch.tensor(pairs))  # of a pair's comparison
-    counts = torch.tensor(counts)
-    weights = (1 / (counts * pairs * len(batch.token_groups))).repeat_interleave(counts)
-    return [torch.cat(chosen), torch.cat(rejected), weights]
-
-
-def block_forward(block, x, rotary, calls: tuple, read: int, options: dict):
-    """Compute Block.forward with its attention in it; `read`: the first row that is read later.
-
-    calls: number of queries, rows of keys, starts of queries and keys, longest of both, causal.
-    """
-    pre_norm = block.config.pre_norm
-    y = block.attn_norm(x) if pre_norm else x
-    if torch.is_autocast_enabled(x.device.type):
-        y = y.to(torch.get_autocast_dtype(x.device.type))  # once, not for each of q, k and v
-    q, k, v = block.q(y[read:]), block.k(y), block.v(y)
-    q, k, v = (heads.unflatten(-1, (-1, block.config.head_dim)) for heads in (q, k, v))
-    if rotary is not None:
-        cos, sin = rotary
-        q = rotate(q, cos[read:], sin[read:])
-        k = rotate(k, cos, sin)
-    queries, answers = [q], []
-    if len(calls) > 1:
-        queries = q.split([call[0] for call in calls])
-    for query, (_, rows, *lengths, is_causal) in zip(queries, calls):
-        pieces = query, k.index_select(0, rows), v.index_select(0, rows)
-        window = (-1, 0) if is_causal else (-1, -1)
-        answers.append(varlen.varlen_attn(*pieces, *lengths, window_size=window, **options))
-    y = torch.cat(answers) if len(answers) > 1 else answers[0]
-    x = x[read:] + block.attn_out(y.flatten(-2))
-    x = x if pre_norm else block.attn_norm(x)
-    x = x + block.mlp(block.mlp_norm(x) if pre_norm else x)
-    return x if pre_norm else block.mlp_norm(x)
-
-
-class Fast(bench.Ours):
-    """The prototype's step. Loss and norm would be read a step later."""
-
-    def __init__(self, model: RewardModel, dtype: str = "bf16", is_compiled: bool = False):
-        super().__init__(model, "packed", dtype)
-        config = model.backbone.config
-        self.options = varlen_options(config.n_head, config.n_kv_head)
-        self.block = torch.compile(block_forward, dynamic=True) if is_compiled else block_forward
-
-    def collate(self, groups):
-        prepared = groups if isinstance(groups, Prepared) else Prepared(groups, self.model)
-        return prepared, prepared.num_tokens
-
-    def run(self, prepared):
-        def forward(block, x, calls, rotary, keys, rows):
-            read = rows.start or 0  # 0: all blocks but the last
-            return self.block(block, x, rotary, calls[read > 0], read, self.options)
-
-        read = slice(prepared.n_trunks, None)
-        with mock.patch.object(Block, "forward", forward):
-            hidden = self.model.backbone.transform(
-                prepared.ids, prepared.positions, prepared.length, prepared.calls, read=read
-            )
-        chosen, rejected, weights = prepared.regions
-        rewards = self.model.value(hidden)
-        margins = rewards.index_select(0, chosen) - rewards.index_select(0, rejected)
-        return {"loss": -(F.logsigmoid(margins) * weights).sum()}
-
-    def step(self, groups):
-        _, tokens = self.forward_backward(groups)
-        self.clip()
-        self.update()
-        return tokens
 
 
 # --------------------------------------------------------------------------------------------------
@@ -349,11 +216,12 @@ def facts(check: Check) -> dict:
         "python": sys.version,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cpu": platform.processor(),
+        "cpu": re.search(r"model name\s*: (.*)|$", Path("/proc/cpuinfo").read_text())[1],
         "cores": os.cpu_count(),
+        "C compiler, for --compile": shutil.which("cc") or shutil.which("gcc"),
         "varlen_attn": str(inspect.signature(varlen.varlen_attn)),
     }
-    for name in ("transformers", "numpy", "triton"):
+    for name in ("transformers", "numpy", "sentencepiece", "triton"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError as error:
@@ -362,6 +230,7 @@ def facts(check: Check) -> dict:
         found["gpu"] = str(torch.cuda.get_device_properties(0))
         found["nccl"] = torch.cuda.nccl.version()
         found["cudnn"] = torch.backends.cudnn.version()
+    if shutil.which("nvidia-smi"):
         query = "name,driver_version,clocks.sm,power.limit,memory.used"
         command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
         found["nvidia-smi"] = subprocess.run(command, capture_output=True, text=True).stdout
@@ -381,15 +250,15 @@ def facts(check: Check) -> dict:
     return found
 
 
-SEQUENCES = {  # lengths of queries and keys
+SEQUENCES = {  # numbers of queries and keys
     "causal, fewer queries than keys": [(5, 5), (40, 200), (1, 17), (130, 131)],
-    "full, single queries": [(1, 300), (1, 4), (1, 65)],
-    "full": [(3, 9), (70, 200)],
+    "causal, single queries": [(1, 300), (1, 4), (1, 65)],
+    "full": [(3, 9), (70, 200), (1, 65)],
 }
 
 
 def kernel(check: Check) -> dict:
-    """varlen_attn by itself in bf16, beside float64: head widths, grouped heads, single queries."""
+    """Flash attention as blocks call it, in bf16, beside float64: widths, grouped heads."""
     found, errors = {}, []
     widths = (8,) if check.tiny else (64, 80, 128)
     for width, heads, name in itertools.product(widths, ((4, 4), (8, 2)), SEQUENCES):
@@ -413,24 +282,31 @@ def kernel_errors(width: int, heads: int, kv_heads: int, lengths: list, is_causa
     tensors = []
     for size, number in ((n, heads), (m, kv_heads), (m, kv_heads), (n, heads)):
         tensors.append(torch.randn(size, number, width).bfloat16().double())
-    q_starts, longest = starts_of(counts, DEVICE)
-    k_starts, longest_key = starts_of(key_counts, DEVICE)
     window = (-1, 0) if is_causal else (-1, -1)
+    rows = np.split(np.arange(m), np.cumsum(key_counts)[:-1])
+    call = VarlenCall.of(list(zip(counts, rows)), window, m)
+    lengths = call.query_starts, call.key_starts, call.longest_query, call.longest_key
+
+    def by_the_book(q, k, v):
+        return attend_by_the_book(q, k, v, *lengths, window_size=window)
+
+    calls = ((moved(call, DEVICE),),) * 2
+    batch = SimpleNamespace(trunks=[], branches=[], tails=[], num_tokens=n, calls=calls)
+    flash = PackedAttention(batch, None).with_varlen
     results = []
-    for attend, device, dtype, options in (
-        (attend_by_the_book, "cpu", torch.float64, {}),
-        (varlen.varlen_attn, DEVICE, KERNEL_DTYPE, varlen_options(heads, kv_heads)),
+    for attend, device, dtype in (
+        (by_the_book, "cpu", torch.float64),
+        (flash, DEVICE, KERNEL_DTYPE),
     ):
         *leaves, gradient = (tensor.to(device, dtype) for tensor in tensors)
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-        starts = q_starts.to(device), k_starts.to(device)
-        out = attend(*leaves, *starts, longest, longest_key, window_size=window, **options)
+        out = attend(*leaves)
         results.append((out, *torch.autograd.grad(out, leaves, gradient)))
     expected, found = results
     return [error_of(a, b) for a, b in zip(found, expected)]
 
 
-VARIANTS = ("packed", "padded", "masks", "checkpointing", "prototype", "compiled")
+VARIANTS = ("packed", "padded", "masks", "checkpointing", "compiled")
 
 
 def variants(family: str, tiny: bool) -> Iterator[tuple[str, str]]:
@@ -439,17 +315,14 @@ def variants(family: str, tiny: bool) -> Iterator[tuple[str, str]]:
     for dtype, variant in itertools.product(dtypes, VARIANTS):
         if variant == "masks" and dtype == "fp32":  # it is the program's own choice
             continue
-        if variant == "prototype" and dtype != "bf16" and CUDA:
-            continue
-        if variant == "compiled" and (family, dtype) != ("opt", "bf16"):
-            continue
-        if variant == "prototype" and family in ("qwen3", "gpt_neox"):  # its block has no such part
+        compiled = ("llama",) if tiny else ("opt", "llama")
+        if variant == "compiled" and (family not in compiled or dtype != "bf16"):
             continue
         yield dtype, variant
 
 
 def numbers_of(contestant: bench.Ours, groups: list) -> dict[str, torch.Tensor]:
-    """Compute loss, scores (the prototype has none), and all gradients as one vector."""
+    """Compute loss, scores, and all gradients as one vector."""
     contestant.model.zero_grad()
     inputs, _ = contestant.collate(groups)
     with train.autocast(contestant.dtype, contestant.device):
@@ -480,22 +353,24 @@ def exact(check: Check) -> dict:
 
 
 def errors_of_path(model: RewardModel, dtype: str, variant: str, groups, expected) -> dict:
-    attend = PackedAttention.__call__  # the program's own choice
-    if variant == "masks":
-        attend = PackedAttention.with_masks
-    elif dtype != "fp32" and not CUDA:
-
-        def attend(self, q, k, v, dropout_p):
-            return self.with_varlen(q, k, v)
-
-    if variant in ("prototype", "compiled"):
-        contestant = Fast(model, dtype, variant == "compiled")
-    else:
-        contestant = bench.Ours(model, "padded" if variant == "padded" else "packed", dtype)
+    """Compute the errors of a path. Raises RuntimeError where another kernel than its own ran."""
+    if variant == "compiled":
+        model = bench.compiled(model)
+    contestant = bench.Ours(model, "padded" if variant == "padded" else "packed", dtype)
     model.backbone.gradient_checkpointing = variant == "checkpointing"
-    with mock.patch.object(PackedAttention, "__call__", attend):
+    with ExitStack() as changes:
+        change = functools.partial(mock.patch.object, PackedAttention)
+        if variant == "masks":
+            changes.enter_context(change("__call__", PackedAttention.with_masks))
+        uses_flash = dtype != "fp32" and variant in ("packed", "checkpointing")
+        if variant != "compiled":  # a watched function would be none of the graph
+            original = PackedAttention.with_varlen
+            watch = change("with_varlen", autospec=True, side_effect=original)
+            flash = changes.enter_context(watch)
         found = numbers_of(contestant, groups)
         again = numbers_of(contestant, groups)
+    if variant != "compiled" and flash.called != uses_flash:
+        raise RuntimeError(f"flash attention: expected {uses_flash}, found {flash.called}")
     errors = {name: error_of(value, expected[name]) for name, value in found.items()}
     return errors | {"the same run again": error_of(again["gradient"], found["gradient"])}
 
@@ -503,29 +378,44 @@ def errors_of_path(model: RewardModel, dtype: str, variant: str, groups, expecte
 # --------------------------------------------------------------------------------------------------
 # Programs: runs of train.py, tests and estimates, started first, as they are no timings
 
+WAITS = "gpu bf16 waits"  # PyTorch warns where it waits for the GPU
+WAITING = "called a synchronizing CUDA operation"
+WATCH = """
+import runpy, torch
+if torch.cuda.is_available():
+    torch.cuda.set_sync_debug_mode("warn")
+runpy.run_path("train.py", run_name="__main__")
+"""
 KILLED = "nccl killed zero 3 bf16"  # a worker of it is killed, and torchrun starts it again
 TRAININGS = {
     "cpu fp32": "",
     "gpu fp32": "",
     "gpu bf16": "--dtype bf16",
+    "gpu bf16 compiled": "--dtype bf16 --compile",
     "gpu bf16 padded": "--dtype bf16 --layout padded",
+    "gpu bf16 dropout": "--dtype bf16 --dropout 0.1",  # not by flash attention
+    "gpu bf16 dropout compiled": "--dtype bf16 --dropout 0.1 --compile",
     "gpu fp16": "--dtype fp16",
     "gpu bf16 checkpointing": "--dtype bf16 --gradient_checkpointing",
     "nccl zero 2 bf16": "--dtype bf16 --zero_stage 2",
     "nccl zero 3 bf16": "--dtype bf16 --zero_stage 3",
     "nccl zero 3 offload bf16": "--dtype bf16 --zero_stage 3 --offload",
     "nccl zero 2 offload fp16": "--dtype fp16 --zero_stage 2 --offload",
+    "nccl zero 2 offload fp16 dropout": "--dtype fp16 --zero_stage 2 --offload --dropout 0.1",
     "nccl zero 0 bf16": "--dtype bf16",
     KILLED: "--dtype bf16 --zero_stage 3 --save_interval 10",
+    WAITS: "--dtype bf16",
 }
 TINY = "--n_layer 2 --n_embd 32 --n_head 2 --max_seq_len 64 --per_device_train_batch_size 8"
-TINY_TRAININGS = ("cpu fp32", "gpu bf16 padded", "nccl zero 3 bf16", KILLED)
+TINY_TRAININGS = ("cpu fp32", "nccl zero 3 bf16", KILLED, WAITS)
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=1"
-TESTS = "-m pytest -q -rs -p no:cacheprovider -k on_a_gpu test_train.py parts"
+TESTS = "-m pytest -q -rs -p no:cacheprovider"
 EQUAL = (
     (KILLED, "nccl zero 3 bf16"),
     ("gpu bf16", "gpu bf16 padded"),
     ("gpu bf16", "gpu bf16 checkpointing"),
+    ("gpu bf16", "gpu bf16 compiled"),
+    ("gpu bf16", WAITS),
     ("gpu bf16", "nccl zero 0 bf16"),
 )
 
@@ -536,7 +426,11 @@ def start_jobs(check: Check):
     if check.tiny:
         estimates.append("--tiny")
     start_job(check, "estimates", estimates, sees_gpu=False)
-    start_job(check, "pytest", TESTS.split())
+    tests = tests_on_a_gpu()
+    # A process for each of them, because one after the other they take minutes.
+    for i, names in enumerate([tests] if check.tiny else [[test] for test in tests]):
+        words = [*TESTS.split(), "--basetemp", str(check.where / f"pytest {i}"), *names]
+        start_job(check, f"pytest {i}", words)
     for name, flags in TRAININGS.items():
         flags = f"{flags} --max_steps 60 --eval_iters 4"
         if check.tiny:
@@ -546,18 +440,28 @@ def start_jobs(check: Check):
         launcher = TORCHRUN.split() if name.startswith("nccl") else []
         if name == KILLED:
             launcher.append("--max-restarts=1")
+        program = ["-W", "always", "-c", WATCH] if name == WAITS else ["train.py"]
         output_dir = ["--output_dir", str(check.where / name)]
-        words = [*launcher, "train.py", *flags.split(), *output_dir]
+        words = [*launcher, *program, *flags.split(), *output_dir]
         start_job(check, name, words, sees_gpu=name != "cpu fp32")
-    limit = math.inf if check.tiny else 300
-    check.watcher = threading.Thread(target=watch, args=(check.jobs, limit), daemon=True)
+    limit = math.inf if check.tiny else 200
+    check.watcher = threading.Thread(target=watch, args=(dict(check.jobs), limit), daemon=True)
     check.watcher.start()
     if check.tiny:  # on few cores the other parts would keep the watcher from its work
         check.watcher.join()
 
 
-def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True):
-    log = (check.out if name == "pytest" else check.where) / f"log.{name}.txt"
+def tests_on_a_gpu() -> list[str]:
+    """List the tests that need a GPU, as pytest names them."""
+    files = [*ROOT.glob("test_*.py"), *ROOT.glob("*/test_*.py")]
+    files = [path.relative_to(ROOT) for path in files if "_on_a_gpu" in path.read_text()]
+    command = [sys.executable, *TESTS.split(), "--collect-only", "-k", "on_a_gpu", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True) -> Job:
+    log = (check.out if name.startswith("pytest") else check.where) / f"log.{name}.txt"
     environment = {"XDG_CACHE_HOME": str(check.where / "cache"), "OMP_NUM_THREADS": "1"}
     if not sees_gpu:
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -569,6 +473,7 @@ def start_job(check: Check, name: str, words: list[str], sees_gpu: bool = True):
         stderr=subprocess.STDOUT,
     )
     check.jobs[name] = Job(process, log, check.where / name)
+    return check.jobs[name]
 
 
 def watch(jobs: dict[str, Job], limit: float):
@@ -610,15 +515,14 @@ def programs(check: Check) -> dict:
     """train.py by itself and under torchrun; the tests that need a GPU."""
     check.watcher.join()
     found, curves = {}, {}
-    for name in (*TRAININGS, "pytest"):
-        if name not in check.jobs:
+    for name, job in check.jobs.items():
+        if name == "estimates":
             continue
-        job = check.jobs[name]
         log = job.log.read_text(errors="replace").strip()
         lines = log.splitlines()
         outcome = " ".join(lines[-1:])
         found[name] = {"exit": job.process.returncode, "log": log[-1500:]}
-        if name != "pytest":
+        if name in TRAININGS:
             events = events_of(job.out)
             curves[name] = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
             found[name] |= {"curve": curves[name], "killed after": job.killed}
@@ -631,6 +535,9 @@ def programs(check: Check) -> dict:
             )
             if job.killed:
                 outcome += f", killed after {job.killed}"
+            if name == WAITS:
+                found[name]["lines that wait"] = listed = lines_in(log)
+                outcome += f"; lines that waited, how often: {listed}"
         if job.process.returncode != 0:
             outcome = f"FAILED {outcome} {' | '.join(lines[-3:])[-400:]}"
         check.say(f"  {name:26s} exit {job.process.returncode}  {outcome}")
@@ -641,6 +548,12 @@ def programs(check: Check) -> dict:
     return found
 
 
+def lines_in(log: str) -> dict[str, int]:
+    """Count PyTorch's warnings of a wait for the GPU by file and line."""
+    lines = re.findall(rf"([^/\s]+:\d+): UserWarning: {WAITING}", log)
+    return {line: lines.count(line) for line in lines}
+
+
 def apart(curve: dict, other: dict) -> float:
     """Compute the largest difference of two curves, losses by step."""
     steps = [step for step in curve if None not in (curve[step], other.get(step))]
@@ -648,102 +561,102 @@ def apart(curve: dict, other: dict) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Speed and memory
+# Speed
 
 
-def attempt(check: Check, found: dict, key: str, make: Callable, batches: list):
-    """Time the steps of a contestant for about 3 seconds, and say so."""
-    free()
-    try:
-        found[key] = timed(make(), batches)
-        listed = "  ".join(f"{name} {value:.4g}" for name, value in found[key].items())
-        check.say(f"  {key:44s} {listed}")
-    except torch.OutOfMemoryError as error:
-        found[key] = {"out of memory": str(error)[:200]}
-        check.say(f"  {key:44s} out of memory")
-    except Exception as error:
-        found[key] = check.failed(key, error)
+@functools.cache
+def peak_flops() -> float:
+    return bench.dense_peak(DEVICE)[0]
 
 
-def timed(contestant: bench.Ours, batches: list) -> dict:
-    for batch in batches[:2]:  # these allocate, and choose kernels
-        contestant.step(batch)
-    sync()
-    if CUDA:
-        torch.cuda.reset_peak_memory_stats()
-    tokens, count = 0, 0
-    start = time.perf_counter()
-    for batch in batches[2:]:
-        tokens += contestant.step(batch)
-        count += 1
-        if time.perf_counter() - start > 3:
-            break
-    sync()
-    took = time.perf_counter() - start
-    named = contestant.model.named_parameters()
-    weights = sum(p.numel() for name, p in named if p.dim() == 2 and "embed" not in name)
-    return {
-        "pairs/s": len(batches[0]) * count / took,
-        "tokens/s": tokens / took,
-        "ms a step": took / count * 1e3,
-        "tokens a step": tokens / count,
-        "MFU": 6 * weights * tokens / took / PEAK,
-        "peak GB": peak_gb(),
-        "steps": count,
-    }
+def measure(check: Check, found: dict, key: str, contestants: dict, batches: list):
+    """Time contestants in turns, and say so; none after the end of the budget."""
+    if check.elapsed() > check.budget and not check.tiny:
+        check.say(f"  {key}: left out, {check.elapsed():.0f} s are over")
+        return
+    rounds = 1 if check.tiny else 2
+    for name, figures in bench.in_turns(contestants, batches, rounds, peak_flops()).items():
+        name = f"{key} {name}"
+        found[name] = figures
+        if "failed" in figures:
+            check.say(f"  {name:44s} FAILED {figures['failed'].splitlines()[-1][:200]}")
+            continue
+        listed = "  ".join(f"{figure} {value:.4g}" for figure, value in figures.items())
+        check.say(f"  {name:44s} {listed}")
 
 
 def speed(check: Check) -> dict:
-    """A step of train.py's loop: forward, backward, clipping, AdamW; lengths of hh-harmless."""
-    found, sets = {}, {}
-    for pairs in (16, 64, 128):
-        sets[pairs] = batches_of(3 if check.tiny else 10, pairs, check.tiny)
-    longest = 40 if check.tiny else 512
-    packed = [("bf16", 16, None), ("bf16", 64, None), ("bf16", 128, None)]
-    packed += [("fp32", 16, None), ("fp32", 64, None)]
-    padded = [("bf16", 16, longest), ("bf16", 64, longest), ("bf16", 16, None), ("bf16", 64, None)]
-    padded += [("fp32", 16, longest)]
-    for name, shape, layout, plan in (
-        ("OPT-350m", "OPT-350m", "packed", packed),
-        ("OPT-350m", "OPT-350m", "padded", padded),
-        ("transformers OPT-350m", "OPT-350m", "padded", padded),
-        ("TinyLlama 1.1B", "TinyLlama 1.1B", "packed", [packed[i] for i in (0, 1, 3)]),
-        ("TinyLlama 1.1B", "TinyLlama 1.1B", "padded", [padded[i] for i in (0, 2)]),
-    ):
-        for dtype, pairs, pad_to in plan:
-            # Padded, train.py's own --micro_batch_tokens makes micro-batches of 16.
-            how = {"dtype": dtype, "pad_to": pad_to, "at_once": 16 if layout == "padded" else None}
-
-            def make():
-                if name.startswith("transformers"):
-                    hf = config_of(shape, check.tiny).to_hf()
-                    return bench.TransformersOPT(hf, DEVICE, **how)
-                return bench.Ours(make_model(shape, check.tiny), layout, **how)
-
-            length = f" to {pad_to or 'the longest'}" if layout == "padded" else ""
-            key = f"{name} {layout}{length} {dtype} {pairs}"
-            attempt(check, found, key, make, sets[pairs])
+    """Steps of train.py's loop, in turns: forward, backward, clipping, AdamW; hh-harmless."""
+    found = {}
+    for shape, sizes in (("OPT-350m", (16, 64, 128)), ("TinyLlama 1.1B", (16, 64))):
+        contestants = bench.contestants_of(config_of(shape, check.tiny), DEVICE)
+        packed = contestants["packed"]
+        contestants["packed, fp32"] = replace(packed, dtype="fp32")
+        for pairs in sizes:
+            if pairs == sizes[-1]:  # the others would take most of the time
+                contestants = {name: contestants[name] for name in ("packed", "packed, --compile")}
+            batches = batches_of(3, pairs, check.tiny)
+            measure(check, found, f"{shape} {pairs}", contestants, batches)
+        contestants = packed = None
+        bench.free()
     return found
+
+
+def end_to_end(check: Check) -> dict:
+    """train.py itself, --compile, blocks of OPT-350m's shape, 64 pairs a step of hh's lengths."""
+    pairs, steps = (3, 4) if check.tiny else (64, 40)
+    path, out = check.where / "pairs.jsonl", check.where / "end to end"
+    rows = []
+    for pair in itertools.chain(*batches_of(steps, pairs, check.tiny)):
+        chosen, rejected = (" ".join(map(word, ids)) for ids in pair)
+        rows.append(json.dumps({"chosen": chosen, "rejected": rejected}))
+    path.write_text("\n".join(rows) + "\n")
+    flags = "--model_type opt --n_layer 24 --n_embd 1024 --n_head 16 --compile"
+    if check.tiny:
+        flags = TINY
+    flags += f" --dtype bf16 --eval_iters 1 --save_interval 0 --max_steps {steps}"
+    flags += f" --per_device_train_batch_size {pairs} --data_path"
+    words = ["train.py", *flags.split(), str(path), "--output_dir", str(out)]
+    job = start_job(check, "end to end", words)
+    job.process.wait(150)
+    rows = [event for event in events_of(out) if event["event"] == "step"]
+    if job.process.returncode != 0:
+        raise RuntimeError(job.log.read_text(errors="replace")[-1000:])
+    measured = rows[steps // 2 :]  # the first ones compile, allocate, and choose kernels
+    took = sum(row["seconds"] for row in measured)
+    found = {"first step, s": rows[0]["seconds"]}
+    found["pairs/s"] = sum(row["pairs"] for row in measured) / took
+    found["tokens/s"] = sum(row["tokens"] for row in measured) / took
+    found["ms a step"] = took / len(measured) * 1e3
+    check.say(f"  {found}")
+    return found
+
+
+def word(token: int) -> str:
+    """Spell an id as a word of three letters. There are 4,096, so a tokenizer has most of them."""
+    return "".join(chr(97 + token // 16**i % 16) for i in range(3))
 
 
 def profile(check: Check) -> dict:
     """The kernels of a step, how long the GPU works, and the lines that wait for it."""
     found = {}
-    contestant = bench.Ours(make_model("OPT-350m", check.tiny))
-    for pairs in (16, 64):
+    model = make_model("OPT-350m", check.tiny)
+    contestants = {"packed": bench.Ours(model, dtype="bf16")}
+    contestants["packed, --compile"] = bench.Ours(bench.compiled(model), dtype="bf16")
+    for name, pairs in (("packed", 16), ("packed", 64), ("packed, --compile", 64)):
         *first, profiled, last = batches_of(4, pairs, check.tiny)
         for batch in first:
-            contestant.step(batch)
+            contestants[name].step(batch)
         with torch.profiler.profile() as profiler:
-            wall = seconds(contestant.step, profiled) * 1e3
-        found[pairs] = {"ms, profiled": wall} | kernels_of(profiler)
+            wall = seconds(contestants[name].step, profiled) * 1e3
+        figures = {"ms, profiled": wall} | kernels_of(profiler)
         if CUDA:
-            found[pairs]["lines that wait"] = lines_that_wait(contestant, last)
-        top = found[pairs].pop("top")
-        check.say(f"  {pairs} pairs: {found[pairs]}")
-        for name, count, ms in top[:15]:
-            check.say(f"    {ms:8.2f} ms {count:6d} x {name}")
-        found[pairs]["top"] = top
+            figures |= lines_that_wait(contestants[name], last)
+        top = figures.pop("top")
+        check.say(f"  {name} {pairs} pairs: {figures}")
+        for kernel_name, count, ms in top[:15]:
+            check.say(f"    {ms:8.2f} ms {count:6d} x {kernel_name}")
+        found[f"{name} {pairs}"] = figures | {"top": top}
     return found
 
 
@@ -752,55 +665,141 @@ def kernels_of(profiler) -> dict:
     kernels, calls = [], {}
     no_kernels = ("Optimizer.", "ProfilerStep", "FSDP", "##", "Torch-Compiled")
     for event in profiler.key_averages():
-        if event.key.startswith("cu"):
-            calls[event.key] = event.count
         on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+        if not on_gpu and event.key.startswith("cu"):
+            calls[event.key] = event.count
         if on_gpu and not event.key.startswith(no_kernels):
             kernels.append((event.key[:110], event.count, event.self_device_time_total / 1e3))
     kernels.sort(key=lambda kernel: -kernel[2])
     return {
         "GPU busy ms": sum(ms for _, _, ms in kernels),
         "kernels and copies": sum(count for _, count, _ in kernels),
+        "flash kernels": sum(count for name, count, _ in kernels if "flash" in name.lower()),
         "calls of CUDA": calls,
         "top": kernels[:40],
     }
 
 
-def lines_that_wait(contestant: bench.Ours, batch: list) -> dict[str, int]:
-    """Count the waits of a step for the GPU by the line that waits."""
-    with warnings.catch_warnings(record=True) as caught:
+def lines_that_wait(contestant: bench.Ours, batch: list) -> dict[str, dict[str, int]]:
+    """List the lines that wait for the GPU, and how often they do.
+
+    Until the gradient is clipped there should be none; a whole step reads the loss and the norm.
+    """
+
+    def until_clipped():
+        contestant.forward_backward(batch)
+        contestant.clip()
+        contestant.optimizer.zero_grad()
+
+    return {
+        "lines that wait until the gradient is clipped": waits_of(until_clipped),
+        "lines that wait in a step": waits_of(lambda: contestant.step(batch)),
+    }
+
+
+def waits_of(function: Callable) -> dict[str, int]:
+    """Count PyTorch's warnings of a wait for the GPU by the innermost line of this project."""
+    lines = []
+
+    def note(message, *rest):
+        if WAITING not in str(message):
+            return
+        for frame in reversed(traceback.extract_stack()[:-1]):
+            path = Path(frame.filename)
+            if path.is_relative_to(ROOT) and "site-packages" not in path.parts:
+                lines.append(f"{path.name}:{frame.lineno}")
+                return
+
+    with warnings.catch_warnings():
         warnings.simplefilter("always")
+        warnings.showwarning = note
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            contestant.step(batch)
+            function()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    lines = [f"{Path(warning.filename).name}:{warning.lineno}" for warning in waits]
     return {line: lines.count(line) for line in lines}
 
 
+# --------------------------------------------------------------------------------------------------
+# Prototype: changes to the loop that train.py does not have, to see what they would gain
+
+
+@dataclass
+class Changed(bench.Ours):
+    """A step with changes to the loop. Without any, it is that of `bench.Ours`."""
+
+    packs_ahead: bool = False  # a thread packs the next batch, and copies it from pinned memory
+    # Loss and norm are read when the next step is queued, so an update is made before it is known
+    # whether it should be. The loop would have to let the device skip it.
+    reads_late: bool = False
+
+    def steps(self, batches: list) -> Iterator[int]:
+        prepared = map(self.prepare, batches)
+        if self.packs_ahead:
+            prepared = ahead(self.prepare, batches)
+        numbers = None
+        for micro_batches in prepared:
+            loss, tokens = self.backward(micro_batches)
+            before, numbers = numbers, Numbers(loss, self.clip())
+            known = before if self.reads_late else numbers
+            if known is not None:
+                known.check()
+            self.update()
+            yield tokens
+        numbers.check()
+
+    def prepare(self, groups: list) -> list:
+        return list(self.micro_batches(groups))
+
+
+class Numbers:
+    """Loss and norm of a step, on their way to the CPU."""
+
+    def __init__(self, loss: torch.Tensor, norm: torch.Tensor):
+        self.values = torch.stack((loss, norm.double())).to("cpu", non_blocking=True)
+        self.arrived = torch.cuda.Event() if CUDA else None
+        if CUDA:
+            self.arrived.record()
+
+    def check(self):
+        if CUDA:
+            self.arrived.synchronize()
+        bench.check_finite(*self.values.tolist())
+
+
+def ahead(function: Callable, items: Iterable) -> Iterator:
+    """Yield function(item) of each item; a thread computes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        following = None
+        for item in items:
+            current, following = following, thread.submit(function, item)
+            if current is not None:
+                yield current.result()
+        if following is not None:
+            yield following.result()
+
+
 def prototype(check: Check) -> dict:
-    """Plans, indices and loss made ahead; for OPT one call a layer; then with blocks compiled."""
-    found, sets = {}, {}
+    """A packed step with changes to the loop: a thread that packs ahead, numbers read late."""
+    found, contestants = {}, {}
     model = make_model("OPT-350m", check.tiny)
-    for pairs in (64, 16, 128):
-        batches = batches_of(3 if check.tiny else 14, pairs, check.tiny)
-        start = time.perf_counter()
-        sets[pairs] = [Prepared(batch, model) for batch in batches]
-        took = (time.perf_counter() - start) / len(batches)
-        found[f"ms to prepare {pairs} pairs"] = took * 1e3
-        check.say(f"  preparing {pairs} pairs takes {took * 1e3:.1f} ms of a CPU")
-    for name, is_compiled in (("prototype", False), ("prototype, compiled", True)):
-        for pairs, batches in sets.items():
-            if check.elapsed() > check.budget + 20 and not check.tiny:
-                return found
-            key = f"OPT-350m {name} bf16 {pairs}"
-            start = check.elapsed()
-            attempt(check, found, key, lambda: Fast(model, "bf16", is_compiled), batches)
-            check.say(f"    {check.elapsed() - start:.1f} s in all")
+    shared = {"dtype": "bf16", "optimizer": bench.Ours(model).optimizer}
+    for compiled, one in (("", model), (", --compile", bench.compiled(model))):
+        for packs_ahead, reads_late in itertools.product((False, True), repeat=2):
+            name = "packed" + compiled
+            name += " + thread" if packs_ahead else ""
+            name += " + read late" if reads_late else ""
+            changes = {"packs_ahead": packs_ahead, "reads_late": reads_late}
+            contestants[name] = Changed(one, **shared, **changes)
+    for pairs in (64,) if check.tiny else (64, 16, 128):
+        batches = batches_of(3 if check.tiny else 6, pairs, check.tiny)
+        measure(check, found, f"OPT-350m {pairs}", contestants, batches)
     return found
 
+
+# --------------------------------------------------------------------------------------------------
+# Memory
 
 ESTIMATED = (
     ("OPT-350m", "bf16", "packed"),
@@ -844,14 +843,19 @@ def memory(check: Check) -> dict:
         try:
             contestant = bench.Ours(make_model(" ".join(shape), check.tiny), layout, dtype)
             contestant.step(groups)  # the optimizer's states are there from now on
-            free()
+            bench.free()
+            peak = math.nan
+            if CUDA:
+                torch.cuda.reset_peak_memory_stats()
             contestant.forward_backward(groups)
-            found[key] = {"estimated GB": estimate, "measured GB": peak_gb()}
+            if CUDA:
+                peak = torch.cuda.max_memory_allocated() / 1e9
+            found[key] = {"estimated GB": estimate, "measured GB": peak}
             check.say(f"  {key:28s} {found[key]}")
         except Exception as error:
             found[key] = check.failed(key, error)
         contestant = None
-        free()
+        bench.free()
     return found
 
 
@@ -859,8 +863,8 @@ def memory(check: Check) -> dict:
 # The program
 
 # Seconds that each part takes on a GPU.
-PARTS = {facts: 10, kernel: 30, exact: 90, programs: 110}
-PARTS |= {speed: 100, profile: 25, prototype: 90, memory: 20}
+PARTS = {facts: 10, kernel: 15, exact: 90, programs: 40, speed: 100}
+PARTS |= {end_to_end: 60, profile: 25, prototype: 60, memory: 20}
 
 
 def run_part(check: Check, part: Callable):
@@ -889,19 +893,18 @@ def main():
     if args.estimates:
         write_estimates(args.estimates, args.tiny)
         return
-    if not CUDA:
-        varlen.varlen_attn = attend_by_the_book
     out = Path(os.environ.get("OUT") or "gpu_out").resolve()
     out.mkdir(parents=True, exist_ok=True)
     check = Check(args.tiny, args.budget, out)
     names = args.only.split(",") if args.only else [part.__name__ for part in PARTS]
     names = set(names) - set(args.skip.split(","))
-    for part in PARTS:
-        if part.__name__ not in names:
-            continue
-        if part is not facts and not check.jobs and names & {"programs", "memory"}:
-            start_jobs(check)  # after the figures of the machine by itself
-        run_part(check, part)
+    with ExitStack() if CUDA else pretend_flash():
+        for part in PARTS:
+            if part.__name__ not in names:
+                continue
+            if part is not facts and not check.jobs and names & {"programs", "memory"}:
+                start_jobs(check)  # after the figures of the machine by itself
+            run_part(check, part)
     for job in check.jobs.values():
         if job.process.poll() is None:
             job.process.kill()
