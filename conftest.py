@@ -35,6 +35,14 @@ TINY = "--n_layer 2 --n_head 2 --n_embd 32 --max_seq_len 64".split()
 LIMIT = 1800
 
 
+# They take minutes: started last, one of them would leave the other cores without work.
+SLOW_FILES = ("test_gpu_check.py", "test_dry_run.py", "test_train.py", "test_score.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in SLOW_FILES)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def token_cache_of_the_session(tmp_path_factory):
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
