@@ -87,6 +87,7 @@ from parts.metrics import calibration_error
 from parts.packed import PackedBatch, shared_prefix
 from parts.report import SERIES, Series, chart, standalone
 from parts.token_cache import cached, hash_of
+from tools import study_real
 from tools.score import score
 from tools.study_cells import (
     backbone_of,
@@ -604,6 +605,7 @@ def make_parser() -> argparse.ArgumentParser:
     run_flag("--only", nargs="+", metavar="CELL", help=only)
     docs = HERE.parent / "docs"
     page_flag("--docs", type=Path, default=docs, metavar="DIR", help="where to write (docs)")
+    study_real.add_program(programs)
     convert_flag("gguf", type=Path)
     convert_flag("directory", type=Path)
     return parser
@@ -611,7 +613,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     options = make_parser().parse_args(argv)
-    if options.program in ("run", "features"):
+    if options.program in ("run", "features", "real"):
         options.backbone = options.backbone or options.out / "SmolLM2"
     options.call(options)
 

@@ -19,12 +19,14 @@ import rm
 from parts.packed import pack
 from parts.token_cache import hash_of
 
+RESULTS = "results.jsonl"
+
 # --------------------------------------------------------------------------------------------------
 # Cells
 
 
-def results(out: Path) -> list[dict]:
-    file = out / "results.jsonl"
+def results(out: Path, name: str = RESULTS) -> list[dict]:
+    file = out / name
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
@@ -46,8 +48,10 @@ def selected(cells: list[str], only: list[str] | None, example: str) -> list[str
     return [cell for cell in cells if cell in chosen]
 
 
-def run_cells(out: Path, cells: list[str], run_cell: Callable[[str], dict | None]):
-    """Run the cells that out/results.jsonl lacks, and append a line for each.
+def run_cells(
+    out: Path, cells: list[str], run_cell: Callable[[str], dict | None], name: str = RESULTS
+):
+    """Run the cells that out/name lacks, and append a line for each.
 
     Processes beside each other share the work: each takes the cells that no other has begun.
     run_cell: returns the line, or None where training was interrupted, which ends the program.
@@ -61,14 +65,14 @@ def run_cells(out: Path, cells: list[str], run_cell: Callable[[str], dict | None
             except BlockingIOError:
                 print(f"{cell}: another process is at it")
                 continue
-            if any(row["cell"] == cell for row in results(out)):
+            if any(row["cell"] == cell for row in results(out, name)):
                 print(f"{cell}: done before")
                 continue
             row = run_cell(cell)
             if row is None:
                 raise SystemExit(f"{cell}: stopped; the same command resumes")
             # O_APPEND, and one write: whole lines.
-            with (out / "results.jsonl").open("a") as file:
+            with (out / name).open("a") as file:
                 file.write(json.dumps(row) + "\n")
 
 
