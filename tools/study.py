@@ -6,7 +6,8 @@ answer there, "did not observe much difference", has no numbers. The loop is tha
 words of the page are in tools/study_page.md.
 
     python -m tools.study run --out DIR [--seeds 1 2 3] [--steps 1000] [--only hh-head/end ...]
-    python -m tools.study page --out DIR     docs/study.md and its plots, from DIR/results.jsonl
+    python -m tools.study real --out DIR     real pairs: see tools/study_real.py
+    python -m tools.study page --out DIR     docs/study.md, docs/results.md and their plots
 
 `run` trains by train.py's own loop, with its defaults, and appends a line to DIR/results.jsonl for
 every cell that isn't there yet. It can be interrupted at any time, and started a second time beside
@@ -87,7 +88,7 @@ from parts.metrics import calibration_error
 from parts.packed import PackedBatch, shared_prefix
 from parts.report import SERIES, Series, chart, standalone
 from parts.token_cache import cached, hash_of
-from tools import study_real
+from tools import study_real, study_results
 from tools.score import score
 from tools.study_cells import (
     backbone_of,
@@ -563,6 +564,7 @@ def page(options):
         (options.docs / f"study-{name}.svg").write_text(svg)
     filled = {f"{kind}_tables": tables(kind, rows) for kind in BUILT_IN}
     filled["hh_tables"] = "\n".join(tables(kind, rows) for kind in HUMAN)
+    filled |= study_results.write_results(options.out, options.docs)
     template = (HERE / "study_page.md").read_text()
     text = template.format(bonus=LENGTH_BONUS, differences=differences(rows), **filled)
     (options.docs / "study.md").write_text(text)

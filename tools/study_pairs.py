@@ -182,7 +182,8 @@ class Features:
     """Differences of hidden states, chosen minus rejected: a linear head turns them into margins.
 
     region: (R, C) float16, of each position of each pair's divergent region, pair after pair.
-    counts: (N,), positions of each pair's region. texts: (N,), those before the shorter end.
+    counts: (N,), positions of each pair's region. texts: (N,), those before the shorter end; 1
+        where there is none, which does not happen to texts that end with eos.
     readings: (N, 6, C) float32, at each of READINGS.
     """
 

@@ -360,9 +360,13 @@ class Workplace:
     def pairs_of(self, kind: str) -> Pairs:
         if kind not in self.pairs:
             directory = self.options.data / DIRECTORIES[kind]
-            self.pairs[kind] = load_pairs(
-                kind, directory, self.tokenizer, MAX_SEQ_LEN, self.options.out
-            )
+            out = self.options.out
+            pairs = load_pairs(kind, directory, self.tokenizer, MAX_SEQ_LEN, out)
+            evaluation = np.concatenate([part for _, part in pairs.folds])
+            facts = {"clusters": pairs.clusters[evaluation], "lengths": pairs.lengths[evaluation]}
+            facts = {name: numbers.tolist() for name, numbers in facts.items()}
+            (out / f"pairs-{kind}.json").write_text(json.dumps(facts | {"dropped": pairs.dropped}))
+            self.pairs[kind] = pairs
         return self.pairs[kind]
 
     def features_of(self, kind: str) -> Features:
