@@ -3,6 +3,8 @@
 Margins are computed by tools/study_real.py; tools/study_results.py writes the pages.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -27,8 +29,11 @@ def mean_and_error(values: np.ndarray, clusters: np.ndarray) -> tuple[float, flo
     """Compute the mean of values and its standard error, clustered (Liang & Zeger 1986).
 
     values, clusters: (N,). Values of one cluster may depend on each other. With every value in a
-    cluster of its own it is the usual standard error, std(ddof=1) / sqrt(N).
+    cluster of its own it is the usual standard error, std(ddof=1) / sqrt(N). Both are NaN without
+    a value.
     """
+    if len(values) == 0:
+        return math.nan, math.nan
     mean = values.mean()
     sums, counts = cluster_sums(values, clusters)
     deviations = sums - counts * mean

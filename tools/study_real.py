@@ -87,8 +87,8 @@ HEADS = {
     "default": Head(),
     "zeros": Head(zeros=True),
     "epochs-20": Head(epochs=20),
-    "pairs-1/4": Head(share=1 / 4),
-    "pairs-1/2": Head(share=1 / 2),
+    "quarter": Head(share=1 / 4),
+    "half": Head(share=1 / 2),
     "optimum": Head(optimum=True),
 }
 
@@ -103,7 +103,7 @@ def all_cells(seeds: list[int]) -> list[str]:
     heads = [("end", name) for name in HEADS] + [("divergent", name) for name in HEADS]
     for objective in ("both", "shorter"):
         heads += [(objective, "default"), (objective, "optimum")]
-    for (objective, name), kind, seed in itertools.product(heads, DIRECTORIES, seeds):
+    for kind, (objective, name), seed in itertools.product(("hh", "alpaca"), heads, seeds):
         if seed == seeds[0] or not HEADS[name].optimum:  # it has one solution
             cells.append(f"{kind}/head/{objective}/{name}/{seed}")
     for seed, objective in itertools.product(seeds, rm.LOSSES):
@@ -372,7 +372,7 @@ class Workplace:
     def features_of(self, kind: str) -> Features:
         if kind not in self.features:
             place = str(self.options.backbone), self.tokenizer.pad_id, self.options.out / "features"
-            self.features = {kind: load_features(self.pairs_of(kind).groups, *place)}
+            self.features[kind] = load_features(self.pairs_of(kind).groups, *place)
         return self.features[kind]
 
     def run_cell(self, cell: str) -> dict | None:

@@ -1,5 +1,8 @@
 """Tests of tools/study_pairs.py and tools/study_real.py: folds, places, heads, a tiny whole run."""
 
+import gzip
+import itertools
+import json
 import math
 
 import numpy as np
@@ -224,3 +227,64 @@ def test_a_share_of_the_training_pairs_is_of_whole_clusters():
     left = set(training) - set(some)
     assert not set(clusters[some]) & set(clusters[list(left)])
     assert study_real.training_share(training, clusters, 1.0).tolist() == training.tolist()
+
+
+# --------------------------------------------------------------------------------------------------
+# A whole run
+
+
+def write_data(directory):
+    """Write made-up pairs in the formats of alpaca-eval and hh-harmless: 60 + 20, 40 + 10 rows."""
+    stream = data.known_rewards(0)
+    for name, counts in (("alpaca-eval", (60, 20)), ("hh-harmless", (40, 10))):
+        (directory / name).mkdir()
+        for file, count in zip(("train", "eval"), counts):
+            lines = []
+            for i, pair in enumerate(itertools.islice(stream, count)):
+                sides = dict(zip(("chosen", "rejected"), pair.responses))
+                if name == "hh-harmless":
+                    row = {side: pair.prompt + text for side, text in sides.items()}
+                else:
+                    content = f"{file} {i // 3} {pair.prompt}"
+                    row = {"prompt": [{"role": "user", "content": content}]}
+                    for side, text in sides.items():
+                        row[side] = [{"role": "assistant", "content": text}]
+                lines.append(json.dumps(row) + "\n")
+            with gzip.open(directory / name / f"{file}.jsonl.gz", "wt") as written:
+                written.writelines(lines)
+
+
+def test_a_whole_run_and_its_pages(built_in_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study_real, "BUILT_IN_STEPS", 2)
+    monkeypatch.setattr(study_real, "MAX_SEQ_LEN", 64)
+    monkeypatch.setattr(study_real, "HEAD_RATES", (1e-3, 1e-2))
+    monkeypatch.setattr(study_real, "PENALTIES", (1e-2, 1e-3))
+    monkeypatch.setattr(train, "EVAL_PAIRS", 40)
+    write_data(tmp_path)
+    out, docs = tmp_path / "out", tmp_path / "docs"
+    command = ["real", "--out", str(out), "--data", str(tmp_path), "--seeds", "1"]
+    command += ["--backbone", str(built_in_run[0]), "--only"]
+    linear = [f"{kind}/{arm}" for kind in ("alpaca", "hh") for arm in ("longer", "words")]
+    for objective, variant in itertools.product(("end", "divergent"), ("default", "optimum")):
+        linear += [f"{kind}/head/{objective}/{variant}" for kind in ("alpaca", "hh")]
+    whole = ["built-in/all/end", "alpaca/all/end/5e-5", "alpaca/all/divergent/5e-5"]
+    study.main([*command, *linear, "--plan"])
+    assert "14 of 14 cells to run" in capsys.readouterr().out and not (out / "real.jsonl").exists()
+    study.main([*command, *linear])
+    study.main([*command, *whole])
+    rows = study_cells.results(out, "real.jsonl")
+    assert len(rows) == len({row["cell"] for row in rows}) == 17
+    for row in rows:
+        pairs = {"alpaca": 20, "hh": 50, "built-in": 40}[row["cell"].split("/")[0]]
+        assert [len(row[reading]) for reading in READINGS] == [pairs] * 6
+        assert np.isfinite([row[reading] for reading in READINGS]).all()
+    study.main([*command, *whole])  # done before
+    assert study_cells.results(out, "real.jsonl") == rows
+    (out / "results.jsonl").write_text((study.HERE.parent / "docs/study-results.jsonl").read_text())
+    study.main(["page", "--out", str(out), "--docs", str(docs)])
+    pages = [(docs / name).read_text() for name in ("results.md", "study.md")]
+    assert "head on frozen features, `end`" in pages[0] and "all weights, `end`" in pages[1]
+    (out / "real.jsonl").rename(out / "elsewhere.jsonl")
+    (docs / "real-results.jsonl").rename(out / "real-results.jsonl")
+    study.main(["page", "--out", str(out), "--docs", str(docs)])
+    assert [(docs / name).read_text() for name in ("results.md", "study.md")] == pages
