@@ -102,27 +102,32 @@ def load_pairs(kind: str, directory: Path, tokenizer, max_seq_len: int, out: Pat
     else:
         files = [out / "hh.jsonl"]
         write_messages(directory, files[0])
-    comparisons, groups, lengths, names, is_eval = [], [], [], [], []
+    kept = []
+    is_eval = []
     dropped = 0
-    for number, file in enumerate(files):
+    for file in files:
         for comparison in data.load_comparisons(file):
             group = data.tokenize(comparison, tokenizer, max_seq_len)
             if group[0] == group[1]:
                 dropped += 1
                 continue
-            whole = data.tokenize(comparison, tokenizer, NO_CUT)
-            first_message = (comparison.prompt or comparison.responses[0])[0]
-            comparisons.append(comparison)
-            groups.append(group)
-            lengths.append([len(text) - trunk_length(whole) for text in whole])
-            names.append(first_message["content"])
-            is_eval.append(number == 1)
-    clusters, every = numbered(names), np.arange(len(groups))
+            kept.append((comparison, group))
+            is_eval.append(file.name.startswith("eval"))
+    names = []
+    lengths = []
+    for comparison, _ in kept:
+        first_message = (comparison.prompt or comparison.responses[0])[0]
+        names.append(first_message["content"])
+        whole = data.tokenize(comparison, tokenizer, NO_CUT)
+        lengths.append([len(text) - trunk_length(whole) for text in whole])
+    comparisons, groups = zip(*kept)
+    clusters = numbered(names)
+    every = np.arange(len(kept))
     if kind == "alpaca":
         folds = [(every[~np.array(is_eval)], every[is_eval])]
     else:
         folds = [(np.delete(every, part), part) for part in split_clusters(clusters, FOLDS)]
-    return Pairs(comparisons, groups, np.array(lengths), clusters, folds, dropped)
+    return Pairs(list(comparisons), list(groups), np.array(lengths), clusters, folds, dropped)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,13 +5,16 @@ page from tools/results_page.md. `python -m tools.study page` writes both pages.
 """
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
+from parts.guards import counted
 from parts.report import Series, chart, standalone
 from tools.study_cells import markdown, results
 from tools.study_measures import bootstrap, correctness, kinds_of_length, mean_and_error, measures
+from tools.study_real import all_cells
 
 HERE = Path(__file__).resolve().parent
 NUMBERS = "real-results.jsonl"  # the summaries, of which the pages are made
@@ -176,9 +179,7 @@ NOT_RUN = "(No cell of it has been run.)\n"
 
 def quality_table(summaries: list[dict], kind: str) -> str:
     """Write the table of the arms on one data set."""
-    main = of_kind(summaries, kind, ("longer", "words"))
-    main += of_kind(summaries, kind, ("head",), ("default",))
-    main += of_kind(summaries, kind, ("all",))
+    main = main_arms(summaries, kind)
     if not main:
         return NOT_RUN
     body = []
@@ -196,6 +197,40 @@ def quality_table(summaries: list[dict], kind: str) -> str:
     return f"{first['pairs']} pairs; the chosen response is: {', '.join(counts)}.\n\n" + markdown(
         head, body
     )
+
+
+def our_rows(summaries: list[dict]) -> str:
+    """Write the rows of the first table that are ours: the main arms, their data and accuracy."""
+    lines = []
+    for kind in ("alpaca", "hh"):
+        for summary in main_arms(summaries, kind):
+            how, objective = summary["arm"].split("/")[1:3]
+            pairs = f", {summary['first_pairs']:,}" if "first_pairs" in summary else ""
+            who = "`tools.study real`"
+            model = title_of(summary)
+            if how in ("head", "all"):
+                model = f"SmolLM2-135M-Instruct, {model}"
+            accuracy = shown(summary["accuracy"])
+            lines.append(f"| {who} | {model} | {NAMES[kind]}{pairs} | {accuracy} |\n")
+    return "".join(lines)
+
+
+def missing_arms(summaries: list[dict]) -> str:
+    """List the arms of which not every seed has been run."""
+    planned = Counter(cell.rsplit("/", 1)[0] for cell in all_cells([1, 2, 3]))
+    run = {summary["arm"]: len(summary["seeds"]) for summary in summaries}
+    lines = []
+    for arm, seeds in planned.items():
+        if run.get(arm, 0) < seeds:
+            lines.append(f"- `{arm}`: {run.get(arm, 0)} of {counted(seeds, 'seed')}\n")
+    return "".join(lines) or "Nothing: every cell has been run.\n"
+
+
+def main_arms(summaries: list[dict], kind: str) -> list[dict]:
+    """Select the arms that the pages compare; the ablations of heads are left out."""
+    found = of_kind(summaries, kind, ("longer", "words"))
+    found += of_kind(summaries, kind, ("head",), ("default",))
+    return found + of_kind(summaries, kind, ("all",))
 
 
 def rates_table(summaries: list[dict]) -> str:
@@ -314,9 +349,12 @@ def write_results(out: Path, docs: Path) -> dict[str, str]:
         (docs / "study-token-or-end.svg").write_text(readings_plot(summaries))
     template = (HERE / "results_page.md").read_text()
     text = template.format(
+        ours=our_rows(summaries),
         alpaca=quality_table(summaries, "alpaca"),
         hh=quality_table(summaries, "hh"),
         rates=rates_table(summaries),
+        missing=missing_arms(summaries),
+        hours=f"{sum(summary['seconds'] for summary in summaries) / 3600:.1f}",
     )
     (docs / "results.md").write_text(text)
     return {

@@ -163,8 +163,8 @@ def test_the_minimum_has_no_gradient_and_finds_what_made_the_labels():
     assert (exact - w).abs().max() < 0.3
 
 
-def test_steps_are_those_of_train(tmp_path):
-    """Train.py's own loop over a head gives the same weights."""
+def test_steps_are_those_of_train():
+    """The optimizer, schedule and batches of train.py, written a second time, pair by pair."""
     regression, _ = made_regression(20, 4)
     head = study_real.Head(epochs=2)
     found = study_real.by_steps(regression, 1e-2, head, seed=3)
