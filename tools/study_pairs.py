@@ -58,16 +58,17 @@ def messages_of(dialogue: str) -> list[dict]:
     return messages
 
 
-def rows_of(file: Path) -> list[dict]:
+def lines_of(file: Path) -> list[str]:
     with gzip.open(file, "rt") as lines:
-        return [json.loads(line) for line in lines]
+        return list(lines)
 
 
 def write_messages(source: Path, target: Path):
     """Write train and eval rows of hh-harmless as chat messages, for the model's own template."""
     rows = []
     for name in ("train", "eval"):
-        for row in rows_of(source / f"{name}.jsonl.gz"):
+        for line in lines_of(source / f"{name}.jsonl.gz"):
+            row = json.loads(line)
             rows.append({side: messages_of(row[side]) for side in ("chosen", "rejected")})
     target.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -55,10 +55,10 @@ from tools.study_pairs import (
     Features,
     Pairs,
     held_out,
+    lines_of,
     load_features,
     load_pairs,
     margins_of,
-    rows_of,
 )
 
 NAME = "real.jsonl"
@@ -317,12 +317,12 @@ def all_weights(cell: str, pairs: Pairs, options) -> dict | None:
     """Train all weights on four fifths of alpaca-eval's pairs, and evaluate."""
     training, evaluation = pairs.folds[0]
     part, rest = held_out(training, pairs.clusters)
-    rows = rows_of(options.data / DIRECTORIES["alpaca"] / "train.jsonl.gz")
-    if len(rows) != len(training):
-        raise ValueError(f"{len(rows)} rows for {len(training)} training pairs: some were dropped")
+    lines = lines_of(options.data / DIRECTORIES["alpaca"] / "train.jsonl.gz")
+    if len(lines) != len(training):
+        raise ValueError(f"{len(lines)} rows for {len(training)} training pairs: some were dropped")
     for name, indices in (("part", part), ("held-out", rest)):
-        lines = [json.dumps(rows[i]) + "\n" for i in indices]
-        (options.out / f"alpaca-{name}.jsonl").write_text("".join(lines))
+        text = "".join(lines[i] for i in indices)
+        (options.out / f"alpaca-{name}.jsonl").write_text(text)
     if not train_by(all_weights_flags(cell, options)):
         return None
     model = rm.RewardModel.from_pretrained(options.out / cell)
