@@ -1,7 +1,7 @@
 """Train on real pairs and measure: how accurate which arm is, and with which loss.
 
-    python -m tools.study real --out DIR --data DIR --backbone SmolLM2 [--only CELL ...] [--plan]
-    python -m tools.study results --out DIR      docs/results.md, its plots and the table of numbers
+    python -m tools.study real --out DIR --data DIR [--backbone SmolLM2] [--only CELL ...] [--plan]
+    python -m tools.study page --out DIR         docs/results.md, and what docs/study.md has of it
 
 `real` appends a line to DIR/real.jsonl for every cell that isn't there yet, cheap ones first. It
 can be interrupted at any time and started a second time beside itself, as `run` can. It begins with
@@ -75,7 +75,7 @@ RARE = 5  # a word that fewer responses have is left out
 
 @dataclass(frozen=True)
 class Head:
-    """How a head is trained: the default is train.py's own, but for the learning rate."""
+    """How a head is trained: by train.py's optimizer, schedule and first weights, or otherwise."""
 
     zeros: bool = False  # starts at zero, not at nn.Linear's random numbers
     epochs: int = 5

@@ -188,10 +188,11 @@ def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch
 
 def test_the_page_in_docs_is_the_page_of_its_results(tmp_path):
     docs = study.HERE.parent / "docs"
-    (tmp_path / "results.jsonl").write_text((docs / "study-results.jsonl").read_text())
+    for name in ("study-results.jsonl", "real-results.jsonl"):
+        (tmp_path / name.removeprefix("study-")).write_text((docs / name).read_text())
     study.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
     written = sorted((tmp_path / "docs").iterdir())
-    assert len(written) == 5
+    assert len(written) == 8
     for file in written:
         assert file.read_bytes() == (docs / file.name).read_bytes()
 

@@ -254,6 +254,34 @@ def write_data(directory):
                 written.writelines(lines)
 
 
+def check_summaries(rows: list[dict], summaries: list[dict]):
+    """Accuracies are shares of pairs, ties half; differences are differences of accuracies."""
+    right = {}
+    for row in rows:
+        arm = row["cell"].rsplit("/", 1)[0]
+        for reading in READINGS:
+            margins = row[reading]
+            ties = sum(margin == 0 for margin in margins)
+            wins = sum(margin > 0 for margin in margins)
+            right[arm, reading] = (wins + ties / 2) / len(margins)
+    assert len(summaries) == len(rows)
+    for summary in summaries:
+        arm = summary["arm"]
+        kind = arm.split("/")[0]
+        assert summary["accuracy"] == summary["at"]["end"]
+        for reading in READINGS:
+            assert summary["at"][reading][0] == pytest.approx(right[arm, reading], abs=1e-4)
+            if "divergent" in summary:
+                other = summary["divergent"][reading]["minus"]
+                gap = right[arm, reading] - right[other, reading]
+                assert summary["divergent"][reading]["mean"] == pytest.approx(gap, abs=1e-4)
+        assert ("judge" in summary) == (kind != "built-in" and "/longer/" not in arm)
+        if "judge" in summary:
+            gap = right[arm, "end"] - right[f"{kind}/longer/-/whole", "end"]
+            assert summary["judge"]["mean"] == pytest.approx(gap, abs=1e-4)
+    assert sum("divergent" in summary for summary in summaries) == 5
+
+
 def test_a_whole_run_and_its_pages(built_in_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study_real, "BUILT_IN_STEPS", 2)
     monkeypatch.setattr(study_real, "MAX_SEQ_LEN", 64)
@@ -284,6 +312,7 @@ def test_a_whole_run_and_its_pages(built_in_run, tmp_path, monkeypatch, capsys):
     study.main(["page", "--out", str(out), "--docs", str(docs)])
     pages = [(docs / name).read_text() for name in ("results.md", "study.md")]
     assert "head on frozen features, `end`" in pages[0] and "all weights, `end`" in pages[1]
+    check_summaries(rows, study_cells.results(docs, "real-results.jsonl"))
     (out / "real.jsonl").rename(out / "elsewhere.jsonl")
     (docs / "real-results.jsonl").rename(out / "real-results.jsonl")
     study.main(["page", "--out", str(out), "--docs", str(docs)])
