@@ -298,13 +298,15 @@ def all_weights_flags(cell: str, options) -> list[str]:
     return train_flags(options.out / cell, objective, seed, more)
 
 
-def train_by(flags: list[str]) -> bool:
-    """Train by train.py's own loop. Returns whether it came to its end."""
-    print(f"train.py {' '.join(flags)}", flush=True)
-    with patch.object(sys, "argv", ["train.py", *flags]):
-        args = parse_flags(list(FAMILIES), rm.LOSSES)
-    train.train(args, Process.start(False, args.process_timeout))
-    return (Path(args.output_dir) / "pytorch_model.bin").exists()
+def train_by(out: Path, flags: list[str]) -> bool:
+    """Train by train.py's own loop, unless the model is there. Returns whether it came to an end."""
+    model = out / "pytorch_model.bin"
+    if not model.exists():
+        print(f"train.py {' '.join(flags)}", flush=True)
+        with patch.object(sys, "argv", ["train.py", *flags]):
+            args = parse_flags(list(FAMILIES), rm.LOSSES)
+        train.train(args, Process.start(False, args.process_timeout))
+    return model.exists()
 
 
 def seconds_of(out: Path) -> float:
@@ -323,7 +325,7 @@ def all_weights(cell: str, pairs: Pairs, options) -> dict | None:
     for name, indices in (("part", part), ("held-out", rest)):
         text = "".join(lines[i] for i in indices)
         (options.out / f"alpaca-{name}.jsonl").write_text(text)
-    if not train_by(all_weights_flags(cell, options)):
+    if not train_by(options.out / cell, all_weights_flags(cell, options)):
         return None
     model = rm.RewardModel.from_pretrained(options.out / cell)
     held_out_margins = margins_of(model, [pairs.groups[i] for i in rest])
@@ -341,7 +343,7 @@ def built_in(cell: str, options) -> dict | None:
     _, _, objective, _, seed = cell.split("/")
     out = options.out / cell
     more = ["--max_steps", BUILT_IN_STEPS, "--eval_interval", 0, "--resume"]
-    if not train_by(train_flags(out, objective, seed, more)):
+    if not train_by(out, train_flags(out, objective, seed, more)):
         return None
     tokenizer = data.load_tokenizer(out)
     comparisons = itertools.islice(data.known_rewards(train.EVAL_SEED), train.EVAL_PAIRS)
