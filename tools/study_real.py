@@ -299,7 +299,7 @@ def all_weights_flags(cell: str, options) -> list[str]:
 
 
 def train_by(out: Path, flags: list[str]) -> bool:
-    """Train by train.py's own loop, unless the model is there. Returns whether it came to an end."""
+    """Train by train.py's loop, unless the model is there. Returns whether training has ended."""
     model = out / "pytorch_model.bin"
     if not model.exists():
         print(f"train.py {' '.join(flags)}", flush=True)
