@@ -35,6 +35,13 @@ QUALITY = {
     "accuracy_shorter": "chosen is shorter",
     "accuracy_similar": "similar length",
 }
+OBJECTIVES = ("divergent", "end", "both")  # in plots, in the order of their colours
+PLOTS = (
+    ("built-in", "all", ("1000-steps",)),
+    ("alpaca", "all", ("5e-5",)),
+    ("alpaca", "head", ("default",)),
+    ("hh", "head", ("default",)),
+)
 NAMES = {
     "alpaca": "alpaca-eval",
     "hh": "hh-harmless",
@@ -310,30 +317,41 @@ def ablation_table(summaries: list[dict]) -> str:
     return markdown(["a head on frozen features", *columns], body)
 
 
-def readings_plot(summaries: list[dict]) -> str:
-    """Draw accuracy after shares of the responses, as the content of an .svg file."""
+def readings_plot(summaries: list[dict], title: str) -> str:
+    """Draw accuracy after shares of the responses, as the content of an .svg file.
+
+    summaries: of one data set and way to train, with different objectives.
+    """
     shares = [reading for reading in READINGS if reading != "mean"]
     series = []
-    colors = {"end": 1, "divergent": 0}
-    styles = {"built-in/all": "", "alpaca/all": "dashed", "hh/head": "dotted"}
-    for summary in summaries:
-        kind, how, objective, variant = summary["arm"].split("/")
-        place = f"{kind}/{how}"
-        if place not in styles or objective not in colors:
-            continue
-        if how == "head" and variant != "default":
-            continue
+    for color, summary in enumerate(summaries):
+        at = [summary["at"][share] for share in shares]
         series.append(
             Series(
-                [summary["at"][share][0] for share in shares],
-                name=f"{NAMES[kind]}, {objective}",
-                color=colors[objective],
-                style=styles[place],
+                [accuracy for accuracy, _ in at],
+                name=summary["arm"].split("/")[2],
+                kind="point",
+                color=color,
+                error=[error for _, error in at],
             )
         )
     names = [READINGS[share] for share in shares]
-    title = "Accuracy after a share of both responses, and at the last token"
-    return standalone(chart(series, title, categories=names, size=(620, 340)))
+    return standalone(chart(series, title, categories=names, size=(620, 240)))
+
+
+def write_plots(summaries: list[dict], docs: Path) -> str:
+    """Write a plot for each data set and way to train; return the lines that show them."""
+    lines = []
+    for kind, how, variants in PLOTS:
+        found = of_kind(summaries, kind, (how,), variants)
+        found = [summary for summary in found if summary["arm"].split("/")[2] in OBJECTIVES]
+        found.sort(key=lambda summary: OBJECTIVES.index(summary["arm"].split("/")[2]))
+        if found:
+            title = f"{NAMES[kind]}, {NAMES[how]}: accuracy after a share of both responses"
+            file = f"study-readings-{kind}-{how}.svg"
+            (docs / file).write_text(readings_plot(found, title))
+            lines.append(f"![{title}]({file})\n")
+    return "\n".join(lines)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -346,7 +364,6 @@ def write_results(out: Path, docs: Path) -> dict[str, str]:
     if summaries:
         lines = [json.dumps(summary) + "\n" for summary in summaries]
         (docs / NUMBERS).write_text("".join(lines))
-        (docs / "study-token-or-end.svg").write_text(readings_plot(summaries))
     template = (HERE / "results_page.md").read_text()
     text = template.format(
         ours=our_rows(summaries),
@@ -358,6 +375,7 @@ def write_results(out: Path, docs: Path) -> dict[str, str]:
     )
     (docs / "results.md").write_text(text)
     return {
+        "plots": write_plots(summaries, docs),
         "readings": readings_table(summaries),
         "gaps": gaps_table(summaries),
         "ablations": ablation_table(summaries),
