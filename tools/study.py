@@ -424,6 +424,13 @@ def convert(options):
     del model.config.quantization_config
     model.save_pretrained(options.directory)
     AutoTokenizer.from_pretrained(**source).save_pretrained(options.directory)
+    # Reading the GGUF file, transformers passes over that this tokenizer takes digits one by one.
+    file = options.directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits, tokenizer["pre_tokenizer"]]
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False))
 
 
 # --------------------------------------------------------------------------------------------------
