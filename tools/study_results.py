@@ -36,6 +36,7 @@ QUALITY = {
     "accuracy_similar": "similar length",
 }
 OBJECTIVES = ("divergent", "end", "both")  # in plots, in the order of their colours
+MAIN_VARIANTS = ("default", "1000-steps", "5e-5")
 PLOTS = (
     ("built-in", "all", ("1000-steps",)),
     ("alpaca", "all", ("5e-5",)),
@@ -108,11 +109,13 @@ def summarize(out: Path) -> list[dict]:
             similar = kinds_of_length(lengths)["similar"]
             found["judge"] = difference(arm, judge, right["end"], clusters)
             found["judge_similar"] = difference(arm, judge, right["end"], clusters, similar)
-        other = f"{kind}/{how}/divergent/{variant}"
-        if objective != "divergent" and other in arms:
-            found["divergent"] = {
-                reading: difference(arm, other, right[reading], clusters) for reading in READINGS
-            }
+        for other in ("divergent", "end"):
+            compared = f"{kind}/{how}/{other}/{variant}"
+            if compared != arm and compared in arms:
+                found[other] = {
+                    reading: difference(arm, compared, right[reading], clusters)
+                    for reading in READINGS
+                }
         for name in ("settings", "chosen", "trials", "pairs", "training_seconds"):
             if name in rows[0]:
                 found[f"first_{name}"] = rows[0][name]
@@ -276,19 +279,18 @@ def readings_table(summaries: list[dict], kinds: tuple = ("built-in", "alpaca", 
 
 
 def gaps_table(summaries: list[dict]) -> str:
-    """Write `end` minus `divergent` after shares of the responses."""
+    """Write differences between objectives after shares of the responses."""
     body = []
-    for summary in summaries:
-        kind, how, objective, variant = summary["arm"].split("/")
-        if objective == "end" and "divergent" in summary:
-            gaps = [shown_difference(summary["divergent"][reading]) for reading in READINGS]
-            words = [NAMES[kind], NAMES[how]]
-            if variant != "default":
-                words.append(variant)
-            body.append([", ".join(words), *gaps])
+    for objective, other in (("end", "divergent"), ("both", "divergent"), ("both", "end")):
+        for summary in summaries:
+            kind, how, its_objective, variant = summary["arm"].split("/")
+            if its_objective != objective or other not in summary or variant not in MAIN_VARIANTS:
+                continue
+            gaps = [shown_difference(summary[other][reading]) for reading in READINGS]
+            body.append([f"{NAMES[kind]}, {NAMES[how]}: `{objective}` minus `{other}`", *gaps])
     if not body:
         return NOT_RUN
-    return markdown(["`end` minus `divergent`", *READINGS.values()], body)
+    return markdown(["difference of accuracies after", *READINGS.values()], body)
 
 
 def ablation_table(summaries: list[dict]) -> str:

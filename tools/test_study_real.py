@@ -271,15 +271,17 @@ def check_summaries(rows: list[dict], summaries: list[dict]):
         assert summary["accuracy"] == summary["at"]["end"]
         for reading in READINGS:
             assert summary["at"][reading][0] == pytest.approx(right[arm, reading], abs=1e-4)
-            if "divergent" in summary:
-                other = summary["divergent"][reading]["minus"]
-                gap = right[arm, reading] - right[other, reading]
-                assert summary["divergent"][reading]["mean"] == pytest.approx(gap, abs=1e-4)
+            for other in ("divergent", "end"):
+                if other in summary:
+                    found = summary[other][reading]
+                    gap = right[arm, reading] - right[found["minus"], reading]
+                    assert found["mean"] == pytest.approx(gap, abs=1e-4)
         assert ("judge" in summary) == (kind != "built-in" and "/longer/" not in arm)
         if "judge" in summary:
             gap = right[arm, "end"] - right[f"{kind}/longer/-/whole", "end"]
             assert summary["judge"]["mean"] == pytest.approx(gap, abs=1e-4)
-    assert sum("divergent" in summary for summary in summaries) == 5
+    for other in ("divergent", "end"):
+        assert sum(other in summary for summary in summaries) == 5
 
 
 def test_a_whole_run_and_its_pages(built_in_run, tmp_path, monkeypatch, capsys):
