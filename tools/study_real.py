@@ -375,7 +375,14 @@ class Workplace:
     def features_of(self, kind: str) -> Features:
         if kind not in self.features:
             place = str(self.options.backbone), self.tokenizer.pad_id, self.options.out / "features"
-            self.features[kind] = load_features(self.pairs_of(kind).groups, *place)
+            features = load_features(self.pairs_of(kind).groups, *place)
+            positions = features.counts.double().mean()
+            in_region, at_end = features.region.float().std(), features.readings[:, END].std()
+            print(
+                f"{kind}: {positions:.0f} positions in the region of a pair; differences of states "
+                f"have a standard deviation of {in_region:.2f} there, {at_end:.2f} at the last token"
+            )
+            self.features[kind] = features
         return self.features[kind]
 
     def run_cell(self, cell: str) -> dict | None:
