@@ -379,8 +379,8 @@ class Workplace:
             positions = features.counts.double().mean()
             in_region, at_end = features.region.float().std(), features.readings[:, END].std()
             print(
-                f"{kind}: {positions:.0f} positions in the region of a pair; differences of states "
-                f"have a standard deviation of {in_region:.2f} there, {at_end:.2f} at the last token"
+                f"{kind}: {positions:.0f} positions in the region of a pair; differences of hidden "
+                f"states: standard deviation {in_region:.2f} there, {at_end:.2f} at the end"
             )
             self.features[kind] = features
         return self.features[kind]
