@@ -99,7 +99,9 @@ def summarize(out: Path) -> list[dict]:
         kind, how, objective, variant = arm.split("/")
         margins = margins_at(rows, "end")
         clusters, lengths = pairs_of(out, kind, margins.shape[1])
-        found = {"arm": arm, "seconds": sum(row["seconds"] for row in rows)}
+        # A resumed cell has the seconds of its last part.
+        seconds = [max(row["seconds"], row.get("training_seconds", 0.0)) for row in rows]
+        found = {"arm": arm, "seconds": sum(seconds)}
         found |= measures(margins, clusters, lengths)
         found["at"] = {
             reading: mean_and_error(right[reading][arm], clusters) for reading in READINGS

@@ -192,7 +192,9 @@ def test_the_page_in_docs_is_the_page_of_its_results(tmp_path):
         (tmp_path / name.removeprefix("study-")).write_text((docs / name).read_text())
     study.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
     written = sorted((tmp_path / "docs").iterdir())
-    assert len(written) == 8
+    names = ["study.md", "results.md", "real-results.jsonl"]
+    names += [plot.name for plot in docs.glob("study-*.svg")]
+    assert [file.name for file in written] == sorted(names)
     for file in written:
         assert file.read_bytes() == (docs / file.name).read_bytes()
 
