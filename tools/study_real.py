@@ -416,7 +416,7 @@ class Workplace:
 # --------------------------------------------------------------------------------------------------
 # The program
 
-# Seconds of a cell on one free thread of an AMD EPYC with AMX.
+# Seconds of a cell on one free thread of an AMD Xeon with AMX.
 SECONDS = {"longer": 1, "words": 40, "head": 60, "built-in": 130, "all": 2200, "features": 1100}
 
 
