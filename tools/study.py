@@ -6,7 +6,8 @@ answer there, "did not observe much difference", has no numbers. The loop is tha
 words of the page are in tools/study_page.md.
 
     python -m tools.study run --out DIR [--seeds 1 2 3] [--steps 1000] [--only hh-head/end ...]
-    python -m tools.study page --out DIR     docs/study.md and its plots, from DIR/results.jsonl
+    python -m tools.study real --out DIR     real pairs: see tools/study_real.py
+    python -m tools.study page --out DIR     docs/study.md, docs/results.md and their plots
 
 `run` trains by train.py's own loop, with its defaults, and appends a line to DIR/results.jsonl for
 every cell that isn't there yet. It can be interrupted at any time, and started a second time beside
@@ -58,7 +59,6 @@ tokens after the prompt; hh-harmless: after what the pair shares.
 """
 
 import argparse
-import fcntl
 import functools
 import itertools
 import json
@@ -85,10 +85,21 @@ from parts.flags import number, parse_flags
 from parts.guards import counted
 from parts.huggingface import FAMILIES
 from parts.metrics import calibration_error
-from parts.packed import PackedBatch, pack, shared_prefix
+from parts.packed import PackedBatch, shared_prefix
 from parts.report import SERIES, Series, chart, standalone
 from parts.token_cache import cached, hash_of
+from tools import study_real, study_results
 from tools.score import score
+from tools.study_cells import (
+    backbone_of,
+    hidden_states,
+    markdown,
+    plus_minus,
+    results,
+    run_cells,
+    selected,
+    summary,
+)
 
 BUILT_IN = ("clean", "late", "confounded")
 HUMAN = ("hh-scratch", "hh-head")
@@ -160,11 +171,6 @@ class StoredBackbone(nn.Module):
         return torch.cat(branches + tails).float()
 
 
-@functools.cache
-def backbone_of(path: str, pad_id: int):
-    return rm.RewardModel.from_pretrained(path, pad_id).backbone.eval()
-
-
 def stored_features(
     groups: list, path: str, pad_id: int, directory: Path, at_once: int = 5
 ) -> dict[str, tuple[list, list]]:
@@ -186,24 +192,6 @@ def stored_features(
 
         hidden |= torch.load(cached(directory / hash_of(part), build) / "hidden.pt")
     return hidden
-
-
-@torch.no_grad()
-def hidden_states(groups: list, path: str, pad_id: int, at_once: int) -> dict:
-    states = {}
-    for start in range(0, len(groups), at_once):
-        batch = pack(groups[start : start + at_once], pad_id)
-        rows = backbone_of(path, pad_id).forward_packed(batch).half()
-        # clone: a view would be saved with all that it is a view of.
-        pieces = [piece.clone() for piece in rows.split(batch.branches + batch.tails)]
-        branches, tails = iter(pieces[: len(batch.branches)]), iter(pieces[len(batch.branches) :])
-        for group in batch.token_groups:
-            count = len(group)
-            states[hash_of(group)] = (
-                list(itertools.islice(branches, count)),
-                list(itertools.islice(tails, count)),
-            )
-    return states
 
 
 def head_of_stored_features(args, process, out: Path, pairs: int | None = None):
@@ -400,49 +388,23 @@ def statistics(scores, lengths, true=None, features=None) -> dict:
 # The cells, one after the other
 
 
-def results(out: Path) -> list[dict]:
-    file = out / "results.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
 def run(options):
     """Train and measure the cells that are missing."""
     cells = [
         "/".join(map(str, cell)) for cell in itertools.product(DATA, OBJECTIVES, options.seeds)
     ]
-    if options.only:
-        chosen = []
-        for only in options.only:
-            found = [cell for cell in cells if f"{cell}/".startswith(f"{only}/")]
-            if not found:
-                raise SystemExit(
-                    f"--only: found {only!r}; expected the start of a cell, such as {cells[0]}, "
-                    f"clean/end, or {', '.join(DATA)}"
-                )
-            chosen += found
-        cells = [cell for cell in cells if cell in chosen]
-    for cell in cells:
-        lock = options.out / cell / "lock"
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{cell}: another process is at it")
-                continue
-            if any(row["cell"] == cell for row in results(options.out)):
-                print(f"{cell}: done before")
-                continue
-            print(f"{cell}: train.py {' '.join(flags_of(cell, options))}", flush=True)
-            row = run_cell(cell, options)
-            if row is None:
-                raise SystemExit(f"{cell}: stopped; the same command resumes")
-            # O_APPEND, and one write: whole lines.
-            with (options.out / "results.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
+
+    def run_one(cell: str) -> dict | None:
+        print(f"{cell}: train.py {' '.join(flags_of(cell, options))}", flush=True)
+        row = run_cell(cell, options)
+        if row is not None:
             steps = counted(row["steps"], "step")
             summary = f"{steps} in {row['seconds']} s, accuracy {row['accuracy']:.4f}"
             print(f"{cell}: {summary}", flush=True)
+        return row
+
+    example = f"{cells[0]}, clean/end, or {', '.join(DATA)}"
+    run_cells(options.out, selected(cells, options.only, example), run_one)
 
 
 def features(options):
@@ -462,6 +424,13 @@ def convert(options):
     del model.config.quantization_config
     model.save_pretrained(options.directory)
     AutoTokenizer.from_pretrained(**source).save_pretrained(options.directory)
+    # Reading the GGUF file, transformers passes over that this tokenizer takes digits one by one.
+    file = options.directory / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits, tokenizer["pre_tokenizer"]]
+    tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,23 +451,6 @@ LENGTH = {
     "length_given_reward": "length, given reward",
     "length_given_features": "length, given features",
 }
-
-
-def summary(values: list[float]) -> tuple[float, float]:
-    """Compute mean and standard error; of a single value the latter is NaN."""
-    error = math.nan
-    if len(values) > 1:
-        error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    return float(np.mean(values)), error
-
-
-def plus_minus(values: list[float]) -> str:
-    mean, error = summary(values)
-    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]) + "\n"
 
 
 def values_of(rows: list[dict], kind: str, objective: str, name: str) -> list[float]:
@@ -619,6 +571,7 @@ def page(options):
         (options.docs / f"study-{name}.svg").write_text(svg)
     filled = {f"{kind}_tables": tables(kind, rows) for kind in BUILT_IN}
     filled["hh_tables"] = "\n".join(tables(kind, rows) for kind in HUMAN)
+    filled |= study_results.write_results(options.out, options.docs)
     template = (HERE / "study_page.md").read_text()
     text = template.format(bonus=LENGTH_BONUS, differences=differences(rows), **filled)
     (options.docs / "study.md").write_text(text)
@@ -661,6 +614,7 @@ def make_parser() -> argparse.ArgumentParser:
     run_flag("--only", nargs="+", metavar="CELL", help=only)
     docs = HERE.parent / "docs"
     page_flag("--docs", type=Path, default=docs, metavar="DIR", help="where to write (docs)")
+    study_real.add_program(programs)
     convert_flag("gguf", type=Path)
     convert_flag("directory", type=Path)
     return parser
@@ -668,7 +622,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None):
     options = make_parser().parse_args(argv)
-    if options.program in ("run", "features"):
+    if options.program in ("run", "features", "real"):
         options.backbone = options.backbone or options.out / "SmolLM2"
     options.call(options)
 

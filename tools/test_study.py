@@ -14,7 +14,7 @@ import data
 import rm
 from model import GPT, GPTConfig
 from parts.packed import pack
-from tools import study
+from tools import study, study_cells
 from tools.score import score
 
 GROUPS = [[[1, 2, 3, 4, 5], [1, 2, 6]], [[7, 8], [7, 9, 10, 11]], [[1, 2], [1, 2, 3, 4]]]
@@ -123,9 +123,9 @@ def test_stored_features_give_the_loss_of_the_backbone(loss, tmp_path, monkeypat
     config = GPTConfig("llama", vocab_size=20, n_positions=16, n_layer=2, n_head=2, n_embd=8)
     model = rm.RewardModel(GPT(config), pad_id=0)
     model.loss = loss
-    monkeypatch.setattr(study, "backbone_of", lambda path, pad_id: model.backbone)
+    monkeypatch.setattr(study_cells, "backbone_of", lambda path, pad_id: model.backbone)
     hidden = study.stored_features(GROUPS, "there", 0, tmp_path, at_once=2)
-    monkeypatch.setattr(study, "backbone_of", None)  # found again, not made again
+    monkeypatch.setattr(study_cells, "backbone_of", None)  # found again, not made again
     assert study.stored_features(GROUPS, "there", 0, tmp_path).keys() == hidden.keys()
     head = rm.RewardModel(study.StoredBackbone(model.backbone.config, hidden), pad_id=0)
     head.v_head = model.v_head
@@ -188,10 +188,13 @@ def test_cells_run_once_and_the_page_has_every_one_of_them(tmp_path, monkeypatch
 
 def test_the_page_in_docs_is_the_page_of_its_results(tmp_path):
     docs = study.HERE.parent / "docs"
-    (tmp_path / "results.jsonl").write_text((docs / "study-results.jsonl").read_text())
+    for name in ("study-results.jsonl", "real-results.jsonl"):
+        (tmp_path / name.removeprefix("study-")).write_text((docs / name).read_text())
     study.main(["page", "--out", str(tmp_path), "--docs", str(tmp_path / "docs")])
     written = sorted((tmp_path / "docs").iterdir())
-    assert len(written) == 5
+    names = ["study.md", "results.md", "real-results.jsonl"]
+    names += [plot.name for plot in docs.glob("study-*.svg")]
+    assert [file.name for file in written] == sorted(names)
     for file in written:
         assert file.read_bytes() == (docs / file.name).read_bytes()
 
