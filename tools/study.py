@@ -113,7 +113,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def shorter_region(chosen: list[int], rejected: list[int]) -> tuple[int, int]:
-    """Stand in for `rm.divergent_region`: the region, never empty, stops at the shorter end."""
+    """Find a region in place of `rm.divergent_region`: never empty, it stops at the shorter end."""
     shorter = min(len(chosen), len(rejected))
     start = min(shared_prefix([chosen, rejected]), shorter - 1)
     return start, shorter
@@ -255,7 +255,8 @@ def run_cell(cell: str, options) -> dict | None:
 
         replace_in(train, "finish", finish)
         if objective == "shorter":
-            replace_in(rm, "divergent_region", shorter_region)
+            pack = functools.partialmethod(rm.RewardModel.pack, region=shorter_region)
+            replace_in(rm.RewardModel, "pack", pack)
         if kind == "late":
             known = data.known_rewards
             replace_in(data, "known_rewards", lambda seed: late(known(seed), seed))

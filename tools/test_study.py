@@ -37,6 +37,15 @@ def test_up_to_the_shorter_end_no_reward_at_padding_is_read(monkeypatch):
     assert (rewards.grad[mask == 0] == 0).all() and (rewards.grad[:, 1] != 0).any()
 
 
+def test_a_batch_packed_with_the_shorter_region_reads_no_padding():
+    model = rm.RewardModel(GPT(GPTConfig(n_layer=1, n_head=1, n_embd=8)), pad_id=0)
+    for region, reads_padding in ((study.shorter_region, False), (None, True)):
+        batch = model.pack(GROUPS, region=region)
+        regions, _ = batch.pairs
+        is_padding = regions.places >= sum(batch.branches)
+        assert is_padding.any() == reads_padding and regions.weights.sum() == pytest.approx(1)
+
+
 def test_confounded_labels_have_the_stated_probability():
     pairs = list(itertools.islice(data.known_rewards(3), 20_000))
     stays, differences = [], []
