@@ -69,8 +69,24 @@ def writing(file) -> Iterator[TextIO]:
         with open(os.dup(descriptor), "w", encoding="utf-8") as out:
             yield out
         return
-    with replacing(file) as part, open(part, "w", encoding="utf-8") as out:
-        yield out
+    check_writable(file)
+    try:
+        with replacing(file) as part, open(part, "w", encoding="utf-8") as out:
+            yield out
+    except OSError as error:
+        if error.filename is None:  # a full disk, say
+            error.filename = str(file)
+        raise
+
+
+def check_writable(file):
+    """Raise ValueError for a read-only file: replacing it would pass over its permissions."""
+    try:
+        mode = os.stat(file).st_mode
+    except FileNotFoundError:
+        return
+    if not mode & 0o222:
+        raise ValueError(f"{file}: is read-only; give another file, or make it writable")
 
 
 def own_descriptor(file) -> int | None:

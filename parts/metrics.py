@@ -312,6 +312,8 @@ def outcome(events: list[dict], numbers: dict[str, list]) -> str:
     """
     evaluations = [event for event in events if event["event"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
+    if before["step"] > 0:  # the lines before it were lost
+        before = None
     lines = []
     scores, rewards = numbers["scores"], numbers["rewards"]
     if rewards:
@@ -320,13 +322,16 @@ def outcome(events: list[dict], numbers: dict[str, list]) -> str:
             f"their true rewards: {spearman(scores, rewards):.4f}"
         )
     counts = decided_by_subset(numbers["subset"], numbers["target"])
-    lines += subset_lines(after.get("by", {}), counts, before.get("by"))
+    lines += subset_lines(after.get("by", {}), counts, before and before.get("by"))
     collapsed = collapse(scores)
     if collapsed:
         lines.append(collapsed)
     margin, target = pairs_of(numbers)
     count = len(decided(margin, target))
-    lines.append(f"accuracy before training: {accuracy_in_words(before['accuracy'], count)}")
+    text = "not known; metrics.jsonl has no evaluation at step 0"
+    if before:
+        text = accuracy_in_words(before["accuracy"], count)
+    lines.append(f"accuracy before training: {text}")
     text = f"accuracy after training: {accuracy_in_words(after['accuracy'], count)}"
     lines.append("; ".join([text, *remarks(margin, target)]))
     if after.get("bayes_accuracy") is not None:

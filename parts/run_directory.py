@@ -28,6 +28,7 @@ from parts.files import replacing, sync
 from parts.flags import REPOSITORY
 from parts.guards import counted
 from parts.huggingface import WEIGHT_FILES
+from parts.inputs import is_file
 from parts.memory import full_memory
 from parts.metrics import Writer
 from parts.token_cache import file_hash
@@ -178,12 +179,17 @@ class RunDirectory:
     def open_metrics(self, done: int):
         """Open metrics.jsonl, with the lines of steps up to `done` alone."""
         path = self.path / "metrics.jsonl"
-        kept = ""
+        kept, steps = "", 0
         for event in self.events():
             if event["step"] <= done:
                 kept += json.dumps(event) + "\n"
                 if event["event"] == "eval":
                     self.evaluated.add(event["step"])
+                else:
+                    steps += 1
+        if steps < done:
+            missing = guards.counted(done - steps, "step")
+            self.process.print(f"{path}: the lines of {missing} of {done} are missing")
         with replacing(path) as part:
             part.write_text(kept)
         self.metrics_file = open(path, "a")
@@ -194,7 +200,7 @@ class RunDirectory:
     def events(self) -> list[dict]:
         """Read the events of metrics.jsonl, and say which lines are none, and are skipped."""
         path = self.path / "metrics.jsonl"
-        if not path.exists():
+        if not is_file(path):
             return []
         events, damaged = [], []
         for number, line in enumerate(path.read_bytes().splitlines(), start=1):

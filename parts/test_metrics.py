@@ -284,7 +284,7 @@ def test_outcome_has_the_subsets_before_and_after():
     targets = [1.0, 1.0, 1.0, 0.5]
     numbers = numbers_of([2.0, 1.0, 0.0, 1.0], [0.0, 2.0, 1.0, 0.0], subset=subsets, target=targets)
     after = {"event": "eval", "step": 3} | summarize(0.5, numbers, 0, 0)
-    before = after | {"accuracy": 2 / 3, "by": {"b": {"accuracy": 0.0, "pairs": 1}}}
+    before = after | {"step": 0, "accuracy": 2 / 3, "by": {"b": {"accuracy": 0.0, "pairs": 1}}}
     assert outcome([before, {"event": "step"}, after], numbers).splitlines() == [
         "accuracy by subset:",
         "  a: none before, 0.0000 ± 0.4714 (1 pair) after",
@@ -299,8 +299,8 @@ def test_outcome_has_the_subsets_before_and_after():
 
 def test_outcome_in_words():
     numbers = numbers_of([2.0], [0.0]) | {"scores": [2.0, 1.0], "rewards": [0.5, 0.1]}
-    before, after = {"event": "eval", "accuracy": 0.0, "pairs": 1}, {"event": "eval", "pairs": 1}
-    after |= {"accuracy": 1.0, "bayes_accuracy": 1.0}
+    before = {"event": "eval", "step": 0, "accuracy": 0.0, "pairs": 1}
+    after = {"event": "eval", "step": 3, "accuracy": 1.0, "pairs": 1, "bayes_accuracy": 1.0}
     spearmans = "Spearman's correlation of the scores of 2 eval responses with their true rewards"
     assert outcome([before, {"event": "step"}, after], numbers).splitlines() == [
         f"{spearmans}: 1.0000",

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import pickle
+import re
 import resource
 import shlex
 import shutil
@@ -373,6 +374,27 @@ def test_finished_run_ends_at_once_with_the_same_model(small, undisturbed, tmp_p
     said = forked_ok(output_dir, *small, "--resume")
     assert "resuming after step 12" in said and "accuracy after training" in said
     same_bits(output_dir, undisturbed)
+
+
+def test_a_resumed_run_does_not_take_a_later_evaluation_for_that_before_training(
+    small, undisturbed, tmp_path
+):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (output_dir / "metrics.jsonl").write_text("".join(lines[-2:]))
+    said = forked_ok(output_dir, *small, "--resume")
+    assert f"{output_dir}/metrics.jsonl: the lines of 11 steps of 12 are missing" in said
+    assert "accuracy before training: not known; metrics.jsonl has no evaluation at step 0" in said
+    assert re.search(r"accuracy after training: 0\.\d+ ", said) and " before, " not in said
+
+
+def test_a_pipe_in_place_of_the_metrics_is_refused(small, undisturbed, tmp_path):
+    output_dir = shutil.copytree(undisturbed, tmp_path / "out")
+    (output_dir / "metrics.jsonl").unlink()
+    os.mkfifo(output_dir / "metrics.jsonl")
+    codes, (said,) = forked(output_dir, *small, "--resume")
+    assert codes == [1]
+    assert f"{output_dir}/metrics.jsonl: is a named pipe; expected a file" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -893,6 +893,8 @@ def main():
     if args.estimates:
         write_estimates(args.estimates, args.tiny)
         return
+    if not (CUDA or args.tiny):
+        sys.exit("gpu_check: no GPU here; --tiny tries this program on a CPU")
     out = Path(os.environ.get("OUT") or "gpu_out").resolve()
     out.mkdir(parents=True, exist_ok=True)
     check = Check(args.tiny, args.budget, out)

@@ -20,6 +20,7 @@ from torch.nn.attention import varlen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
+from parts.flags import number
 from parts.packed import plan_varlen
 from rm import RewardModel
 from tools import bench
@@ -212,7 +213,7 @@ def main():
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--pairs", type=int, nargs="+", default=[16, 64, 128])
+    parser.add_argument("--pairs", type=number(int, 1), nargs="+", default=[16, 64, 128])
     parser.add_argument("--shapes", nargs="+", choices=list(bench.SHAPES), default=["OPT-350m"])
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -256,7 +256,7 @@ def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
         row_reading(args)
     except ValueError as error:
         parser.error(f"argument {error}")
-    scored = [Path(file).resolve() for file in files_if_any(args.file)]
+    scored = [os.path.realpath(file) for file in files_if_any(args.file)]
     if args.batch_size < 1:
         parser.error(f"argument --batch_size: found {args.batch_size}; expected 1 or more")
     for flag, target in (("--out", args.out), ("--html", args.html)):
@@ -267,11 +267,11 @@ def check_score_flags(parser: argparse.ArgumentParser, args: argparse.Namespace)
             parser.error(
                 f"argument {flag}: found {target}; expected a file in a directory that exists"
             )
-        if Path(target).resolve() in scored:
+        if os.path.realpath(target) in scored:
             parser.error(
                 f"argument {flag}: found {target}, which is the file to score; give another"
             )
-    if args.html and args.out and Path(args.html).resolve() == Path(args.out).resolve():
+    if args.html and args.out and os.path.realpath(args.html) == os.path.realpath(args.out):
         parser.error(f"argument --html: found {args.html}, which is that of --out; give another")
     if args.rows is not None and not (args.rows >= 1 and (args.html or args.show)):
         parser.error(

@@ -39,6 +39,13 @@ def test_operators_grow_with_the_layers_and_not_with_the_batch():
     assert deeper.casts - few.casts == 2 * (2 * (6 * 2 + 2) + 2)
 
 
+def test_no_pairs_are_an_error_of_the_flag(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["operators", "--pairs", "0"])
+    with pytest.raises(SystemExit):
+        operators.main()
+    assert "argument --pairs: found '0'; expected a whole number from 1" in capsys.readouterr().err
+
+
 def test_a_step_of_the_host_is_measured_in_parts():
     (groups,) = bench.random_batches(1, 4)
     with operators.path_of_a_gpu():

@@ -742,6 +742,23 @@ def test_links_are_followed_and_devices_written_to_as_they_are(flag, trained, tm
     assert (tmp_path / "log").read_text() == f"before\n{expected}after\n"
 
 
+@pytest.mark.parametrize("flag", ["--out", "--html"])
+def test_read_only_files_circles_of_links_and_full_disks_are_named(
+    flag, trained, tmp_path, run_here
+):
+    rows = write_rows(tmp_path / "rows.jsonl", 3)
+    file, circle = tmp_path / "file", tmp_path / "circle"
+    file.write_text("old")
+    file.chmod(0o444)
+    status, _ = run_here(trained, rows, flag, file)
+    assert status == f"rm.py: error: {file}: is read-only; give another file, or make it writable"
+    assert file.read_text() == "old"
+    circle.symlink_to("circle")
+    for path, words in ((circle, "symbolic links"), (Path("/dev/full"), "No space left")):
+        status, _ = run_here(trained, rows, flag, path)
+        assert status.startswith("rm.py: error: ") and words in status and str(path) in status
+
+
 def test_converting_into_a_directory_by_a_link(trained, tmp_path, run_here):
     (tmp_path / "there").mkdir()
     (tmp_path / "link").symlink_to("there")

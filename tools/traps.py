@@ -7,6 +7,7 @@ fails (a minute). tools/check_vectors.py compares a foreign loss with these. The
 rm.py, the invariants are in tools/invariants.py.
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -596,6 +597,7 @@ def page(rows: list[dict], count: int) -> str:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, allow_abbrev=False).parse_args()
     cases = load_cases()
     rows = trap_table(cases)
     write_json(VECTORS / "traps.json", {"traps": rows})
