@@ -17,7 +17,7 @@ import torch
 
 import data
 import rm
-from parts.packed import pack, trunk_length
+from parts.packed import pack, reward_places, trunk_length
 from parts.token_cache import cached, hash_of
 from tools.study_cells import hidden_states
 
@@ -174,7 +174,8 @@ def margins_of(model: rm.RewardModel, groups: list, at_once: int = 8) -> np.ndar
         batch = pack(groups[first : first + at_once], model.pad_id)
         with torch.autocast("cpu", torch.bfloat16):
             rewards = model.packed_rewards(batch)
-        for group, of_pair in zip(batch.token_groups, rewards):
+        for group, places in zip(batch.token_groups, reward_places(batch)):
+            of_pair = [rewards[of_text] for of_text in places]
             margins.append(margins_at_places(group, of_pair))
     return np.array(margins)
 
