@@ -37,6 +37,7 @@ For sharing prompts compare Wang & Hegde (2024, arXiv 2410.20305).
 Shapes: T tokens of a packed batch, H heads, D width of a head.
 """
 
+import functools
 import inspect
 import itertools
 import math
@@ -272,6 +273,7 @@ def index_pairs(
     read.
     """
     regions, ends = [], []
+    has_padding = batch.longest_tail != 0
     for group, trunk, places, margin, target in zip(
         batch.token_groups, batch.trunks, reward_places(batch), margins, targets
     ):
@@ -279,15 +281,15 @@ def index_pairs(
         weight = 1 / (len(batch.token_groups) * len(pairs))
         variant = weight, margin, target
         for i, j in pairs:
-            start, stop = region(group[i], group[j])
-            start = min(start, stop - 1)  # identical texts: their last token
-            columns = slice(start - trunk, stop - trunk)  # places begin behind the trunk
-            regions.append((places[i][columns], places[j][columns], *variant))
+            # Places begin behind the trunk.
             last, other_last = len(group[i]) - 1 - trunk, len(group[j]) - 1 - trunk
             ends.append((places[i][last, None], places[j][other_last, None], *variant))
-    if batch.longest_tail == 0:
-        return None, PairIndex.of(ends)
-    return PairIndex.of(regions), PairIndex.of(ends)
+            if has_padding:
+                start, stop = region(group[i], group[j])
+                start = min(start, stop - 1)  # identical texts: their last token
+                columns = slice(start - trunk, stop - trunk)
+                regions.append((places[i][columns], places[j][columns], *variant))
+    return PairIndex.of(regions) if has_padding else None, PairIndex.of(ends)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -455,8 +457,7 @@ class VarlenCall:
         else:
             rows = torch.from_numpy(rows)
         lengths = query_starts, key_starts, longest_query, longest_key
-        announces_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
-        return cls(sum(query_lengths), rows, *lengths, window, announces_gqa)
+        return cls(sum(query_lengths), rows, *lengths, window, asks_for_gqa(varlen_attn))
 
 
 def plan_varlen(batch: PackedBatch) -> tuple[tuple[VarlenCall, ...], ...]:
@@ -497,6 +498,12 @@ def can_use_varlen(q: torch.Tensor, dropout_p: float) -> bool:
     width = q.shape[-1]
     is_ampere_or_newer = torch.cuda.get_device_capability(q.device) >= (8, 0)
     return width % 8 == 0 and width <= 256 and is_ampere_or_newer
+
+
+@functools.cache
+def asks_for_gqa(varlen_attn: Callable) -> bool:
+    """Tell whether grouped heads must be announced: PyTorch 2.11 takes them as they are."""
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def sees(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
