@@ -337,8 +337,9 @@ def complaint_about(error: BaseException, timeout: float) -> str:
     """
     if isinstance(error, KeyboardInterrupt):
         return "train.py: interrupted before the first step; nothing was trained"
-    if full_memory(error):
-        return f"train.py: error: {memory_line(error, ROOM[full_memory(error)])}"
+    memory = full_memory(error)
+    if memory:
+        return f"train.py: error: {memory_line(error, ROOM[memory])}"
     if isinstance(error, (ValueError, OSError)):
         return f"train.py: error: {one_line(error)}"
     first_line = str(error).partition("\n")[0]
