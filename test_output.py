@@ -1,4 +1,4 @@
-"""What programs print of text from outside acts on no terminal, and no error fills the screen.
+"""Text from outside, as programs print it, acts on no terminal, and no error fills the screen.
 
 Every entrance of such text is tried: rows, files, flags, models, tokenizers, checkpoints. How one
 text is shown is tested in parts/test_guards.py, the streams in parts/test_files.py.

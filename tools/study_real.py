@@ -75,7 +75,7 @@ RARE = 5  # a word that fewer responses have is left out
 
 @dataclass(frozen=True)
 class Head:
-    """How a head is trained: by train.py's optimizer, schedule and first weights, or otherwise."""
+    """The training of a head: by train.py's optimizer, schedule and first weights, or otherwise."""
 
     zeros: bool = False  # starts at zero, not at nn.Linear's random numbers
     epochs: int = 5

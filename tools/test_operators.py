@@ -1,4 +1,4 @@
-"""What a step asks of the host: operators by hand, and counts that do not grow with the batch."""
+"""The work of the host in a step: operators by hand, and counts that do not grow with the batch."""
 
 import pytest
 import torch
