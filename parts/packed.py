@@ -268,6 +268,7 @@ def index_pairs(
 
     region: finds (start, stop), the columns that the loss of two texts reads; none for equal texts.
     margins, targets: one for each comparison.
+    Raises ValueError for a region that starts in a trunk.
     Every comparison weighs the same; its pairs share its weight, and the positions of a pair share
     that of the pair. The first index is None for a batch without padding, whose ends alone can be
     read.
@@ -287,6 +288,11 @@ def index_pairs(
             if has_padding:
                 start, stop = region(group[i], group[j])
                 start = min(start, stop - 1)  # identical texts: their last token
+                if start < trunk:
+                    raise ValueError(
+                        f"region: starts at column {start} of texts {i} and {j}; a packed batch "
+                        f"has no rewards of their first {trunk} tokens, which all texts share"
+                    )
                 columns = slice(start - trunk, stop - trunk)
                 regions.append((places[i][columns], places[j][columns], *variant))
     return PairIndex.of(regions) if has_padding else None, PairIndex.of(ends)

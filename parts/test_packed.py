@@ -519,3 +519,12 @@ def test_dropout_in_the_packed_layout_is_active_in_training_alone():
     assert not torch.equal(model(batch)["loss"], model(batch)["loss"])
     model.eval()
     assert torch.equal(model(batch)["loss"], model(batch)["loss"])
+
+
+def test_region_that_starts_in_the_trunk_is_refused():
+    """A trunk has no rewards: a negative place would be another text's, or the row's end."""
+    model, groups = lively("gpt2"), [[[1, 2, 3, 4], [1, 2, 5]]]
+    model.pack(groups, region=lambda chosen, rejected: (2, 4))
+    for start in (0, 1):
+        with pytest.raises(ValueError, match=f"region: starts at column {start} of texts 0 and 1"):
+            model.pack(groups, region=lambda chosen, rejected: (start, 4))
