@@ -258,13 +258,9 @@ class GPT(nn.Module):
 
     def transform(self, input_ids, positions, length: int, attend, n_keys=None, n_unread=0):
         """Do the token-wise work, which knows of no layout, around `attend`, which does."""
-        if length > self.config.n_positions:
-            raise ValueError(
-                f"rows of {length} tokens, but the model has {self.config.n_positions} positions"
-            )
-        window = self.config.sliding_window
-        if window is not None and length > window:
-            raise ValueError(f"rows of {length} tokens, longer than the sliding_window of {window}")
+        longest, limit = huggingface.longest_row(vars(self.config))
+        if length > longest:
+            raise ValueError(f"rows of {length} tokens, but the model has {limit}")
         x = self.embed(input_ids)
         rotary = None
         if self.project_in is not None:

@@ -470,11 +470,11 @@ def load_model(args, tokenizer: data.Tokenizer, process: Process) -> RewardModel
 
 def check_positions(config: GPTConfig, max_seq_len: int, directory: str):
     """Raise ValueError where the model in `directory` takes no rows of --max_seq_len tokens."""
-    found, window = f"--max_seq_len: found {max_seq_len}; {directory} has", config.sliding_window
-    if max_seq_len > config.n_positions:
-        raise ValueError(f"{found} {config.n_positions} positions, so give at most that")
-    if window is not None and max_seq_len > window:
-        raise ValueError(f"{found} a sliding_window of {window} tokens, so give at most that")
+    longest, limit = huggingface.longest_row(vars(config))
+    if max_seq_len > longest:
+        raise ValueError(
+            f"--max_seq_len: found {max_seq_len}; {directory} has {limit}, so give at most that"
+        )
 
 
 def new_model(args, tokenizer: data.Tokenizer) -> RewardModel:

@@ -966,11 +966,14 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
 
 
 def longest_row(fields: dict) -> tuple[int, str]:
-    """Return how many tokens a row may have at most, by the fields of a GPTConfig, and why."""
+    """Return how many tokens a row may have at most, and the limit in words: "32 positions".
+
+    fields: of a GPTConfig.
+    """
     longest, window = fields["n_positions"], fields["sliding_window"]
     if window is not None and window < longest:
-        return window, "its sliding_window"
-    return longest, "the positions that the model has"
+        return window, f"a sliding_window of {window} tokens"
+    return longest, f"{longest} positions"
 
 
 def truncation_of(fields: dict) -> tuple[int, str]:

@@ -303,7 +303,8 @@ def score_program(argv: list[str]):
     side = args.truncation_side or side
     if not 2 <= max_seq_len <= longest:
         parser.error(
-            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, {limit}"
+            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, because the "
+            f"model has {limit}"
         )
     rows = Rows(files_of([args.file]), row_reading(args), tokenizer)
     if args.html or args.show:

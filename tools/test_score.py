@@ -643,7 +643,7 @@ def test_rows_are_cut_to_a_sliding_window(trained, tmp_path, run_here):
     for padded, packed in zip(outputs[2], outputs[0], strict=True):
         assert padded == pytest.approx(packed, abs=1e-5)
     message, _ = run_here(tmp_path, file, "--max_seq_len", "17")
-    assert "--max_seq_len: found 17; expected 2 to 16, its sliding_window" in message
+    assert "--max_seq_len: found 17; expected 2 to 16, because the model has a sliding" in message
 
 
 def test_added_tokens_without_a_row_are_scored_as_rows_of_zeros(tmp_path, run_here):
