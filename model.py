@@ -243,7 +243,7 @@ class GPT(nn.Module):
         return self.transform(input_ids, positions, L, partial(padded_attention, mask=mask))
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
-        """Compute `forward` at all tokens but the trunks': (T - trunk tokens, embed_dim).
+        """Compute last hidden states of branches and tails: (T - trunk tokens, embed_dim).
 
         No token attends to tails, which are padding and lie at the end. No reward of a trunk is
         read, so the last block computes the tokens behind the trunks alone.
@@ -257,7 +257,11 @@ class GPT(nn.Module):
         return self.transform(batch.input_ids, positions, batch.length, attend, n_text, n_trunk)
 
     def transform(self, input_ids, positions, length: int, attend, n_keys=None, n_unread=0):
-        """Do the token-wise work, which knows of no layout, around `attend`, which does."""
+        """Compute last hidden states of either layout; `attend` is the attention of the layout.
+
+        length: tokens of the longest row. n_keys: tokens, the first ones, that are attended to;
+        None: all. n_unread: tokens, the first ones, that the last block does not compute.
+        """
         longest, limit = huggingface.longest_row(vars(self.config))
         if length > longest:
             raise ValueError(f"rows of {length} tokens, but the model has {limit}")
@@ -342,12 +346,12 @@ def as_factor(x: torch.Tensor) -> torch.Tensor:
 
 
 def from_row(x: torch.Tensor, first: int) -> torch.Tensor:
-    """Return the rows of x from `first` on: x itself from 0, as x[0:] has a gradient to compute."""
+    """Return x[first:], or x itself for 0, as even x[0:] would be copied in the backward pass."""
     return x[first:] if first else x
 
 
 def normalize_heads(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply `norm` to each head of x (..., H, D), in its own dtype: autocast has halved x's."""
+    """Apply `norm` to each head of x (..., H, D), in the norm's dtype: autocast has halved x's."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 
