@@ -119,7 +119,7 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+    """A transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Without pre_norm: norm(x + attention(x)), then norm(x + mlp(x)).
     With parallel_residual: x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own.

@@ -125,8 +125,8 @@ def check_targets(
     """Return the target of every pair, or packed comparison: 1 where none are given.
 
     margins: from `check_margins`. token_groups: the texts of packed comparisons, (B,).
-    Raises ValueError for a wrong number of targets, or one that names the pair: its target is no
-    number from 0 to 1, or another one than 1 beside a margin or in a ranking of more than two.
+    Raises ValueError for a wrong number of targets, or one that names the pair whose target is no
+    number from 0 to 1, or is not 1 beside a margin or in a ranking of more than two.
     """
     count = len(margins)
     if targets is None:

@@ -48,8 +48,8 @@ class Family:
     variant: dict  # fields of GPTConfig that make a backbone one of this family
     config: dict[str, str]  # field of GPTConfig -> key of config.json
     fixed: dict  # key that would change the computation -> the only value that is supported
-    missing: dict  # key -> its value in transformers where config.json has none, unless it is ours
-    dropouts: dict[str, float]  # the same of dropouts that are not 0
+    missing: dict  # key -> its default in transformers, where that differs from ours
+    dropouts: dict[str, float]  # key of a dropout -> its default in transformers, where not 0
     names: dict[str, str]  # module of GPT -> Hugging Face's name
     layer_names: dict[str, str]  # module of Block -> Hugging Face's name, which several may share
     prefixes: tuple[str, ...]  # may stand before a name; first: the prefix of classifiers
@@ -57,11 +57,11 @@ class Family:
     required: tuple[str, ...] = REQUIRED  # fields whose key must be there
     bos_in_front: bool = True  # texts begin with bos
     transposed: bool = False  # weights of blocks are stored as (in, out)
-    interleaved: bool = False  # a weight that q, k and v share has them alternate, head by head
+    interleaved: bool = False  # q, k and v alternate, head by head, in the weight that they share
     ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry
 
 
-# What the rows of llama, mistral, qwen2 and qwen3 have in common.
+# The row that llama, mistral, qwen2 and qwen3 start from.
 LLAMA = Family(
     variant=COMMON
     | dict(
@@ -855,8 +855,8 @@ MOST_ADDED_ROWS = 1000  # of zeros, behind an embedding, for tokens that were ad
 def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple[int, int]:
     """Return the pad id, and how many of them begin a text; None takes what the directory says.
 
-    That is config.json's pad id, else the tokenizer's, else a new id right after the vocabulary;
-    and config.json's number, else 1 where texts begin with a bos that is also the pad, else 0.
+    The pad id is config.json's, else the tokenizer's, else a new id right after the vocabulary; the
+    number is config.json's, else 1 where texts begin with a bos that is also the pad, else 0.
     Raises ValueError as `check_pad_id` does.
     """
     if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
@@ -979,7 +979,8 @@ def longest_row(fields: dict) -> tuple[int, str]:
 def truncation_of(fields: dict) -> tuple[int, str]:
     """Return the length to which the texts of a model are truncated, and the side that is cut.
 
-    fields: of its GPTConfig. That is as in training; else to the longest row, on the left.
+    fields: of its GPTConfig. Both are as in training; without a record of it, the longest row and
+    the left side.
     """
     keys = fields["other_keys"]
     return keys.get("max_seq_len", longest_row(fields)[0]), keys.get("truncation_side", "left")
