@@ -1167,7 +1167,7 @@ def chat_model(tmp_path_factory):
 
 
 def test_messages_are_trained_on_by_the_models_own_template(dialogues, chat_model, tmp_path):
-    """What is saved has it, for transformers and for `python rm.py`, whose scores are by hand."""
+    """The saved model has it, for transformers and for `python rm.py`, whose scores are by hand."""
     output_dir = tmp_path / "out"
     flags = ["--model_name_or_path", chat_model, "--data_path", dialogues, "--max_seq_len 300"]
     done = run("train.py", *flags, "--output_dir", output_dir, "--layout padded")
@@ -1245,7 +1245,7 @@ def test_the_flag_decides_how_messages_become_text(
 
 
 def test_a_tokenizer_is_trained_on_what_the_template_renders(dialogues, monkeypatch, tmp_path):
-    """Of the same files, each template has a tokenizer of its own in the cache."""
+    """Each template has a tokenizer of its own in the cache, although the files are the same."""
     (tmp_path / "my.jinja").write_text("{% for m in messages %}qq {{ m.content }}{% endfor %}")
     ids = []
     for choice in (tmp_path / "my.jinja", "plain"):

@@ -97,7 +97,7 @@ def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_with_sharded_weights_every_rank_has_as_many_micro_batches(layout):
-    """One large comparison on a rank alone, many small ones on the other: each is there once."""
+    """A large comparison on a rank alone, many small ones on the other: each is there once."""
     batch = [data.Tokenized([[1] * 200, [2] * 200])]
     for _ in range(20):
         batch.append(data.Tokenized([[1] * 6, [2] * 5]))
