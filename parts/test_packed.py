@@ -78,19 +78,16 @@ def rewards_of_texts(model, batch):
 
 
 def padded(model, groups):
-    """Compute loss and scores of comparisons in the padded layout, pair by pair.
+    """Compute loss and scores of comparisons in the padded layout, one after the other.
 
     The loss is the mean over the pairs of a comparison, then over the comparisons.
     """
     losses, scores = [], []
     for group in groups:
-        pairs = []
-        for pair in itertools.combinations(group, 2):
-            input_ids, mask = data.pad_rows(pair, model.pad_id)
-            out = model(input_ids, mask)
-            pairs.append(out["loss"])
-            scores.append((out["chosen_mean_scores"], out["rejected_mean_scores"]))
-        losses.append(torch.stack(pairs).mean())
+        better, worse = zip(*itertools.combinations(group, 2))
+        out = model(*data.pad_rows([*better, *worse], model.pad_id))
+        losses.append(out["loss"])
+        scores.append((out["chosen_mean_scores"], out["rejected_mean_scores"]))
     chosen, rejected = (torch.cat(column) for column in zip(*scores))
     return {
         "loss": torch.stack(losses).mean(),
