@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from parts.files import replacing
-from parts.guards import LONGEST_NAME, check_weights, counted, one_line
+from parts.guards import LONGEST_NAME, check_padding, check_weights, counted, one_line
 from parts.inputs import is_file
 from parts.memory import full_memory
 from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
@@ -857,7 +857,7 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
 
     That is config.json's pad id, else the tokenizer's, else a new id right after the vocabulary;
     and config.json's number, else 1 where texts begin with a bos that is also the pad, else 0.
-    Raises ValueError as `check_pad_id` does.
+    Raises ValueError as `check_pad_id` and `check_padding` do.
     """
     if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
         pad_id = hf.get("pad_token_id")
@@ -869,6 +869,7 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
     if leading is None:
         is_bos = family_of(hf["model_type"]).bos_in_front and hf.get("bos_token_id") == pad_id
         leading = hf.get("num_padding_at_beginning", int(is_bos))
+    check_padding(pad_id, leading, f"{path}: ")
     return pad_id, leading
 
 

@@ -628,6 +628,25 @@ def test_padding_follows_from_the_directory(model_type, token_ids, expected, tmp
     assert (given.pad_id, given.num_padding_at_beginning) == (3, 2)
 
 
+@pytest.mark.parametrize(
+    "name, values",
+    [("pad_id", (True, "3", 1.5)), ("num_padding_at_beginning", (True, "1", 1.5, -1))],
+)
+def test_padding_of_another_kind_is_refused(name, values, tmp_path):
+    save_backbone(GPT(small("gpt2")), tmp_path)
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name}.*{value}"):
+            RewardModel.from_pretrained(tmp_path, **{name: value})
+
+
+def test_bias_of_rewards_may_be_a_large_whole_number(tmp_path):
+    save_backbone(GPT(small("gpt2")), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"reward_bias": 10**20}))
+    values = RewardModel.from_pretrained(tmp_path).forward_value(torch.tensor([[5, 6]]), None, True)
+    assert values.tolist() == [[pytest.approx(1e20)] * 2]
+
+
 def test_padding_falls_back_to_the_tokenizer(tmp_path):
     data.train_tokenizer(["a few words", "and some more"], 290).save(tmp_path)
     save_backbone(GPT(small("llama", vocab_size=300)), tmp_path)

@@ -496,6 +496,23 @@ def test_bad_packed_batches_are_refused():
 
 
 @pytest.mark.parametrize(
+    "groups, pad_id, words",
+    [
+        ([[[1], [2]], [3, 4]], 0, "comparison 1: found int; expected texts"),
+        ([["ab", "c"]], 0, "comparison 0: found str; expected texts"),
+        ([[torch.tensor([1, 2]), torch.tensor([3])]], 0, "comparison 0: found Tensor"),
+        ([[[1.5], [2]]], 0, "found float64; expected token ids"),
+        ([[["a"], ["b"]]], 0, "expected token ids, int64"),
+        ([[[2**70], [1]]], 0, "expected token ids, int64"),
+        ([[[1, 2], [3]]], None, "pad_id: found object; expected token ids"),
+    ],
+)
+def test_what_is_no_list_of_token_ids_is_not_packed(groups, pad_id, words):
+    with pytest.raises(ValueError, match=words):
+        data.pack(groups, pad_id)
+
+
+@pytest.mark.parametrize(
     "options",
     [dict(longest_tail=0), dict(longest_tail=1), dict(longest_tail=2), dict(min_responses=1)],
     ids=str,
