@@ -761,7 +761,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises ValueError that names the file which is missing or broken.
     """
     path, hf = Path(path), read_config(path)
-    files = [path / name for name in WEIGHT_FILES if is_file(path / name)][:1]
+    files = files_of_weights(path)[:1]
     if not files:
         raise ValueError(
             f"{path}: neither model.safetensors nor pytorch_model.bin there, whole or in shards"
@@ -796,6 +796,20 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
             )
     check_weights(weights, path)
     return hf, weights
+
+
+def files_of_weights(path) -> list[Path]:
+    """List the files of weights in a directory, the one that is read first."""
+    return [Path(path) / name for name in WEIGHT_FILES if is_file(Path(path) / name)]
+
+
+def unread_weights(path) -> str:
+    """Say which file of weights is read, where there are others that are not; else ""."""
+    files = files_of_weights(path)
+    if len(files) < 2:
+        return ""
+    others = ", ".join(file.name for file in files[1:])
+    return f"weights read from {files[0].name}; {others}, there too, not read"
 
 
 def shards_of(index: Path) -> list[Path]:
@@ -904,20 +918,24 @@ def value_head(
     """Return the value head of a checkpoint, (1, width), or None where it has none; and a remark.
 
     The remark says where the head was read, or why there is none: a score.weight of more rows is a
-    classifier's. Raises ValueError for another width, and for a v_head.weight of another shape.
+    classifier's; and which files of weights were not read (`unread_weights`).
+    Raises ValueError for another width, and for a v_head.weight of another shape.
     """
+    more = unread_weights(source)
+    if more:
+        more = f"; {more}"
     names = [name for name in ("v_head.weight", "score.weight") if name in weights]
     if not names:
-        return None, "no value head there (v_head.weight or score.weight), so a fresh one"
+        return None, f"no value head there (v_head.weight or score.weight), so a fresh one{more}"
     name = names[0]
     shape = list(weights[name].shape)
     if len(names) == 2 and list(weights[names[1]].shape) == [1, width]:
         raise ValueError(f"{source}: {' and '.join(names)} are both value heads; expected one")
     found = f"weight {name} has shape {shape}; expected {[1, width]}"
     if shape == [1, width]:
-        return weights[name], f"value head read from {name}"
+        return weights[name], f"value head read from {name}{more}"
     if name == "score.weight" and len(shape) == 2 and shape[0] != 1:
-        return None, f"{found}; that is a classifier's, so a fresh value head"
+        return None, f"{found}; that is a classifier's, so a fresh value head{more}"
     raise ValueError(f"{source}: {found}")
 
 

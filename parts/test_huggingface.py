@@ -440,6 +440,23 @@ def test_it_is_said_where_the_value_head_was_read(name, shape, is_read, words, t
     assert not is_read or torch.equal(model.v_head.weight, head)
 
 
+def test_it_is_said_which_weights_are_read_where_there_are_two_files(tmp_path):
+    """model.safetensors comes first, as in transformers; the other file may be another model."""
+    import safetensors.torch
+
+    weights = GPT(small("gpt2")).to_hf()
+    (tmp_path / "config.json").write_text(json.dumps(small("gpt2").to_hf()))
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    weights["v_head.weight"] = torch.ones(1, small("gpt2").n_embd)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model = RewardModel.from_pretrained(tmp_path)
+    words = "weights read from model.safetensors; pytorch_model.bin, there too, not read"
+    assert model.has_fresh_head and model.head_remark.endswith(f", so a fresh one; {words}")
+    (tmp_path / "model.safetensors").unlink()
+    model = RewardModel.from_pretrained(tmp_path)
+    assert not model.has_fresh_head and model.head_remark == "value head read from v_head.weight"
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_score_head_of_transformers_is_read(model_type, tmp_path):
     import transformers
