@@ -949,7 +949,12 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         raise ValueError(f"layout 'hf': {tokenizer.gap()}; layout 'deepspeed-chat' keeps the model")
     file = path / ("model.safetensors" if layout == "hf" else "pytorch_model.bin")
     refuse_others("model", [path / name for name in WEIGHT_FILES if path / name != file])
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be made a directory ({error.strerror}); give another one"
+        ) from None
     length = tokenizer.vocab_size if tokenizer else model.backbone.config.vocab_size
     rows = 8 * math.ceil(max(length, model.pad_id + 1) / 8)
     hf = model.backbone.config.to_hf() | {

@@ -656,6 +656,15 @@ def test_padding_of_another_kind_is_refused(name, values, tmp_path):
             RewardModel.from_pretrained(tmp_path, **{name: value})
 
 
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_model_is_not_saved_where_a_file_lies(place, tmp_path):
+    (tmp_path / "file").write_text("theirs")
+    model = RewardModel(GPT(small("gpt2")), pad_id=0)
+    with pytest.raises(ValueError, match=f"{place}: cannot be made a directory .* another one"):
+        model.save_pretrained(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "theirs"
+
+
 def test_bias_of_rewards_may_be_a_large_whole_number(tmp_path):
     save_backbone(GPT(small("gpt2")), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
