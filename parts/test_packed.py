@@ -441,7 +441,7 @@ def test_packed_batch_allows_no_mask_margins_or_targets_beside_it_and_no_unknown
 @pytest.mark.parametrize(
     "targets, margins, words",
     [
-        ([1.0], None, "targets: found 1 numbers; expected a number from 0 to 1 for each of 2"),
+        ([1.0], None, "targets: found 1 number; expected a number from 0 to 1 for each of 2"),
         ([2.0, 1.0], None, "targets: found 2.0 for pair 0; expected a number from 0 to 1"),
         ([0.9, 1.0], [0.5, 0.0], "targets: found 0.9 for pair 0, which has the margin 0.5"),
         ([1.0, 0.5], None, "targets: found 0.5 for comparison 1, a ranking of 3"),
