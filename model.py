@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parts import huggingface
+from parts import guards, huggingface
 from parts.packed import PackedAttention, PackedBatch
 
 ACTIVATIONS = {
@@ -233,8 +233,10 @@ class GPT(nn.Module):
         input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None:
         everywhere. Returns (B, L, embed_dim). Values at left padding have no meaning. Positions are
         columns, at padding too; but OPT counts attended tokens from 0, and all padding has
-        position -1. Raises ValueError for rows longer than `n_positions` or `sliding_window`.
+        position -1. Raises ValueError for rows longer than `n_positions` or `sliding_window`, and
+        as `guards.check_tokens` does.
         """
+        guards.check_tokens(input_ids, attention_mask, self.config.vocab_size)
         L = input_ids.shape[1]
         positions = torch.arange(L, device=input_ids.device)
         if self.config.position_offset and attention_mask is not None:

@@ -103,7 +103,7 @@ def pairwise_loss(
     """
     ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True)
     guards.check_rewards(rewards, ids.shape)
-    guards.check_loss(loss, LOSSES)
+    guards.check_loss(loss, LOSSES, center_rewards_coefficient)
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
     if mask is not None:  # ids before a text and after it are not compared
         column = torch.arange(ids.shape[1])
@@ -165,6 +165,7 @@ def text_ends(
     is not among the first `num_padding_at_beginning` of them (DeepSpeed-Chat's rule), or L.
     Raises ValueError that names a row which is padded on the left or has no token.
     """
+    guards.check_padding(pad_id, num_padding_at_beginning)
     if mask is not None:
         return [int(row.nonzero()[-1]) + 1 for row in mask]
     L = ids.shape[1]
@@ -304,7 +305,7 @@ class RewardModel(nn.Module):
         that `guards.check_targets` refuses.
         """
         guards.check_packed(batch, self.longest_tail)
-        guards.check_loss(self.loss, LOSSES)
+        guards.check_loss(self.loss, LOSSES, self.center_rewards_coefficient)
         if batch.pairs is None:
             batch = self.with_pairs(batch, divergent_region)
         regions, ends = batch.pairs
@@ -370,7 +371,7 @@ class RewardModel(nn.Module):
         vocab_size = self.backbone.config.vocab_size
         ids, mask = guards.check_rows(input_ids, attention_mask, vocab_size=vocab_size)
         L = ids.shape[1]
-        if not 0 <= prompt_length <= L:
+        if prompt_length not in range(L + 1):
             raise ValueError(
                 f"prompt_length {prompt_length}: expected 0 to {L}, the length of the rows"
             )
@@ -410,7 +411,7 @@ class RewardModel(nn.Module):
         head, remark = huggingface.value_head(weights, backbone.config.embed_dim, source=path)
         pad_id, leading = huggingface.padding_of(path, hf, pad_id, num_padding_at_beginning)
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
-        bias = hf.get("reward_bias", 0.0)
+        bias = float(hf.get("reward_bias", 0.0))
         model = cls(
             backbone, pad_id, leading, reward_bias=bias, has_fresh_head=head is None, **objective
         )

@@ -156,12 +156,18 @@ def pack(
     min_responses: 1 allows single texts, to be scored.
     longest_tail: cut tails to this length; None: keep them whole. `RewardModel.pack` knows the
         length that its loss needs.
-    Raises ValueError that names the comparison which has too few texts or an empty one.
+    Raises ValueError that names the comparison which has too few texts, an empty one, or other
+    things than lists of token ids.
     """
     if not token_groups:
         raise ValueError("no comparison to pack")
     trunks, branches, tails = [], [], []  # pieces: (token ids, column of the first one)
     for number, group in enumerate(token_groups):
+        kinds = [type(text).__name__ for text in group if not isinstance(text, (list, tuple))]
+        if kinds:
+            raise ValueError(
+                f"comparison {number}: found {kinds[0]}; expected texts, each a list of token ids"
+            )
         if len(group) < min_responses or not all(group):
             lengths = [len(text) for text in group]
             raise ValueError(
@@ -179,10 +185,12 @@ def pack(
     for tokens, column in trunks + branches + tails:
         input_ids += tokens
         positions.append(np.arange(column, column + len(tokens)))
-    # By way of numpy, since PyTorch takes longer to read a list.
+    ids = np.array(input_ids)  # PyTorch takes longer to read a list
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"token_groups, pad_id: found {ids.dtype}; expected token ids, int64")
     return PackedBatch(
         token_groups,
-        torch.tensor(np.array(input_ids)),
+        torch.tensor(ids.astype(np.int64, copy=False)),
         torch.tensor(np.concatenate(positions)),
         trunks=[len(tokens) for tokens, _ in trunks],
         branches=[len(tokens) for tokens, _ in branches],

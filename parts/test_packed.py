@@ -438,7 +438,7 @@ def test_packed_batch_allows_no_mask_margins_or_targets_beside_it_and_no_unknown
 @pytest.mark.parametrize(
     "targets, margins, words",
     [
-        ([1.0], None, "targets: found 1 numbers; expected a number from 0 to 1 for each of 2"),
+        ([1.0], None, "targets: found 1 number; expected a number from 0 to 1 for each of 2"),
         ([2.0, 1.0], None, "targets: found 2.0 for pair 0; expected a number from 0 to 1"),
         ([0.9, 1.0], [0.5, 0.0], "targets: found 0.9 for pair 0, which has the margin 0.5"),
         ([1.0, 0.5], None, "targets: found 0.5 for comparison 1, a ranking of 3"),
@@ -490,6 +490,23 @@ def test_bad_packed_batches_are_refused():
     words = "comparison 1, response 0: id 50; the model has ids 0 to 49"
     with pytest.raises(ValueError, match=words):
         model(data.pack([[[1], [2]], [[1, 50], [2]]], 0))
+
+
+@pytest.mark.parametrize(
+    "groups, pad_id, words",
+    [
+        ([[[1], [2]], [3, 4]], 0, "comparison 1: found int; expected texts"),
+        ([["ab", "c"]], 0, "comparison 0: found str; expected texts"),
+        ([[torch.tensor([1, 2]), torch.tensor([3])]], 0, "comparison 0: found Tensor"),
+        ([[[1.5], [2]]], 0, "found float64; expected token ids"),
+        ([[["a"], ["b"]]], 0, "expected token ids, int64"),
+        ([[[2**70], [1]]], 0, "expected token ids, int64"),
+        ([[[1, 2], [3]]], None, "pad_id: found object; expected token ids"),
+    ],
+)
+def test_what_is_no_list_of_token_ids_is_not_packed(groups, pad_id, words):
+    with pytest.raises(ValueError, match=words):
+        data.pack(groups, pad_id)
 
 
 @pytest.mark.parametrize(

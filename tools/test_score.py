@@ -987,6 +987,32 @@ def test_converting_says_where_the_value_head_was_read(layout, tmp_path, run_her
     assert lines[0] == f"{tmp_path}/ours: value head read from {key}"
 
 
+def test_scoring_says_which_of_two_files_of_weights_is_read(tmp_path, monkeypatch, capsys):
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    model = small_model(tokenizer)
+    model.save_pretrained(tmp_path / "hf", "hf", tokenizer)
+    torch.save({}, tmp_path / "hf" / "pytorch_model.bin")
+    words = "hf: weights read from model.safetensors; pytorch_model.bin, there too, not read"
+    with pytest.warns(UserWarning, match=words):
+        score.Scorer(tmp_path / "hf")
+    rows = rows_file(tmp_path / "rows.jsonl", {"prompt": "a", "response": " few"})
+    monkeypatch.setattr(sys, "argv", ["rm.py", str(tmp_path / "hf"), str(rows)])
+    score.main()
+    assert f"{tmp_path}/{words}" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html", "--eval_by", "", "file"])
+def test_empty_text_is_refused(flag, monkeypatch, capsys):
+    """It is what a shell makes of "$NAME" where NAME is not set."""
+    arguments = {"": ["", "rows.jsonl"], "file": ["out", ""]}
+    called = arguments.get(flag, ["out", "rows.jsonl", flag, ""])
+    monkeypatch.setattr(sys, "argv", ["rm.py", *called])
+    with pytest.raises(SystemExit):
+        score.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {flag or 'checkpoint'}: found ''" in line
+
+
 def test_a_classifier_is_refused_by_the_shape_of_its_head(tmp_path, run_here):
     tokenizer = data.train_tokenizer(["a few words"], 290)
     model = small_model(tokenizer)
