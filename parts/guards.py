@@ -24,14 +24,17 @@ JOINS_NOTHING = re.compile(f"(?<![^\0-\x7f])[{JOINERS}]|[{JOINERS}](?![^\0-\x7f]
 
 
 def check_rows(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pairs: bool = False
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    pairs: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check ids (N, L) and mask (N, L); with `pairs`, that rows i and N/2 + i can be compared.
 
     Returns ids and mask (bool, or None) on the CPU, where the ends of texts are searched for.
     Raises ValueError that names the row and what is wrong with it.
     """
-    ids = check_ids(input_ids)
+    ids = check_ids(input_ids, vocab_size)
     if pairs and len(ids) % 2:
         raise ValueError(
             f"input_ids: {counted(len(ids), 'row')}; pairs need an even number, "
