@@ -318,8 +318,8 @@ class RewardModel(nn.Module):
             loss = loss + self.center_rewards_coefficient * centering
         return {
             "loss": loss,
-            "chosen_mean_scores": chosen_scores,
-            "rejected_mean_scores": rejected_scores,
+            "chosen_mean_scores": chosen_scores.clone(),  # FSDP2 warns of views
+            "rejected_mean_scores": rejected_scores.clone(),
         }
 
     def packed_rewards(self, batch: PackedBatch) -> torch.Tensor:
