@@ -14,6 +14,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import itertools
 import json
 import multiprocessing
+import signal
 import socket
 import subprocess
 import sys
@@ -154,6 +155,8 @@ def one_rank(arguments, pipe, environment, before):
     for stream in (1, 2):
         os.dup2(os.open(pipe, os.O_WRONLY), stream)
     os.environ |= environment
+    # A suite that a shell runs in the background ignores Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     tqdm.set_lock(threading.RLock())  # its own one would be left over where the process is killed
     sys.argv = ["train.py", *arguments]
     before()
