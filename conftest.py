@@ -119,21 +119,6 @@ def run(program, *arguments, processes=0, cwd=None):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=LIMIT)
 
 
-def train_ok(output_dir, *arguments, processes=0):
-    """Run train.py, which must succeed. Returns the finished process, and its events by kind."""
-    done = run("train.py", *TINY, "--output_dir", output_dir, *arguments, processes=processes)
-    assert done.returncode == 0, done.stderr
-    return done, events_of(output_dir)
-
-
-@pytest.fixture(scope="session")
-def built_in_run(tmp_path_factory):
-    """Train three steps on the built-in data: the directory, the finished process, its events."""
-    output_dir = tmp_path_factory.mktemp("built_in")
-    done, events = train_ok(output_dir, "--max_steps 3 --eval_interval 2 --eval_iters 4")
-    return output_dir, done, events
-
-
 # --------------------------------------------------------------------------------------------------
 # train.py in this process
 
@@ -159,7 +144,8 @@ def complaint(monkeypatch, capsys, *arguments) -> str:
 # train.py in forked processes
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["train", "torch._dynamo"])  # the optimizer imports it, in two seconds
+# The optimizer imports torch._dynamo, and some files of tests transformers: each takes seconds.
+FORKS.set_forkserver_preload(["conftest", "torch._dynamo", "transformers", "pyarrow.parquet"])
 SMALL = [*TINY, *"--vocab_size 400 --max_steps 12 --eval_interval 6 --dropout 0.1".split()]
 
 
@@ -227,6 +213,14 @@ def forked_ok(output_dir, *arguments, **how):
     codes, said = forked(output_dir, *arguments, **how)
     assert set(codes) == {0}, said
     return said[0]
+
+
+@pytest.fixture(scope="session")
+def built_in_run(tmp_path_factory):
+    """Train three steps on the built-in data: the directory, what the run printed, its events."""
+    output_dir = tmp_path_factory.mktemp("built_in") / "out"
+    said = forked_ok(output_dir, *TINY, "--max_steps 3 --eval_interval 2 --eval_iters 4")
+    return output_dir, said, events_of(output_dir)
 
 
 @pytest.fixture(scope="session")

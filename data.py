@@ -145,8 +145,8 @@ def tokenized(comparison: Comparison, texts, tokenizer, max_seq_len: int, side: 
     def cut(length: int) -> list[list[int]]:
         return sequences_of(texts, comparison.prompt, tokenizer, length, side)
 
-    pair = comparison.margin, comparison.rewards, comparison.target, comparison.subset
-    return cut_sequences(Tokenized([], "", *pair), cut, max_seq_len)
+    facts = {name: getattr(comparison, name) for name in ("margin", "rewards", "target", "subset")}
+    return cut_sequences(Tokenized([], **facts), cut, max_seq_len)
 
 
 def tokenize_each(

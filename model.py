@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from parts import huggingface
+from parts import guards, huggingface
 from parts.packed import PackedAttention, PackedBatch
 
 ACTIVATIONS = {
@@ -119,7 +119,7 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
+    """A transformer layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Without pre_norm: norm(x + attention(x)), then norm(x + mlp(x)).
     With parallel_residual: x + attention(norm(x)) + mlp(norm(x)), each with a norm of its own.
@@ -233,8 +233,10 @@ class GPT(nn.Module):
         input_ids: (B, L) int64. attention_mask: (B, L), 1 where a token may be attended to; None:
         everywhere. Returns (B, L, embed_dim). Values at left padding have no meaning. Positions are
         columns, at padding too; but OPT counts attended tokens from 0, and all padding has
-        position -1. Raises ValueError for rows longer than `n_positions` or `sliding_window`.
+        position -1. Raises ValueError for rows longer than `n_positions` or `sliding_window`, and
+        as `guards.check_tokens` does.
         """
+        guards.check_tokens(input_ids, attention_mask, self.config.vocab_size)
         L = input_ids.shape[1]
         positions = torch.arange(L, device=input_ids.device)
         if self.config.position_offset and attention_mask is not None:
@@ -243,7 +245,7 @@ class GPT(nn.Module):
         return self.transform(input_ids, positions, L, partial(padded_attention, mask=mask))
 
     def forward_packed(self, batch: PackedBatch) -> torch.Tensor:
-        """Compute `forward` at all tokens but the trunks': (T - trunk tokens, embed_dim).
+        """Compute last hidden states of branches and tails: (T - trunk tokens, embed_dim).
 
         No token attends to tails, which are padding and lie at the end. No reward of a trunk is
         read, so the last block computes the tokens behind the trunks alone.
@@ -257,14 +259,14 @@ class GPT(nn.Module):
         return self.transform(batch.input_ids, positions, batch.length, attend, n_text, n_trunk)
 
     def transform(self, input_ids, positions, length: int, attend, n_keys=None, n_unread=0):
-        """Do the token-wise work, which knows of no layout, around `attend`, which does."""
-        if length > self.config.n_positions:
-            raise ValueError(
-                f"rows of {length} tokens, but the model has {self.config.n_positions} positions"
-            )
-        window = self.config.sliding_window
-        if window is not None and length > window:
-            raise ValueError(f"rows of {length} tokens, longer than the sliding_window of {window}")
+        """Compute last hidden states of either layout; `attend` is the attention of the layout.
+
+        length: tokens of the longest row. n_keys: tokens, the first ones, that are attended to;
+        None: all. n_unread: tokens, the first ones, that the last block does not compute.
+        """
+        longest, limit = huggingface.longest_row(vars(self.config))
+        if length > longest:
+            raise ValueError(f"rows of {length} tokens, but the model has {limit}")
         x = self.embed(input_ids)
         rotary = None
         if self.project_in is not None:
@@ -346,12 +348,12 @@ def as_factor(x: torch.Tensor) -> torch.Tensor:
 
 
 def from_row(x: torch.Tensor, first: int) -> torch.Tensor:
-    """Return the rows of x from `first` on: x itself from 0, as x[0:] has a gradient to compute."""
+    """Return x[first:], or x itself for 0, as even x[0:] would be copied in the backward pass."""
     return x[first:] if first else x
 
 
 def normalize_heads(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Apply `norm` to each head of x (..., H, D), in its own dtype: autocast has halved x's."""
+    """Apply `norm` to each head of x (..., H, D), in the norm's dtype: autocast has halved x's."""
     return norm(x.to(norm.weight.dtype)).to(x.dtype)
 
 

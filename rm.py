@@ -103,7 +103,7 @@ def pairwise_loss(
     """
     ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True)
     guards.check_rewards(rewards, ids.shape)
-    guards.check_loss(loss, LOSSES)
+    guards.check_loss(loss, LOSSES, center_rewards_coefficient)
     ends = text_ends(ids, pad_id, num_padding_at_beginning, mask)
     if mask is not None:  # ids before a text and after it are not compared
         column = torch.arange(ids.shape[1])
@@ -119,7 +119,7 @@ def pairwise_loss(
         rejected_text = rows[rejected][: ends[rejected]]
         start, stop = divergent_region(chosen_text, rejected_text)  # 4. find the divergence
         if start == stop:  # identical texts have equal rewards: log 2 without a margin, no gradient
-            if rows[chosen] != rows[rejected]:  # after both ends, so by the pad id alone
+            if rows[chosen] != rows[rejected]:  # they differ behind the ends, which are then wrong
                 raise ValueError(
                     f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} "
                     "ends both texts before they first differ; pass an attention_mask, which tells "
@@ -165,6 +165,7 @@ def text_ends(
     is not among the first `num_padding_at_beginning` of them (DeepSpeed-Chat's rule), or L.
     Raises ValueError that names a row which is padded on the left or has no token.
     """
+    guards.check_padding(pad_id, num_padding_at_beginning)
     if mask is not None:
         return [int(row.nonzero()[-1]) + 1 for row in mask]
     L = ids.shape[1]
@@ -199,8 +200,8 @@ class RewardModel(nn.Module):
     pad_id: pads rows; where no attention_mask is given, it also tells where texts end.
     num_padding_at_beginning: as in `pairwise_loss`; a packed batch does not need it.
     loss, center_rewards_coefficient: the objective, as `pairwise_loss` explains it.
-    reward_bias: is added to every reward, which no difference shows (parts/normalize.py).
-    has_fresh_head: nothing has trained the value head.
+    reward_bias: added to every reward; differences cancel it (parts/normalize.py).
+    has_fresh_head: whether the value head is random: nothing has trained it.
 
     All of these are attributes, and no part of the state_dict.
     """
@@ -235,9 +236,9 @@ class RewardModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Compute loss and end scores of a batch of pairs, with the rules of `pairwise_loss`.
 
-        input_ids: a `PackedBatch`, which has margins and targets of its own, goes on to
+        input_ids: (2B, L), all chosen rows, then all rejected ones; or a `PackedBatch`, for
             `forward_packed`. It comes through `forward` because the hooks of
-            DistributedDataParallel run here alone.
+            DistributedDataParallel run here alone, and has margins and targets of its own.
         attention_mask: (2B, L), tells which tokens are attended to and where texts end; without it,
             both follow from the pad id.
         margins, targets: (B,).
@@ -249,8 +250,7 @@ class RewardModel(nn.Module):
                     "lengths of its own; give margins and targets to `RewardModel.pack`"
                 )
             return self.forward_packed(input_ids)
-        vocab_size = self.backbone.config.vocab_size
-        ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True, vocab_size=vocab_size)
+        ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True)
         attended = attention_mask
         if mask is None:
             ends = text_ends(ids, self.pad_id, self.num_padding_at_beginning, None)
@@ -288,7 +288,7 @@ class RewardModel(nn.Module):
         return self.with_pairs(batch, region or divergent_region)
 
     def with_pairs(self, batch: PackedBatch, region: Callable) -> PackedBatch:
-        """Return the batch with an index of what the loss of each pair reads, on its device."""
+        """Return the batch with an index of the rewards that the loss of each pair reads."""
         margins = guards.check_margins(batch.margins, len(batch.token_groups))
         targets = guards.check_targets(batch.targets, margins, batch.token_groups)
         pairs = index_pairs(batch, region, margins, targets)
@@ -299,12 +299,12 @@ class RewardModel(nn.Module):
 
         The loss of a ranking of K responses, best first, is the mean over its K(K-1)/2 pairs
         (i, j), i < j; the loss of the batch is the mean over its comparisons (Ouyang et al. 2022,
-        eq. 1 and section 3.5). The scores are those of the pairs, in their order.
+        eq. 1 and section 3.5). Scores are (P,), one for each of the P pairs, in their order.
         Raises ValueError for a batch that was packed for scores alone, and for margins and targets
         that `guards.check_targets` refuses.
         """
         guards.check_packed(batch, self.longest_tail)
-        guards.check_loss(self.loss, LOSSES)
+        guards.check_loss(self.loss, LOSSES, self.center_rewards_coefficient)
         if batch.pairs is None:
             batch = self.with_pairs(batch, divergent_region)
         regions, ends = batch.pairs
@@ -322,7 +322,7 @@ class RewardModel(nn.Module):
         }
 
     def packed_rewards(self, batch: PackedBatch) -> torch.Tensor:
-        """The rewards of a packed batch behind the trunks: where each lies, `reward_places` tells.
+        """The rewards (R,) of all branches, then of all tails; `reward_places` finds each text's.
 
         Raises ValueError that names the comparison, the response and an id that the model lacks.
         """
@@ -367,10 +367,9 @@ class RewardModel(nn.Module):
         `prompt_length` (leading pad ids of a text aside), or at the row's end. Values where the
         mask is 0 have no meaning. Raises ValueError that names the row.
         """
-        vocab_size = self.backbone.config.vocab_size
-        ids, mask = guards.check_rows(input_ids, attention_mask, vocab_size=vocab_size)
+        ids, mask = guards.check_rows(input_ids, attention_mask)
         L = ids.shape[1]
-        if not 0 <= prompt_length <= L:
+        if prompt_length not in range(L + 1):
             raise ValueError(
                 f"prompt_length {prompt_length}: expected 0 to {L}, the length of the rows"
             )
@@ -399,8 +398,8 @@ class RewardModel(nn.Module):
     def from_pretrained(cls, path, pad_id=None, num_padding_at_beginning=None, **objective):
         """Load what `save_pretrained` wrote, or a Hugging Face backbone, with a fresh value head.
 
-        pad_id, num_padding_at_beginning: None takes what the directory says (`padding_of`). A
-        pad_id beyond the embedding adds rows of zeros up to it.
+        pad_id, num_padding_at_beginning: None reads them from the directory, as
+        `huggingface.padding_of` says. A pad_id beyond the embedding adds rows of zeros up to it.
         objective: `loss` and `center_rewards_coefficient`.
         The value head is `v_head.weight`, or a `score.weight` of one row.
         Raises ValueError that names the file.
@@ -410,7 +409,7 @@ class RewardModel(nn.Module):
         head, remark = huggingface.value_head(weights, backbone.config.embed_dim, source=path)
         pad_id, leading = huggingface.padding_of(path, hf, pad_id, num_padding_at_beginning)
         backbone.resize_embedding(max(pad_id + 1, backbone.config.vocab_size))
-        bias = hf.get("reward_bias", 0.0)
+        bias = float(hf.get("reward_bias", 0.0))
         model = cls(
             backbone, pad_id, leading, reward_bias=bias, has_fresh_head=head is None, **objective
         )
@@ -423,8 +422,8 @@ class RewardModel(nn.Module):
         """Write config.json, the weights, and a tokenizer's files into the directory `path`.
 
         layout "deepspeed-chat": pytorch_model.bin with the keys that DeepSpeed-Chat's step 3 loads.
-        It resizes the embedding to 8 * ceil(length of the tokenizer / 8) rows before it does, so
-        that is how many are written.
+        Before that, step 3 resizes the embedding to 8 * ceil(length of the tokenizer / 8) rows, so
+        as many rows are written.
         layout "hf": model.safetensors (needs safetensors), which
         `transformers.AutoModelForSequenceClassification` loads.
         Raises ValueError for an unknown layout, and where weights of another kind lie in `path`.

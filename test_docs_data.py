@@ -174,7 +174,7 @@ def test_functions_of_the_page_are_short():
 
 
 def test_samples_of_other_data_sets_are_refused_as_they_are():
-    """Without the functions, their fields are an error that names them, or a line would be lost."""
+    """Fields that the functions read are an error that names them, or a line would be lost."""
     shp = {"history": "How?", "human_ref_A": "A", "human_ref_B": "B", "labels": 1}
     with pytest.raises(ValueError, match="fields found: history, human_ref_A"):
         parse_row(json.dumps(shp).encode())

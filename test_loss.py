@@ -831,10 +831,17 @@ def test_large_differences_stay_finite_with_a_target(difference, loss):
     "options, words",
     [
         ({"loss": "last"}, ["loss", "'last'", "divergent or end"]),
+        ({"center_rewards_coefficient": -0.1}, ["center_rewards_coefficient", "-0.1", "from 0"]),
+        ({"center_rewards_coefficient": math.nan}, ["center_rewards_coefficient", "nan"]),
+        ({"center_rewards_coefficient": "1"}, ["center_rewards_coefficient", "'1'"]),
+        ({"margins": torch.ones(1, 2)}, ["margins", "of shape [1, 2]", "each of 2"]),
+        ({"margins": ["1", "2"]}, ["margins", "values of dtype", "each of 2"]),
+        ({"margins": [1.0, None]}, ["margins", "values of dtype object", "each of 2"]),
         ({"margins": [1.0]}, ["margins", "found 1 number", "each of 2"]),
         ({"margins": [0.0, math.nan]}, ["margins", "nan for pair 1"]),
         ({"targets": [1.0]}, ["targets", "found 1 number", "from 0 to 1 for each of 2"]),
         ({"targets": [1.0, 0.5, 1.0]}, ["targets", "found 3 numbers", "from 0 to 1 for each of 2"]),
+        ({"targets": torch.ones(2, 1)}, ["targets", "of shape [2, 1]", "each of 2"]),
         ({"targets": [1.0, math.nan]}, ["targets", "nan for pair 1", "from 0 to 1"]),
         ({"targets": [1.0, math.inf]}, ["targets", "inf for pair 1", "from 0 to 1"]),
         ({"targets": [1.0, -0.25]}, ["targets", "-0.25 for pair 1", "from 0 to 1"]),
@@ -892,6 +899,21 @@ MASK = torch.tensor([[1, 1, 1, 0]] * 2)
             ["row 1", "no token"],
         ),
         (
+            [[1, 2, 3, 4]] * 2,  # a mask that is added to attention has it the other way round
+            {"attention_mask": torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, -1e9]])},
+            ["attention_mask", "row 1", "-1000000000.0 at column 3", "expected 1 on text"],
+        ),
+        ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK * math.nan}, ["row 0", "nan at column 0"]),
+        ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK * 2}, ["row 0", "2 at column 0"]),
+        ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK.tolist()}, ["[2, 4]", "found list"]),
+        ([[1, 2, 3, 4]] * 2, {"pad_id": None}, ["pad_id", "None", "a token id"]),
+        ([[1, 2, 3, 4]] * 2, {"pad_id": "0"}, ["pad_id", "'0'", "a token id"]),
+        ([[1, 2, 3, 4]] * 2, {"pad_id": 0.5}, ["pad_id", "0.5", "a token id"]),
+        *(
+            ([[1, 2, 3, 4]] * 2, {"num_padding_at_beginning": n}, ["num_padding_at_beginning"])
+            for n in (-1, 1.5, True, "1")
+        ),
+        (
             [[0, 1, 2, 3], [1, 2, 3, 4]],
             {"attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])},
             ["pair 0", "column 1", "left"],
@@ -923,12 +945,21 @@ def test_rewards_of_another_shape_or_kind_are_refused(rewards):
 
 @pytest.mark.parametrize(
     "ids",
-    [torch.ones(4).long(), torch.ones(2, 4), torch.ones(2, 0).long()],
-    ids=["1D", "float", "empty"],
+    [
+        torch.ones(4).long(),
+        torch.ones(2, 4),
+        torch.ones(2, 0).long(),
+        torch.ones(2, 4).bool(),
+        torch.ones(2, 4).byte(),
+        torch.ones(2, 4).long().numpy(),
+        [[1, 1, 1, 1]] * 2,
+        None,
+    ],
+    ids=["1D", "float", "empty", "mask", "bytes", "numpy", "lists", "none"],
 )
 def test_input_ids_of_another_shape_or_kind_are_refused(ids):
     with pytest.raises(ValueError, match="input_ids: expected integers"):
-        pairwise_loss(ids, torch.zeros(ids.shape), pad_id=0)
+        pairwise_loss(ids, torch.zeros(2, 4), pad_id=0)
 
 
 def test_readme_works_a_pair_by_hand():

@@ -327,6 +327,14 @@ def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
     assert out["chosen_end_scores"].item() == out["values"][0, 2].item()
 
 
+def test_backbone_takes_rows_that_are_padding_alone():
+    """A batch that is filled up with empty rows gives the same numbers for the others."""
+    for family in FAMILIES:
+        backbone = GPT(small(family)).eval()
+        ids, mask = torch.tensor([[5, 6, 7], [0, 0, 0]]), torch.tensor([[1, 1, 1], [0, 0, 0]])
+        close(backbone(ids, mask)[:1].detach(), backbone(ids[:1], mask[:1]).detach())
+
+
 @pytest.mark.parametrize(
     "call, words",
     [
@@ -339,11 +347,26 @@ def test_end_score_is_before_the_first_pad_id_at_or_after_prompt_length():
             ["prompt_length 3", "0 to 2"],
         ),
         (
+            lambda m: m.forward_value(torch.tensor([[1, 2]]), prompt_length=1.5),
+            ["prompt_length 1.5", "0 to 2"],
+        ),
+        (
             lambda m: m.forward_value(torch.tensor([[1, 2]]), torch.zeros(1, 2)),
             ["row 0", "attention_mask"],
         ),
+        (lambda m: m(torch.ones(2, 3).byte()), ["input_ids", "int64", "uint8"]),
+        (lambda m: m.backbone(torch.tensor([[1, 2], [1, -1]])), ["row 1", "id -1", "0 to 49"]),
+        (lambda m: m.backbone(torch.ones(2, 3)), ["input_ids", "int64", "float32"]),
+        (
+            lambda m: m.backbone(torch.ones(2, 3).long(), torch.ones(2, 4)),
+            ["attention_mask", "[2, 3]", "[2, 4]"],
+        ),
+        (
+            lambda m: m.backbone(torch.ones(2, 3).long(), torch.full((2, 3), 2)),
+            ["attention_mask", "row 0", "2 at column 0"],
+        ),
+        (lambda m: m([[1, 2], [1, 3]]), ["input_ids", "found list"]),
     ],
-    ids=["id", "length", "length, packed", "left", "prompt_length", "mask"],
 )
 def test_bad_batches_are_refused(call, words):
     with pytest.raises(ValueError) as error:

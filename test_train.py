@@ -36,7 +36,6 @@ from conftest import (
     run,
     same_bits,
     same_run,
-    train_ok,
     words,
     write_rows,
 )
@@ -46,6 +45,7 @@ from parts.distributed import Process, cut_into_micro_batches, size_of
 from parts.flags import SCHEDULES
 from parts.test_huggingface import save_backbone
 from parts.test_tokenizers import FAILING, FAST, byte_level, failing_tokenizer, hub_files
+from tools import score
 
 
 def tiny_model(model_type="gpt2", vocab_size=9, **fields):
@@ -317,20 +317,29 @@ def test_metrics_of_a_run(built_in_run):
     assert [event["lr"] for event in events["step"]] == pytest.approx(expected)
 
 
-def run_commands(text):
-    """Run the last three lines of a run in a shell, as they stand; return what they print."""
-    printed = []
+def run_commands(text, monkeypatch, capsys):
+    """Run the last three lines of a run, which a shell splits, here; return what they print."""
+    printed, programs = [], set()
     for command in text.splitlines()[-3:]:
-        done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=LIMIT)
-        assert done.returncode == 0, (command, done.stderr)
-        printed.append(done.stdout)
+        split = f"printf '%s\\n' {command}"
+        given = subprocess.run(split, shell=True, capture_output=True, text=True, check=True).stdout
+        python, program, *arguments = given.splitlines()
+        programs.add((python, program))
+        monkeypatch.setattr(sys, "argv", ["rm.py", *arguments])
+        capsys.readouterr()
+        score.main()
+        printed.append(capsys.readouterr().out)
+    assert len(programs) == 1
     return printed
 
 
-def test_commands_at_the_end_of_a_run_work_as_they_stand(built_in_run):
+def test_commands_at_the_end_of_a_run_work_as_they_stand(built_in_run, monkeypatch, capsys):
     """They show, or score, 20 pairs of the eval set, to the scores of the last evaluation."""
-    output_dir, done, _ = built_in_run
-    shown, *_ = run_commands(done.stdout)
+    output_dir, said, _ = built_in_run
+    shown, *_ = run_commands(said, monkeypatch, capsys)
+    command = said.splitlines()[-3]
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout) == (0, shown), done.stderr
     assert shown.count("chosen  score") == shown.count("rejected  score") == 20
     assert (output_dir / "pairs.html").read_text().count("data-row") == 20
     pairs = list(itertools.islice(data.known_rewards(train.EVAL_SEED), 20))
@@ -346,17 +355,17 @@ def test_commands_at_the_end_of_a_run_work_as_they_stand(built_in_run):
 
 
 def test_last_lines_name_the_accuracy_the_model_and_how_to_score(built_in_run):
-    output_dir, done, events = built_in_run
+    output_dir, said, events = built_in_run
     before, after = events["eval"][0], events["eval"][-1]
-    *accuracies, place, _, _, _, _ = done.stdout.strip().splitlines()[-8:]
-    how = done.stdout.strip().splitlines()[-3:]
+    *accuracies, place, _, _, _, _ = said.strip().splitlines()[-8:]
+    how = said.strip().splitlines()[-3:]
     shares = before["accuracy"], after["accuracy"], after["bayes_accuracy"]
     names = "accuracy before training", "accuracy after training", "best possible accuracy"
     for line, name, share in zip(accuracies, names, shares, strict=True):
         error = math.sqrt(share * (1 - share) / 64)
         assert line.startswith(name) and f": {share:.4f} ± {error:.4f} (64 pairs)" in line
     correlation = r"of the scores of 128 eval responses with their true rewards: -?0\.\d{4}$"
-    assert re.search(correlation, done.stdout, re.M)
+    assert re.search(correlation, said, re.M)
     assert f"{output_dir}/report.html" in place
     assert (output_dir / "report.html").exists()
     assert str(output_dir) in place
@@ -455,22 +464,23 @@ def test_run_by_hand(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def one_process(on_files, tmp_path_factory):
     """Train 12 steps of 12 comparisons. An epoch has 70, so each sixth batch is ragged (10)."""
-    output_dir = tmp_path_factory.mktemp("one")
+    output_dir = tmp_path_factory.mktemp("one") / "out"
     flags = "--max_steps 12 --per_device_train_batch_size 12 --eval_interval 6"
-    _, events = train_ok(output_dir, *on_files, flags)
-    return output_dir, events
+    forked_ok(output_dir, *TINY, *on_files, flags)
+    return output_dir, events_of(output_dir)
 
 
 def test_two_processes_give_the_curve_of_one(on_files, one_process, tmp_path):
     """A batch of 12 as 2 ranks x 3 comparisons x 2, with ragged batches and with rankings."""
-    _, events = train_ok(
-        tmp_path,
-        *on_files,
+    done = run(
+        "train.py",
+        *[*TINY, *on_files, "--output_dir", tmp_path],
         "--max_steps 12 --eval_interval 6 --per_device_train_batch_size 3",
         "--gradient_accumulation_steps 2 --per_device_eval_batch_size 4 --micro_batch_tokens 150",
         processes=2,
     )
-    same_run(one_process[1], events)
+    assert done.returncode == 0, done.stderr
+    same_run(one_process[1], events_of(tmp_path))
     tokenizers = [path / "tokenizer.model" for path in (tmp_path, one_process[0])]
     assert tokenizers[0].read_bytes() == tokenizers[1].read_bytes()
 
@@ -775,10 +785,10 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_an_error_of_its_row(
     flags += ["--data_path", file, "--output_dir", tmp_path / "out"]
     line = complaint(monkeypatch, capsys, *flags)
     assert line.startswith(f'train.py: error: {file}:8: the tokenizer cannot encode "{bad}" (')
-    done, events = train_ok(tmp_path / "out", *flags, "--skip_bad_rows")
-    assert f"{file}: skipped 1 row without a comparison; the first: {file}:8: " in done.stdout
-    assert sum(step["pairs"] for step in events["step"]) == 18
-    assert "Traceback" not in done.stderr
+    said = forked_ok(tmp_path / "out", *flags, "--skip_bad_rows")
+    assert f"{file}: skipped 1 row without a comparison; the first: {file}:8: " in said
+    assert sum(step["pairs"] for step in events_of(tmp_path / "out")["step"]) == 18
+    assert "Traceback" not in said
 
 
 def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
@@ -786,14 +796,14 @@ def test_bad_rows_are_skipped_and_counted_on_request(tmp_path):
     rows = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([*rows[:9], b"{\n", *rows[9:], b'{"prompt": "p"}\n', b"\xff\n"]))
     data_flags = ["--data_path", path, "--eval_path", path]
-    done, events = train_ok(tmp_path / "out", *data_flags, "--skip_bad_rows")
-    said = f"{path}: skipped 3 rows without a comparison; the first: {path}:10: not JSON"
-    assert said in done.stdout
-    assert done.stdout.splitlines()[-1].split()[3] == "FILE.jsonl"  # `path` is none for rm.py
+    said = forked_ok(tmp_path / "out", *TINY, *data_flags, "--skip_bad_rows")
+    events = events_of(tmp_path / "out")
+    assert f"{path}: skipped 3 rows without a comparison; the first: {path}:10: not JSON" in said
+    assert said.splitlines()[-1].split()[3] == "FILE.jsonl"  # `path` is none for rm.py
     assert sum(step["pairs"] for step in events["step"]) == events["eval"][-1]["pairs"] == 24
 
 
-def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
+def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path, monkeypatch, capsys):
     """--model_name_or_path takes what a run left; without --eval_path, 5 % of 80 are held out.
 
     The last lines are commands that score the data, also where paths need quotes.
@@ -801,10 +811,8 @@ def test_a_trained_model_is_one_to_start_from(built_in_run, tmp_path):
     model, *_ = built_in_run
     rows = write_rows(tmp_path / "my rows.jsonl", 80)
     output_dir = tmp_path / "what it's for"
-    flags = ["--model_name_or_path", model, "--data_path", rows, "--output_dir", output_dir]
-    done = run("train.py", *flags, "--max_seq_len 48")
-    assert done.returncode == 0, done.stderr
-    shown, *_ = run_commands(done.stdout)
+    flags = ["--model_name_or_path", model, "--data_path", rows, "--max_seq_len 48"]
+    shown, *_ = run_commands(forked_ok(output_dir, *flags), monkeypatch, capsys)
     assert shown.count("chosen  score") == 80
     assert (output_dir / "pairs.html").exists()
     assert len(read_rows(output_dir / "scores.jsonl")) == 80
@@ -855,9 +863,8 @@ def test_opt_as_the_hub_has_it_becomes_what_deepspeed_chats_step_3_loads(tmp_pat
     }
     (source / "tokenizer_config.json").write_text(json.dumps(tokenizer_config))
     rows = write_rows(tmp_path / "rows.jsonl", 24)
-    flags = ["--model_name_or_path", source, "--data_path", rows, "--output_dir", output_dir]
-    done = run("train.py", *flags, "--max_seq_len 64")
-    assert done.returncode == 0, done.stderr
+    flags = ["--model_name_or_path", source, "--data_path", rows, "--max_seq_len 64"]
+    forked_ok(output_dir, *flags)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(output_dir)
     config = transformers.AutoConfig.from_pretrained(output_dir)
@@ -1166,12 +1173,13 @@ def chat_model(tmp_path_factory):
     return directory
 
 
-def test_messages_are_trained_on_by_the_models_own_template(dialogues, chat_model, tmp_path):
-    """What is saved has it, for transformers and for `python rm.py`, whose scores are by hand."""
+def test_messages_are_trained_on_by_the_models_own_template(
+    dialogues, chat_model, tmp_path, monkeypatch, capsys
+):
+    """The saved model has it, for transformers and for `python rm.py`, whose scores are by hand."""
     output_dir = tmp_path / "out"
     flags = ["--model_name_or_path", chat_model, "--data_path", dialogues, "--max_seq_len 300"]
-    done = run("train.py", *flags, "--output_dir", output_dir, "--layout padded")
-    assert done.returncode == 0, done.stderr
+    forked_ok(output_dir, *flags, "--layout padded")
     theirs = transformers.AutoTokenizer.from_pretrained(output_dir)
     assert theirs.chat_template == TURNS
     own = transformers.AutoTokenizer.from_pretrained(chat_model)
@@ -1191,9 +1199,9 @@ def test_messages_are_trained_on_by_the_models_own_template(dialogues, chat_mode
         tokens += sum(map(len, sequences))
     first, *steps, last = read_rows(output_dir / "metrics.jsonl")
     assert tokens * 28 / 30 < sum(step["tokens"] for step in steps) < 1.5 * tokens
-    done = run("rm.py", output_dir, dialogues)
-    assert done.returncode == 0, done.stderr
-    found = [json.loads(line)["scores"] for line in done.stdout.splitlines()]
+    monkeypatch.setattr(sys, "argv", words(["rm.py", output_dir, dialogues]))
+    score.main()
+    found = [json.loads(line)["scores"] for line in capsys.readouterr().out.splitlines()]
     assert np.allclose(found, scores, atol=1e-5)
 
 
@@ -1245,7 +1253,7 @@ def test_the_flag_decides_how_messages_become_text(
 
 
 def test_a_tokenizer_is_trained_on_what_the_template_renders(dialogues, monkeypatch, tmp_path):
-    """Of the same files, each template has a tokenizer of its own in the cache."""
+    """Each template has a tokenizer of its own in the cache, although the files are the same."""
     (tmp_path / "my.jinja").write_text("{% for m in messages %}qq {{ m.content }}{% endfor %}")
     ids = []
     for choice in (tmp_path / "my.jinja", "plain"):

@@ -126,7 +126,7 @@ def train(args, process: Process):
         )
         losses, pair_count, token_count = [], 0, 0
         for i, comparisons in enumerate(micro_batches):
-            inputs, tokens = collate(comparisons or batch[:1], model, args.layout, process.device)
+            inputs, count = collate(comparisons or batch[:1], model, args.layout, process.device)
             is_last = i == len(micro_batches) - 1  # then the hooks average the gradients
             with nullcontext() if is_last or replica is model else replica.no_sync():
                 with autocast(args.dtype, process.device):
@@ -135,7 +135,7 @@ def train(args, process: Process):
                 share = out["loss"] * (len(comparisons) / len(batch))
                 scaler.scale(share * process.world_size).backward()
             losses.append(share.detach())
-            token_count += tokens
+            token_count += count
             if comparisons:
                 pair_count += len(out["chosen_mean_scores"])
 
@@ -364,6 +364,7 @@ def evaluate(
     n = len(dataset)
     if args.eval_iters:
         n = min(n, args.eval_iters * args.per_device_eval_batch_size * process.world_size)
+    # Among many comparisons ranks get equal shares, and padded micro-batches similar lengths.
     at_once = 64 * args.per_device_eval_batch_size * process.world_size
     budget = process.at_most(2 * args.per_device_eval_batch_size * args.max_seq_len)
     loss = 0.0
@@ -408,7 +409,8 @@ def prepare(args, process: Process):
     """
     torch.manual_seed(args.seed)  # fresh weights are the same on every rank
     template = given_template(args.chat_template)
-    tokenizer, model, directory = None, None, args.model_name_or_path
+    tokenizer = None
+    directory = args.model_name_or_path
     if directory and not Path(directory).is_dir():
         raise ValueError(f"--model_name_or_path {huggingface.missing_directory(directory)}")
     place = args.tokenizer_path or directory
@@ -418,8 +420,7 @@ def prepare(args, process: Process):
         except ValueError as error:
             hint = huggingface.download_hint(place)
             raise ValueError(f"{error}; --tokenizer_path names another place{hint}") from None
-    if directory:
-        model = load_model(args, tokenizer, process)
+    model = load_model(args, tokenizer, process) if directory else None
     for path in [*files_of(args.data_path or ()), *files_of(args.eval_path or ())]:
         file_hash(path)  # a missing file shows now
     try:
@@ -470,11 +471,11 @@ def load_model(args, tokenizer: data.Tokenizer, process: Process) -> RewardModel
 
 def check_positions(config: GPTConfig, max_seq_len: int, directory: str):
     """Raise ValueError where the model in `directory` takes no rows of --max_seq_len tokens."""
-    found, window = f"--max_seq_len: found {max_seq_len}; {directory} has", config.sliding_window
-    if max_seq_len > config.n_positions:
-        raise ValueError(f"{found} {config.n_positions} positions, so give at most that")
-    if window is not None and max_seq_len > window:
-        raise ValueError(f"{found} a sliding_window of {window} tokens, so give at most that")
+    longest, limit = huggingface.longest_row(vars(config))
+    if max_seq_len > longest:
+        raise ValueError(
+            f"--max_seq_len: found {max_seq_len}; {directory} has {limit}, so give at most that"
+        )
 
 
 def new_model(args, tokenizer: data.Tokenizer) -> RewardModel:
@@ -500,10 +501,7 @@ def leading_pads(given: int | None, tokenizer: data.Tokenizer) -> int:
 
 
 def set_up(model: RewardModel, args) -> int:
-    """Set dropout, gradient checkpointing and LoRA as the flags say.
-
-    Returns the number of layers that got LoRA.
-    """
+    """Set dropout, gradient checkpointing, compiling and LoRA; return how many layers got LoRA."""
     model.backbone.config.dropout = args.dropout
     model.backbone.config.other_keys["max_seq_len"] = args.max_seq_len
     model.backbone.config.other_keys["truncation_side"] = args.truncation_side
@@ -518,7 +516,6 @@ def set_up(model: RewardModel, args) -> int:
 
 def new_tokenizer(args, template: ChatTemplate) -> data.Tokenizer:
     """Train a tokenizer, once for the same files; every process gets the same tokenizer."""
-
     to_texts = partial(data.texts_of, tokenizer=template)
 
     def train_on(sources: list[Iterable[list[str]]]) -> bytes:
@@ -528,6 +525,12 @@ def new_tokenizer(args, template: ChatTemplate) -> data.Tokenizer:
         except ValueError as error:
             raise ValueError(f"--vocab_size: {error}") from None
 
+    if not args.data_path:
+        pairs = itertools.islice(built_in_data(args.seed), TOKENIZER_PAIRS)
+        return data.Tokenizer(train_on([map(to_texts, pairs)]), args.pad_id, template=template)
+
+    files, reading = files_of(args.data_path), row_reading(args)
+
     def build(directory: Path):
         tqdm.write("training a tokenizer")
         bad_rows = [] if args.skip_bad_rows else None
@@ -536,10 +539,6 @@ def new_tokenizer(args, template: ChatTemplate) -> data.Tokenizer:
         sources = [convert_rows(to_texts, file, bad_rows) for file in rows]
         (directory / "tokenizer.model").write_bytes(train_on(sources))
 
-    if not args.data_path:
-        pairs = itertools.islice(built_in_data(args.seed), TOKENIZER_PAIRS)
-        return data.Tokenizer(train_on([map(to_texts, pairs)]), args.pad_id, template=template)
-    files, reading = files_of(args.data_path), row_reading(args)
     hashes = {path: file_hash(path) for path in files}
     contents = [(hashes[path], Path(path).suffix) for path in files]
     key = hash_of(
@@ -560,15 +559,15 @@ def load_data(args, tokenizer: data.Tokenizer, process: Process):
 
     Training data is an endless stream where it is built in, a TokenizedData otherwise.
     """
-    how = tokenizer, args.max_seq_len, args.truncation_side
+    settings = tokenizer, args.max_seq_len, args.truncation_side
     if not args.data_path:
         pairs = itertools.islice(data.known_rewards(EVAL_SEED), EVAL_PAIRS)
-        training = data.tokenize_each(built_in_data(args.seed), *how)
-        return training, data.tokenize_all(pairs, *how)
+        training = data.tokenize_each(built_in_data(args.seed), *settings)
+        return training, data.tokenize_all(pairs, *settings)
 
-    how = *how, args.data_output_path, args.skip_bad_rows, row_reading(args)
-    files = [data.tokenize_file(path, *how) for path in files_of(args.data_path)]
-    eval_files = [data.tokenize_file(path, *how) for path in files_of(args.eval_path or ())]
+    settings += args.data_output_path, args.skip_bad_rows, row_reading(args)
+    files = [data.tokenize_file(path, *settings) for path in files_of(args.data_path)]
+    eval_files = [data.tokenize_file(path, *settings) for path in files_of(args.eval_path or ())]
     for line in file_notes(files, eval_files, row_reading(args)):
         process.print(line)
     split = partial(data.split_indices, data_split=args.data_split, stage=1, seed=args.seed)
@@ -651,7 +650,7 @@ def result_follows_from(
     result = {name: getattr(args, name) for name in RESULT_FLAGS}
     result["global_batch"] = global_batch
     for name, value in asdict(model.backbone.config).items():
-        if name not in ("dropout", "other_keys"):  # the flag's, and without effect
+        if name not in ("dropout", "other_keys"):  # a flag, and keys that no computation reads
             result[f"config.{name}"] = value
     result["padding"] = [model.pad_id, model.num_padding_at_beginning]
     result["tokenizer"] = tokenizer.fingerprint()

@@ -11,7 +11,7 @@ from parts.guards import listed
 
 ANY = "any"  # the value of a fact that does not count, since another fact says so
 
-# How an error calls what a result follows from; everything else is a flag of its name.
+# Facts by name, as errors describe them; any other fact is the flag of its name.
 DESCRIPTIONS = {
     "global_batch": "the batch of all processes (--per_device_train_batch_size, "
     "--gradient_accumulation_steps)",

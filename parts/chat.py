@@ -47,7 +47,8 @@ def chat_text(
 def plain_template(has_bos: bool, has_eos: bool) -> str:
     """Write `chat_text` in jinja, for transformers, with the special tokens of a tokenizer.
 
-    has_bos, has_eos: whether its sequences begin and end with these. A test holds the two together.
+    has_bos, has_eos: whether its sequences begin and end with these. A test compares the template
+    with `chat_text`.
     """
     bos = "{{ bos_token }}" if has_bos else ""
     eos = "{% else %}{{ eos_token }}" if has_eos else ""

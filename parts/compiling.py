@@ -19,6 +19,7 @@ def compile_blocks(blocks: Iterable[nn.Module], backend: str | Callable = "induc
     attention (`PackedAttention.with_varlen`) is a part of them. `with_masks` is not: a graph would
     have a node for each of its calls, and be new for every batch.
     """
+    # Not as a decorator there: it imports torch._dynamo, which takes seconds.
     PackedAttention.with_masks = torch.compiler.disable(PackedAttention.with_masks)
     for block in blocks:
         block.compile(dynamic=True, backend=backend)

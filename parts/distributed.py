@@ -110,7 +110,7 @@ class Process:
         return scaler
 
     def sum(self, values: list[float]) -> list[float]:
-        """Add every number up over the ranks. One process does not ask its device."""
+        """Add every number up over the ranks. A process alone copies nothing to its device."""
         if self.world_size == 1:
             return [float(value) for value in values]
         values = torch.tensor(values, dtype=torch.float64, device=self.device)

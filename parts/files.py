@@ -25,8 +25,8 @@ def replacing(file) -> Iterator[Path]:
     """Give the path FILE.part to write to; it takes the name of `file` when the block ends.
 
     After an error `file` is as it was, and FILE.part is gone. Where `file` is a link, all this
-    happens to the file that it leads to. What is no regular file, such as a device or a FIFO, keeps
-    its place: its own path is given to write to. Raises ValueError for a directory.
+    happens to the file that it leads to. A device or a FIFO is not replaced: its own path is given
+    to write to. Raises ValueError for a directory.
     """
     if not is_regular_or_new(file):
         yield Path(file)
@@ -60,8 +60,8 @@ def is_regular_or_new(file) -> bool:
 def writing(file) -> Iterator[TextIO]:
     """Open a file to write text to, which is replaced as `replacing` says.
 
-    What a path like /dev/stdout stands for is written to where this process is in it, as its shell
-    may have redirected it to a file that others write to.
+    A path like /dev/stdout is written to by this process's own descriptor, from its position on:
+    the shell may have redirected it to a file that other programs write to.
     """
     descriptor = own_descriptor(file)
     if descriptor is not None:

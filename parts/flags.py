@@ -112,6 +112,16 @@ def field(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
+def not_empty(text: str) -> str:
+    """Parse a name or a path, an argparse type: an empty one is a shell's variable without value.
+
+    It would stand for the current directory, or for no flag at all.
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("found ''; expected a name or a path, or no such flag")
+    return text
+
+
 def stage(text: str) -> int:
     """Parse --zero_stage, an argparse type."""
     if text not in ("0", "2", "3"):
@@ -124,6 +134,17 @@ count = number(int, 1)
 count_from_0 = number(int, 0)
 positive = number(float, 0, above=True)
 not_negative = number(float, 0)
+
+
+class Last(argparse.Action):
+    """Store the values of a flag; where it is given again, say which earlier ones are not read."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        earlier = getattr(namespace, self.dest)
+        if earlier is not None and os.environ.get("RANK", "0") == "0":
+            unread = one_line(" ".join(map(str, earlier)))
+            print(f"{option_string}: found again, so {unread} is not read", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -155,13 +176,15 @@ def flags_of(parser: argparse.ArgumentParser, title: str) -> Callable:
     """Make a function that adds a flag to a group of the help: name, kind, default, help.
 
     kind: bool for a switch, names to choose from, or an argparse type; [kind] for one or more
-    values, [kind, "extend"] where a flag that is given again adds to them. metavar: how the help
-    calls a value.
+    values, [kind, "extend"] where a flag that is given again adds to them, [kind, Last] where it
+    replaces them. metavar: how the help calls a value. Text may not be empty.
     """
     group = parser.add_argument_group(title)
 
     def flag(name: str, kind, default, help: str, metavar: str | None = None):
         options = {"default": default, "help": help}
+        if kind is str:
+            kind = not_empty
         if kind is bool:
             options["action"] = "store_true"
         elif isinstance(kind, tuple):
@@ -183,11 +206,11 @@ def add_data_flags(flag: Callable):
         "comparisons: .jsonl, .jsonl.gz, .json or .parquet files, directories of them, or quoted "
         "globs (default: built-in data)"
     )
-    flag("--data_path", [str], None, text, "FILE")
+    flag("--data_path", [not_empty, Last], None, text, "FILE")
     text = "shares of the three RLHF stages; B's rows are used, as in DeepSpeed-Chat (0,1,0: all)"
     flag("--data_split", shares, [0.0, 1.0, 0.0], text, "A,B,C")
     text = "comparisons to evaluate on (default: a part of --data_path)"
-    flag("--eval_path", [str], None, text, "FILE")
+    flag("--eval_path", [not_empty, Last], None, text, "FILE")
     text = "the part: the last of the shuffled data (0.05)"
     flag("--eval_fraction", number(float, 0, 0.9, above=True), 0.05, text)
     add_row_flags(flag)
@@ -213,7 +236,7 @@ def add_row_flags(flag: Callable):
     text = "read the field THEIRS in place of our field OURS, such as prompt=question"
     flag("--fields", [field, "extend"], None, text, "OURS=THEIRS")
     text = "fields to read rows without; other fields that nothing reads are named"
-    flag("--ignore_fields", [str, "extend"], None, text, "FIELD")
+    flag("--ignore_fields", [not_empty, "extend"], None, text, "FIELD")
     text = (
         "rows of text are a text each (text), or chat messages of the user and the assistant, "
         "which go through the chat template (messages) (text)"
@@ -348,7 +371,7 @@ def check_flags(args: argparse.Namespace, parser: argparse.ArgumentParser):
     check_row_flags(args, parser)
     output_dir = Path(args.output_dir).resolve()
     model_dir = args.model_name_or_path and Path(args.model_name_or_path).resolve()
-    if not args.output_dir or output_dir == model_dir:
+    if output_dir == model_dir:
         parser.error(
             f"argument --output_dir: found {args.output_dir!r}; expected a directory, and not that "
             "of --model_name_or_path"

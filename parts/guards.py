@@ -24,43 +24,22 @@ JOINS_NOTHING = re.compile(f"(?<![^\0-\x7f])[{JOINERS}]|[{JOINERS}](?![^\0-\x7f]
 
 
 def check_rows(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    pairs: bool = False,
-    vocab_size: int | None = None,
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pairs: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check ids (N, L) and mask (N, L); with `pairs`, that rows i and N/2 + i can be compared.
 
     Returns ids and mask (bool, or None) on the CPU, where the ends of texts are searched for.
     Raises ValueError that names the row and what is wrong with it.
     """
-    if input_ids.dim() != 2 or input_ids.is_floating_point() or 0 in input_ids.shape:
-        raise ValueError(
-            "input_ids: expected integers of shape (rows, length), "
-            f"found {input_ids.dtype} of shape {list(input_ids.shape)}"
-        )
-    ids = input_ids.cpu()
+    ids = check_ids(input_ids)
     if pairs and len(ids) % 2:
         raise ValueError(
             f"input_ids: {counted(len(ids), 'row')}; pairs need an even number, "
             "all chosen rows and then all rejected ones"
         )
-    if vocab_size is not None:
-        unknown = ((ids < 0) | (ids >= vocab_size)).nonzero()
-        if len(unknown) > 0:
-            row, column = unknown[0].tolist()
-            raise ValueError(
-                f"row {row}: id {int(ids[row, column])} at column {column}; "
-                f"the model has ids 0 to {vocab_size - 1}"
-            )
     if attention_mask is None:
         return ids, None
-    mask = attention_mask.cpu() != 0
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask: shape {list(mask.shape)}; "
-            f"expected the shape of input_ids, {list(ids.shape)}"
-        )
+    mask = check_mask(attention_mask, ids.shape)
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
@@ -70,6 +49,66 @@ def check_rows(
         starts = mask.int().argmax(dim=1).tolist()
         check_starts(starts)
     return ids, mask
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
+    """Return ids (N, L) on the CPU. Raises ValueError that names a row with an unknown id."""
+    is_known = torch.is_tensor(input_ids) and input_ids.dtype in (torch.int64, torch.int32)
+    if not is_known or input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            "input_ids: expected integers, int64, of shape (rows, length), "
+            f"found {kind_of(input_ids)}"
+        )
+    ids = input_ids.cpu()
+    if vocab_size is not None:
+        unknown = ((ids < 0) | (ids >= vocab_size)).nonzero()
+        if len(unknown) > 0:
+            row, column = unknown[0].tolist()
+            raise ValueError(
+                f"row {row}: id {int(ids[row, column])} at column {column}; "
+                f"the model has ids 0 to {vocab_size - 1}"
+            )
+    return ids
+
+
+def check_mask(attention_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return the mask as bool, on the CPU. Raises ValueError unless it has 0 and 1 alone.
+
+    Other masks exist that are added to attention, 0 where this one is 1.
+    """
+    if not torch.is_tensor(attention_mask) or attention_mask.shape != shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids, {list(shape)}, "
+            f"found {kind_of(attention_mask)}"
+        )
+    mask = attention_mask.cpu()
+    others = ((mask != 0) & (mask != 1)).nonzero()  # NaN is neither
+    if len(others) > 0:
+        row, column = others[0].tolist()
+        raise ValueError(
+            f"attention_mask: row {row} has {mask[row, column].item()} at column {column}; "
+            "expected 1 on text and 0 elsewhere"
+        )
+    return mask != 0
+
+
+def check_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int):
+    """Check what a backbone is called with, as `check_ids` and `check_mask` do.
+
+    While torch.compile traces the call, there are no values to check.
+    """
+    if torch.compiler.is_compiling():
+        return
+    ids = check_ids(input_ids, vocab_size)
+    if attention_mask is not None:
+        check_mask(attention_mask, ids.shape)
+
+
+def kind_of(value) -> str:
+    """Describe what was found in place of a tensor, or of one of another dtype or shape."""
+    if torch.is_tensor(value):
+        return f"{value.dtype} of shape {list(value.shape)}"
+    return type(value).__name__
 
 
 def check_starts(starts: list[int]):
@@ -93,10 +132,30 @@ def check_rewards(rewards: torch.Tensor, shape: torch.Size):
         )
 
 
-def check_loss(loss: str, known: tuple[str, ...]):
-    """Raise ValueError for an objective that is not among the known ones."""
+def check_loss(loss: str, known: tuple[str, ...], center_rewards_coefficient: float):
+    """Raise ValueError for an objective that is not known, or a weight that is no number from 0."""
     if loss not in known:
         raise ValueError(f"loss: found {loss!r}; expected {' or '.join(known)}")
+    found = center_rewards_coefficient
+    if isinstance(found, str) or not 0 <= found < math.inf:  # NaN is not
+        raise ValueError(
+            f"center_rewards_coefficient: found {found!r}; expected a finite number from 0"
+        )
+
+
+def check_padding(pad_id: int, num_padding_at_beginning: int, source: str = ""):
+    """Raise ValueError unless both are whole numbers, and the second is not below 0.
+
+    source: begins the message.
+    """
+    numbers = {"pad_id": pad_id, "num_padding_at_beginning": num_padding_at_beginning}
+    for name, number in numbers.items():
+        # Tensors and numpy's integers are whole numbers, too.
+        is_whole = hasattr(number, "__index__") and not isinstance(number, bool)
+        if is_whole and (name == "pad_id" or number >= 0):
+            continue
+        expected = "a token id" if name == "pad_id" else "a whole number from 0"
+        raise ValueError(f"{source}{name}: found {number!r}; expected {expected}")
 
 
 def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
@@ -106,10 +165,8 @@ def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
     """
     if margins is None:
         return [0.0] * count
-    margins = as_floats(margins)
+    margins = as_floats("margins", margins, count, f"a finite number for each of {count}")
     found = None
-    if len(margins) != count:
-        found = counted(len(margins), "number")
     for i, margin in enumerate(margins):
         if not math.isfinite(margin):
             found = f"{margin} for pair {i}"
@@ -125,19 +182,17 @@ def check_targets(
     """Return the target of every pair, or packed comparison: 1 where none are given.
 
     margins: from `check_margins`. token_groups: the texts of packed comparisons, (B,).
-    Raises ValueError for a wrong number of targets, or one that names the pair: its target is no
-    number from 0 to 1, or another one than 1 beside a margin or in a ranking of more than two.
+    Raises ValueError for a wrong number of targets, or one that names the pair whose target is no
+    number from 0 to 1, or is not 1 beside a margin or in a ranking of more than two.
     """
     count = len(margins)
     if targets is None:
         return [1.0] * count
-    targets = as_floats(targets)
-    expected = f"expected a number from 0 to 1 for each of {count}"
-    if len(targets) != count:
-        raise ValueError(f"targets: found {len(targets)} numbers; {expected}")
+    expected = f"a number from 0 to 1 for each of {count}"
+    targets = as_floats("targets", targets, count, expected)
     for i, (target, margin) in enumerate(zip(targets, margins)):
         if not 0 <= target <= 1:  # NaN is not
-            raise ValueError(f"targets: found {target} for pair {i}; {expected}")
+            raise ValueError(f"targets: found {target} for pair {i}; expected {expected}")
         if target == 1:
             continue
         if margin != 0:
@@ -150,10 +205,25 @@ def check_targets(
     return targets
 
 
-def as_floats(numbers: Sequence[float] | torch.Tensor) -> list[float]:
+def as_floats(
+    name: str, numbers: Sequence[float] | torch.Tensor, count: int, expected: str
+) -> list[float]:
+    """Return numbers, a tensor, an array or a list of them, as floats.
+
+    Raises ValueError that begins with their name where they are not as many numbers, in one row.
+    expected: ends the message.
+    """
     if torch.is_tensor(numbers):
         numbers = numbers.tolist()
-    return np.asarray(numbers, dtype=np.float64).flatten().tolist()
+    numbers = np.asarray(numbers)
+    found = counted(numbers.size, "number")
+    if numbers.dtype.kind not in "buif":
+        found = f"values of dtype {numbers.dtype}"
+    elif numbers.ndim != 1:
+        found += f" of shape {list(numbers.shape)}"
+    elif len(numbers) == count:
+        return numbers.astype(np.float64).tolist()
+    raise ValueError(f"{name}: found {found}; expected {expected}")
 
 
 def check_ranking(number: int, responses: int, target: float):

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 
 from parts.files import replacing
-from parts.guards import LONGEST_NAME, check_weights, counted, one_line
+from parts.guards import LONGEST_NAME, check_padding, check_weights, counted, one_line
 from parts.inputs import is_file
 from parts.memory import full_memory
 from parts.tokenizers import NO_JSON, has_tokenizer, load_tokenizer, refuse_others
@@ -48,8 +48,8 @@ class Family:
     variant: dict  # fields of GPTConfig that make a backbone one of this family
     config: dict[str, str]  # field of GPTConfig -> key of config.json
     fixed: dict  # key that would change the computation -> the only value that is supported
-    missing: dict  # key -> its value in transformers where config.json has none, unless it is ours
-    dropouts: dict[str, float]  # the same of dropouts that are not 0
+    missing: dict  # key -> its default in transformers, where that differs from ours
+    dropouts: dict[str, float]  # key of a dropout -> its default in transformers, where not 0
     names: dict[str, str]  # module of GPT -> Hugging Face's name
     layer_names: dict[str, str]  # module of Block -> Hugging Face's name, which several may share
     prefixes: tuple[str, ...]  # may stand before a name; first: the prefix of classifiers
@@ -57,11 +57,11 @@ class Family:
     required: tuple[str, ...] = REQUIRED  # fields whose key must be there
     bos_in_front: bool = True  # texts begin with bos
     transposed: bool = False  # weights of blocks are stored as (in, out)
-    interleaved: bool = False  # a weight that q, k and v share has them alternate, head by head
+    interleaved: bool = False  # q, k and v alternate, head by head, in the weight that they share
     ignored: tuple[str, ...] = ()  # endings of buffers that old checkpoints carry
 
 
-# What the rows of llama, mistral, qwen2 and qwen3 have in common.
+# The row that llama, mistral, qwen2 and qwen3 start from.
 LLAMA = Family(
     variant=COMMON
     | dict(
@@ -761,7 +761,7 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises ValueError that names the file which is missing or broken.
     """
     path, hf = Path(path), read_config(path)
-    files = [path / name for name in WEIGHT_FILES if is_file(path / name)][:1]
+    files = files_of_weights(path)[:1]
     if not files:
         raise ValueError(
             f"{path}: neither model.safetensors nor pytorch_model.bin there, whole or in shards"
@@ -796,6 +796,20 @@ def read_checkpoint(path) -> tuple[dict, dict[str, torch.Tensor]]:
             )
     check_weights(weights, path)
     return hf, weights
+
+
+def files_of_weights(path) -> list[Path]:
+    """List the files of weights in a directory, the one that is read first."""
+    return [Path(path) / name for name in WEIGHT_FILES if is_file(Path(path) / name)]
+
+
+def unread_weights(path) -> str:
+    """Say which file of weights is read, where there are others that are not; else ""."""
+    files = files_of_weights(path)
+    if len(files) < 2:
+        return ""
+    others = ", ".join(file.name for file in files[1:])
+    return f"weights read from {files[0].name}; {others}, there too, not read"
 
 
 def shards_of(index: Path) -> list[Path]:
@@ -855,9 +869,9 @@ MOST_ADDED_ROWS = 1000  # of zeros, behind an embedding, for tokens that were ad
 def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple[int, int]:
     """Return the pad id, and how many of them begin a text; None takes what the directory says.
 
-    That is config.json's pad id, else the tokenizer's, else a new id right after the vocabulary;
-    and config.json's number, else 1 where texts begin with a bos that is also the pad, else 0.
-    Raises ValueError as `check_pad_id` does.
+    The pad id is config.json's, else the tokenizer's, else a new id right after the vocabulary; the
+    number is config.json's, else 1 where texts begin with a bos that is also the pad, else 0.
+    Raises ValueError as `check_pad_id` and `check_padding` do.
     """
     if pad_id is None and (hf.get("pad_token_id") or 0) >= 0:  # Llama 1 says "none" by -1
         pad_id = hf.get("pad_token_id")
@@ -869,6 +883,7 @@ def padding_of(path, hf: dict, pad_id: int | None, leading: int | None) -> tuple
     if leading is None:
         is_bos = family_of(hf["model_type"]).bos_in_front and hf.get("bos_token_id") == pad_id
         leading = hf.get("num_padding_at_beginning", int(is_bos))
+    check_padding(pad_id, leading, f"{path}: ")
     return pad_id, leading
 
 
@@ -903,20 +918,24 @@ def value_head(
     """Return the value head of a checkpoint, (1, width), or None where it has none; and a remark.
 
     The remark says where the head was read, or why there is none: a score.weight of more rows is a
-    classifier's. Raises ValueError for another width, and for a v_head.weight of another shape.
+    classifier's; and which files of weights were not read (`unread_weights`).
+    Raises ValueError for another width, and for a v_head.weight of another shape.
     """
+    more = unread_weights(source)
+    if more:
+        more = f"; {more}"
     names = [name for name in ("v_head.weight", "score.weight") if name in weights]
     if not names:
-        return None, "no value head there (v_head.weight or score.weight), so a fresh one"
+        return None, f"no value head there (v_head.weight or score.weight), so a fresh one{more}"
     name = names[0]
     shape = list(weights[name].shape)
     if len(names) == 2 and list(weights[names[1]].shape) == [1, width]:
         raise ValueError(f"{source}: {' and '.join(names)} are both value heads; expected one")
     found = f"weight {name} has shape {shape}; expected {[1, width]}"
     if shape == [1, width]:
-        return weights[name], f"value head read from {name}"
+        return weights[name], f"value head read from {name}{more}"
     if name == "score.weight" and len(shape) == 2 and shape[0] != 1:
-        return None, f"{found}; that is a classifier's, so a fresh value head"
+        return None, f"{found}; that is a classifier's, so a fresh value head{more}"
     raise ValueError(f"{source}: {found}")
 
 
@@ -930,7 +949,12 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
         raise ValueError(f"layout 'hf': {tokenizer.gap()}; layout 'deepspeed-chat' keeps the model")
     file = path / ("model.safetensors" if layout == "hf" else "pytorch_model.bin")
     refuse_others("model", [path / name for name in WEIGHT_FILES if path / name != file])
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be made a directory ({error.strerror}); give another one"
+        ) from None
     length = tokenizer.vocab_size if tokenizer else model.backbone.config.vocab_size
     rows = 8 * math.ceil(max(length, model.pad_id + 1) / 8)
     hf = model.backbone.config.to_hf() | {
@@ -966,17 +990,21 @@ def save_reward_model(model, path, layout: str, tokenizer=None):
 
 
 def longest_row(fields: dict) -> tuple[int, str]:
-    """Return how many tokens a row may have at most, by the fields of a GPTConfig, and why."""
+    """Return how many tokens a row may have at most, and the limit in words: "32 positions".
+
+    fields: of a GPTConfig.
+    """
     longest, window = fields["n_positions"], fields["sliding_window"]
     if window is not None and window < longest:
-        return window, "its sliding_window"
-    return longest, "the positions that the model has"
+        return window, f"a sliding_window of {window} tokens"
+    return longest, f"{longest} positions"
 
 
 def truncation_of(fields: dict) -> tuple[int, str]:
     """Return the length to which the texts of a model are truncated, and the side that is cut.
 
-    fields: of its GPTConfig. That is as in training; else to the longest row, on the left.
+    fields: of its GPTConfig. Both are as in training; without a record of it, the longest row and
+    the left side.
     """
     keys = fields["other_keys"]
     return keys.get("max_seq_len", longest_row(fields)[0]), keys.get("truncation_side", "left")

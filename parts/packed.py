@@ -92,7 +92,7 @@ class PackedBatch:
 
 
 def moved(value, device: torch.device):
-    """Copy tensors to a device without waiting for it: of a tensor, or of what holds tensors."""
+    """Copy a tensor, or the tensors in a dataclass or tuple, to a device without waiting for it."""
     if torch.is_tensor(value):
         if device.type == "cuda" and value.device.type == "cpu":
             value = value.pin_memory()  # from other memory, a copy waits
@@ -107,7 +107,7 @@ def moved(value, device: torch.device):
 
 def shared_prefix(texts: list[list[int]]) -> int:
     """Count the tokens that all texts have in common at their start."""
-    # What the first and the last text in lexical order share, those between them share, too.
+    # All texts lie between the first and the last in lexical order, and begin as these two do.
     first, last = min(texts), max(texts)
     for position, (token, other) in enumerate(zip(first, last)):
         if token != other:
@@ -156,12 +156,18 @@ def pack(
     min_responses: 1 allows single texts, to be scored.
     longest_tail: cut tails to this length; None: keep them whole. `RewardModel.pack` knows the
         length that its loss needs.
-    Raises ValueError that names the comparison which has too few texts or an empty one.
+    Raises ValueError that names the comparison which has too few texts, an empty one, or other
+    things than lists of token ids.
     """
     if not token_groups:
         raise ValueError("no comparison to pack")
     trunks, branches, tails = [], [], []  # pieces: (token ids, column of the first one)
     for number, group in enumerate(token_groups):
+        kinds = [type(text).__name__ for text in group if not isinstance(text, (list, tuple))]
+        if kinds:
+            raise ValueError(
+                f"comparison {number}: found {kinds[0]}; expected texts, each a list of token ids"
+            )
         if len(group) < min_responses or not all(group):
             lengths = [len(text) for text in group]
             raise ValueError(
@@ -179,10 +185,12 @@ def pack(
     for tokens, column in trunks + branches + tails:
         input_ids += tokens
         positions.append(np.arange(column, column + len(tokens)))
-    # By way of numpy, since PyTorch takes longer to read a list.
+    ids = np.array(input_ids)  # PyTorch takes longer to read a list
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"token_groups, pad_id: found {ids.dtype}; expected token ids, int64")
     return PackedBatch(
         token_groups,
-        torch.tensor(np.array(input_ids)),
+        torch.tensor(ids.astype(np.int64, copy=False)),
         torch.tensor(np.concatenate(positions)),
         trunks=[len(tokens) for tokens, _ in trunks],
         branches=[len(tokens) for tokens, _ in branches],
@@ -200,11 +208,11 @@ def pack(
 
 
 def reward_places(batch: PackedBatch) -> list[list[np.ndarray]]:
-    """List where the rewards of texts lie among those of all branches, then all tails.
+    """List the places of each text's rewards: indices into `RewardModel.packed_rewards`.
 
-    Returns for each comparison an array for each text: the place of its column behind the trunk, of
-    the next one and so on, to the end of the longest text, or without tails to the text's own end.
-    A tail of one token stands for a longer one.
+    Returns for each comparison an array for each text, with a place for each of its columns, from
+    the first behind the trunk to the end of the longest text, or without tails to the text's own
+    end. A tail of one token stands for a longer one.
     """
     branch_starts = itertools.accumulate(batch.branches, initial=0)
     tail_starts = itertools.accumulate(batch.tails, initial=sum(batch.branches))
@@ -225,36 +233,37 @@ def reward_places(batch: PackedBatch) -> list[list[np.ndarray]]:
 
 @dataclass
 class PairIndex:
-    """Positions that a loss compares, pair after pair: N of them, of rewards (R,)."""
+    """The N positions at which a loss compares two rewards, pair after pair."""
 
-    places: torch.Tensor  # (2N,) int64: of the chosen texts' rewards, then of the rejected ones'
-    weights: torch.Tensor  # (N,) float64, of the positions in the loss; their sum is 1
+    places: torch.Tensor  # (2N,) int64: of all chosen rewards, then of all rejected ones
+    weights: torch.Tensor  # (N,) float64: of each position in the loss; they add up to 1
     margins: torch.Tensor | float  # (N,) float64, or 0 for all
     targets: torch.Tensor | float  # (N,) float64, or 1 for all
 
     @classmethod
     def of(cls, pairs: list[tuple[np.ndarray, np.ndarray, float, float, float]]) -> "PairIndex":
-        """Make the index of pairs, each of places, places, its weight, margin and target."""
+        """Make the index of pairs: chosen places, rejected places, weight, margin, target."""
         chosen, rejected, *numbers = zip(*pairs)
         counts = [len(places) for places in chosen]
         weights, margins, targets = np.array(numbers, dtype=np.float64)
-        variants = []
+        at_positions = []
         for values, default in ((margins, 0.0), (targets, 1.0)):
             if (values == default).all():
-                variants.append(default)
+                at_positions.append(default)
             else:
-                variants.append(torch.tensor(values.repeat(counts)))
+                at_positions.append(torch.tensor(values.repeat(counts)))
         places = torch.tensor(np.concatenate(chosen + rejected))
-        return cls(places, torch.tensor((weights / counts).repeat(counts)), *variants)
+        return cls(places, torch.tensor((weights / counts).repeat(counts)), *at_positions)
 
     def read(self, rewards: torch.Tensor) -> tuple:
-        """Return the chosen and the rejected rewards, (N,), margins and targets, of one dtype."""
+        """Return the arguments of `rm.pair_terms`, of one dtype, from rewards (R,)."""
         chosen, rejected = rewards.index_select(0, self.places).chunk(2)
-        variants = [self.margins, self.targets]
-        for i, numbers in enumerate(variants):
-            if torch.is_tensor(numbers):
-                variants[i] = numbers.to(rewards.dtype)
-        return chosen, rejected, *variants
+        margins, targets = self.margins, self.targets
+        if torch.is_tensor(margins):
+            margins = margins.to(rewards.dtype)
+        if torch.is_tensor(targets):
+            targets = targets.to(rewards.dtype)
+        return chosen, rejected, margins, targets
 
     def mean(self, terms: torch.Tensor) -> torch.Tensor:
         """Return the weighted mean of terms (N,), a scalar."""
@@ -268,9 +277,10 @@ def index_pairs(
 
     region: finds (start, stop), the columns that the loss of two texts reads; none for equal texts.
     margins, targets: one for each comparison.
+    Raises ValueError for a region that starts in a trunk.
     Every comparison weighs the same; its pairs share its weight, and the positions of a pair share
-    that of the pair. The first index is None for a batch without padding, whose ends alone can be
-    read.
+    the weight of the pair. The first index is None where the batch has no padding: only the ends of
+    its texts can be read then.
     """
     regions, ends = [], []
     has_padding = batch.longest_tail != 0
@@ -279,16 +289,21 @@ def index_pairs(
     ):
         pairs = list(itertools.combinations(range(len(group)), 2))
         weight = 1 / (len(batch.token_groups) * len(pairs))
-        variant = weight, margin, target
+        numbers = weight, margin, target
         for i, j in pairs:
             # Places begin behind the trunk.
             last, other_last = len(group[i]) - 1 - trunk, len(group[j]) - 1 - trunk
-            ends.append((places[i][last, None], places[j][other_last, None], *variant))
+            ends.append((places[i][last, None], places[j][other_last, None], *numbers))
             if has_padding:
                 start, stop = region(group[i], group[j])
                 start = min(start, stop - 1)  # identical texts: their last token
+                if start < trunk:
+                    raise ValueError(
+                        f"region: starts at column {start} of texts {i} and {j}; a packed batch "
+                        f"has no rewards of their first {trunk} tokens, which all texts share"
+                    )
                 columns = slice(start - trunk, stop - trunk)
-                regions.append((places[i][columns], places[j][columns], *variant))
+                regions.append((places[i][columns], places[j][columns], *numbers))
     return PairIndex.of(regions) if has_padding else None, PairIndex.of(ends)
 
 
@@ -310,7 +325,7 @@ class PackedAttention:
         self.batch = batch
         self.scaled_dot_product = scaled_dot_product
         self.lengths = batch.trunks + batch.branches + batch.tails
-        self.masks = {}  # calls and masks, by the number of queries: the last block has fewer
+        self.masks = {}  # of `plan_masks`, by the number of queries: the last block has fewer
 
     def __call__(self, q, k, v, dropout_p: float) -> torch.Tensor:
         """Attend from q to k and v, without the rows of tails; returns a tensor of q's shape.
@@ -360,17 +375,18 @@ class PackedAttention:
         # Each piece has the number of its trunk and of its branch; a trunk has branch -1.
         trunk_numbers = [*range(n_trunks), *trunk_of, *trunk_of]
         branch_numbers = [-1] * n_trunks + [*range(n_branches), *range(n_branches)]
-        of_piece = torch.tensor([trunk_numbers, branch_numbers])
+        numbers = torch.tensor([trunk_numbers, branch_numbers])
         lengths = torch.tensor(self.lengths)
-        of_token = of_piece.repeat_interleave(lengths, dim=1, output_size=batch.num_tokens)
-        of_token = moved(of_token, q.device)
-        places = torch.cat((of_token, batch.positions[None])).split(self.lengths, dim=1)
+        numbers = numbers.repeat_interleave(lengths, dim=1, output_size=batch.num_tokens)
+        numbers = moved(numbers, q.device)  # (2, T)
+        # For each piece the trunk, branch and column of its tokens, (3, length).
+        origins = torch.cat((numbers, batch.positions[None])).split(self.lengths, dim=1)
         plan = []
         for asking, asked in self.list_calls(with_trunks):
             mask = None
             if asking != asked:
-                queries = torch.cat([places[piece] for piece in asking], dim=1)
-                keys = torch.cat([places[piece] for piece in asked], dim=1)
+                queries = torch.cat([origins[piece] for piece in asking], dim=1)
+                keys = torch.cat([origins[piece] for piece in asked], dim=1)
                 mask = q.new_zeros(()).where(sees(queries, keys), -math.inf)
             plan.append((asking, asked, mask))
         return plan
@@ -386,7 +402,7 @@ class PackedAttention:
             tails = [branch + n_branches for branch in branches]
             first += len(group)
             has_queries = with_trunks and self.lengths[trunk] > 0
-            own = [trunk] if has_queries else []
+            asking_trunks = [trunk] if has_queries else []
             size = sum(self.lengths[piece] for piece in [trunk, *branches, *tails])
             if size > SHORT:
                 if has_queries:
@@ -399,7 +415,7 @@ class PackedAttention:
                 calls.append(([], []))
                 room = SHORT
             asking, asked = calls[-1]
-            asking += own + branches + tails
+            asking += asking_trunks + branches + tails
             asked += [trunk, *branches]
             room -= size
         return calls
@@ -438,13 +454,13 @@ class VarlenCall:
     longest_query: int
     longest_key: int
     window: tuple[int, int]  # (-1, 0): causal, aligned to the ends of queries and keys; (-1, -1)
-    announces_gqa: bool  # grouped heads must be announced; PyTorch 2.11 takes them as they are
+    announces_gqa: bool  # `asks_for_gqa`, asked here and not in a compiled block
 
     @classmethod
     def of(cls, sequences: list[tuple[int, np.ndarray]], window, n_keys: int) -> "VarlenCall":
-        """Make a call of sequences, each a number of queries and the rows of their keys.
+        """Make a call of sequences, each a number of queries and the rows of their keys in k.
 
-        n_keys: the number of all rows.
+        n_keys: the number of rows of k.
         """
         from torch.nn.attention.varlen import varlen_attn  # not above: importing it takes a second
 
@@ -464,26 +480,25 @@ def plan_varlen(batch: PackedBatch) -> tuple[tuple[VarlenCall, ...], ...]:
     """List the calls of attention for the queries of all tokens, and for those behind trunks.
 
     The first call is causal: trunks, branches, and tails if none is longer than one token, because
-    aligned to the ends a single query sees all keys. Another call is of longer tails.
+    a single query, aligned to the last key, sees all keys. Longer tails have a call of their own.
     """
     key_lengths = batch.trunks + batch.branches
     n_keys = sum(key_lengths)
     rows = np.split(np.arange(n_keys), np.cumsum(key_lengths)[:-1])
-    trunks, branches = rows[: len(batch.trunks)], iter(rows[len(batch.trunks) :])
+    trunks = rows[: len(batch.trunks)]
+    branches = iter(rows[len(batch.trunks) :])
     texts = []
     for trunk, group in zip(trunks, batch.token_groups):
         for _ in group:
             texts.append(np.concatenate((trunk, next(branches))))
-    causal, whole = list(zip(batch.branches, texts)), []
+    causal = list(zip(batch.branches, texts))
     tails = [(count, keys) for count, keys in zip(batch.tails, texts) if count > 0]
+    calls_of_tails = ()
     if max(batch.tails) <= 1:
         causal += tails
     else:
-        whole = tails
+        calls_of_tails = (VarlenCall.of(tails, (-1, -1), n_keys),)
     of_trunks = [(len(trunk), trunk) for trunk in trunks if len(trunk) > 0]
-    calls_of_tails = ()
-    if whole:
-        calls_of_tails = (VarlenCall.of(whole, (-1, -1), n_keys),)
     plans = []
     for sequences in (of_trunks + causal, causal):
         plans.append((VarlenCall.of(sequences, (-1, 0), n_keys), *calls_of_tails))

@@ -1,6 +1,6 @@
-"""A prompt that responses repeat at their start is found here, and read once; so are system ones.
+"""Prompts that responses repeat at their start, and repeated system messages: each is read once.
 
-Rows and their fields are in parts/rows.py; how a dialogue becomes text is in parts/tokenizers.py.
+Rows and their fields are in parts/rows.py; how a dialogue becomes text is in parts/chat.py.
 """
 
 OUT_OF_PROMPT = "where the responses are whole dialogues, --ignore_fields prompt reads them alone"

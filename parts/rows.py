@@ -74,10 +74,12 @@ def check_no_file_twice(files: list[str]):
         if not os.path.exists(path):
             continue  # reading it says what is wrong
         stat = os.stat(path)
-        first = paths.setdefault((stat.st_dev, stat.st_ino), path)
-        if first is not path:
+        place = stat.st_dev, stat.st_ino
+        if place in paths:
+            first = paths[place]
             found = f"is the same file as {first}" if first != path else "found twice"
             raise ValueError(f"{path}: {found}; give each file once, or a copy of it")
+        paths[place] = path
 
 
 def files_at(path: str) -> list[str]:
@@ -304,6 +306,8 @@ def reading_of(fields=None, ignore_fields: Iterable[str] = (), text_as: str = "t
     Raises ValueError that begins with the flag which is wrong.
     """
     pairs = list(fields.items()) if isinstance(fields, dict) else list(fields or ())
+    if isinstance(ignore_fields, str):  # not its letters
+        ignore_fields = [ignore_fields]
     ignored = set(ignore_fields)
     seen = set()
     for ours, theirs in pairs:

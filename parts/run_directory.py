@@ -44,7 +44,7 @@ NUMBERS = {"step": ("lr", "pairs", "tokens", "seconds"), "eval": ("pairs",)}
 class RunDirectory:
     """The files of one run, written by rank 0; checkpoints by all ranks.
 
-    A directory that is there is locked from here on, another one by `open`: a second run in it is
+    An existing directory is locked from here on, a new one from `open` on: a second run in it is
     refused, with a ValueError that names the process of the first.
     tensorboard_path: directory of TensorBoard's copy of the metrics, or None.
     """

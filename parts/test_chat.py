@@ -147,7 +147,7 @@ def sentencepiece_with_json(directory, config):
 
 
 def llama_2(directory, config):
-    """The same as a LlamaTokenizer, for which only the first part of a text begins with a space."""
+    """A sentencepiece BPE as LlamaTokenizer: only the first part of a text begins with a space."""
     return sentencepiece_with_json(directory, {"tokenizer_class": "LlamaTokenizer"} | config)
 
 
@@ -242,7 +242,7 @@ def test_a_generation_prompt_is_that_of_transformers(own_template):
 
 
 def test_a_saved_tokenizer_has_the_same_template(own_template, tmp_path):
-    """For us and for AutoTokenizer: text, ids, special tokens, and the template byte for byte."""
+    """We and AutoTokenizer get its text, ids, special tokens, and the template byte for byte."""
     directory, theirs = own_template
     ours = data.load_tokenizer(directory)
     ours.save(tmp_path)
@@ -282,7 +282,7 @@ def test_text_that_a_template_has_rendered_gets_no_second_bos_and_no_second_eos(
 @pytest.mark.parametrize("kind", ["sentencepiece, tokenizer.json", "bytes", "bytes without bos"])
 @pytest.mark.parametrize("end", ["", "\n", " ", "\n\n", " \t\n", "\u3000", "x", "\u200b"])
 def test_white_space_behind_an_eos_goes(tmp_path, kind, end):
-    """Without an eos it stays, as other characters do that only look like it."""
+    """White space without an eos stays, as do other characters that only look like it."""
     ours = data.load_tokenizer(KINDS[kind](tmp_path / "hub", NAMED))
     bos = [] if ours.bos_id is None else [ours.bos_id]
     is_space = end in ("", "\n", " ", "\n\n", " \t\n")

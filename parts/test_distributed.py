@@ -15,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import data
 import rm
@@ -29,7 +30,6 @@ from conftest import (
     forked_ok,
     in_float64,
     metrics_of,
-    run,
     same_bits,
     same_run,
     signal_in_step,
@@ -97,7 +97,7 @@ def test_ranks_get_every_comparison_once_and_similar_numbers_of_tokens(layout):
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_with_sharded_weights_every_rank_has_as_many_micro_batches(layout):
-    """One large comparison on a rank alone, many small ones on the other: each is there once."""
+    """A large comparison on a rank alone, many small ones on the other: each is there once."""
     batch = [data.Tokenized([[1] * 200, [2] * 200])]
     for _ in range(20):
         batch.append(data.Tokenized([[1] * 6, [2] * 5]))
@@ -129,44 +129,42 @@ def test_a_batch_smaller_than_the_number_of_ranks(tmp_path):
     same_run(one, two)
 
 
-WATCHED = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {here!r})
-import train
+def compare_after_steps():
+    """Have the optimizer compare the weights of all ranks after each of its steps."""
+    make_optimizer = train.make_optimizer
 
-def watched(model, *arguments):
-    process = arguments[-1]
-    optimizer = make_optimizer(model, *arguments)
-    step = optimizer.step
-    def step_and_compare():
-        step()
-        mine = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
-        others = [torch.empty_like(mine) for _ in range(process.world_size)]
-        dist.all_gather(others, mine)
-        process.print(f"ranks agree: {{all(torch.equal(mine, other) for other in others)}}")
-        print(f"dropout seed {{torch.initial_seed()}}", flush=True)
-    optimizer.step = step_and_compare
-    return optimizer
+    def watched(model, *arguments):
+        process = arguments[-1]
+        optimizer = make_optimizer(model, *arguments)
+        step = optimizer.step
 
-make_optimizer, train.make_optimizer = train.make_optimizer, watched
-train.main()
-"""
+        def step_and_compare():
+            step()
+            mine = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+            others = [torch.empty_like(mine) for _ in range(process.world_size)]
+            dist.all_gather(others, mine)
+            process.print(f"ranks agree: {all(torch.equal(mine, other) for other in others)}")
+            print(f"dropout seed {torch.initial_seed()}", flush=True)
+
+        optimizer.step = step_and_compare
+        return optimizer
+
+    train.make_optimizer = watched
 
 
 def test_parameters_stay_equal_across_ranks(on_files, tmp_path):
     """After every step, to the bit: with accumulation, ragged batches, and each rank's dropout."""
-    script = tmp_path / "watched.py"
-    script.write_text(WATCHED.format(here=str(HERE)))
-    done = run(
-        script,
-        *[*TINY, *on_files, "--output_dir", tmp_path / "out"],
+    codes, said = forked(
+        tmp_path / "out",
+        *[*TINY, *on_files],
         "--max_steps 7 --per_device_train_batch_size 3 --gradient_accumulation_steps 2",
         "--micro_batch_tokens 150 --dropout 0.1",
         processes=2,
+        before=compare_after_steps,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ranks agree: True") == 7
-    assert len(set(re.findall(r"dropout seed \d+", done.stdout))) == 2
+    assert codes == [0, 0], said
+    assert said[0].count("ranks agree: True") == 7
+    assert len(set(re.findall(r"dropout seed \d+", "".join(said)))) == 2
 
 
 # --------------------------------------------------------------------------------------------------

@@ -167,6 +167,27 @@ def test_bad_flags(flags, expected, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    "flag",
+    "--data_path --eval_path --tokenizer_path --chat_template --data_output_path --eval_by "
+    "--ignore_fields --model_name_or_path --lora_module_name --output_dir --tensorboard_path "
+    "--fields".split(),
+)
+def test_empty_text_is_refused(flag, monkeypatch, capsys):
+    """It is what a shell makes of "$NAME" where NAME is not set."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "--data_path", "x", flag, ""])
+    with pytest.raises(SystemExit) as exit:
+        parse_flags(*NAMES)
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert exit.value.code and line.startswith(f"train.py: error: argument {flag}: found ''"), line
+
+
+def test_values_that_a_later_flag_replaces_are_named(monkeypatch, capsys):
+    args = parsed(monkeypatch, "--data_path a b --eval_path c --data_path d")
+    assert (args.data_path, args.eval_path) == (["d"], ["c"])
+    assert capsys.readouterr().err == "--data_path: found again, so a b is not read\n"
+
+
+@pytest.mark.parametrize(
     "tokenizer",
     ["out", "out/tokenizer.model", "out/a/tokenizer.json", "./x/../out", "link", "link/a"],
 )
@@ -202,14 +223,14 @@ def test_without_tools_training_works_and_other_programs_name_what_is_missing(tm
 
     done = run("train.py", *TINY, "--max_steps 2 --eval_iters 1 --vocab_size 400 --output_dir out")
     assert done.returncode == 0, done.stderr
+    assert "accuracy after training: " in done.stdout
     weights = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     assert all(weight.isfinite().all() for weight in weights.values())
     script = "import data, rm; rm.RewardModel.from_pretrained('out'); data.load_tokenizer('out')"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=LIMIT)
     assert done.returncode == 0
-    for arguments, name in (
+    for arguments, name in (  # without `convert`: tools/test_score.py
         ("train.py --dry_run", "dry_run"),
-        ("rm.py out rows.jsonl", "score"),
         ("rm.py convert out other --layout hf", "score"),
     ):
         refused = run(arguments)

@@ -25,7 +25,6 @@ from conftest import (
     forked_ok,
     metrics_of,
     read_rows,
-    run,
     same_bits,
     signal_in_step,
     words,
@@ -46,6 +45,7 @@ from parts.guards import (
 )
 from parts.run_directory import newest_checkpoint
 from rm import GPT, RewardModel
+from tools import score
 
 
 def facts_of(output_dir):
@@ -162,11 +162,11 @@ def test_gradient_norm_that_is_not_finite_stops_the_run(small, tmp_path):
 def test_training_that_diverges_stops_before_it_spoils_the_weights(tmp_path):
     """The step is not taken and not logged; what was logged before stays valid JSON."""
     flags = "--learning_rate 1e30 --max_grad_norm 1e30 --eval_iters 1"
-    done = run("train.py", *TINY, flags, "--output_dir", tmp_path)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
+    codes, (said,) = forked(tmp_path / "out", *TINY, flags)
+    assert codes == [1] and "Traceback" not in said
+    last = said.splitlines()[-1]
     assert "train.py: error: at step" in last and "--learning_rate" in last
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+    for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
@@ -213,10 +213,10 @@ def test_weights_that_are_not_finite_are_refused_by_name_when_they_are_read(
     flags = [*on_files, "--max_seq_len 64 --model_name_or_path", model]
     line = complaint(monkeypatch, capsys, *flags, "--output_dir", tmp_path / "out")
     assert expected in line
-    if name == "v_head.weight":
-        done = run("rm.py", model, on_files[1])
-        assert done.returncode == 1 and done.stdout == ""
-        assert done.stderr.startswith(f"rm.py: error: {expected}")
+    monkeypatch.setattr(sys, "argv", words(["rm.py", model, on_files[1]]))
+    with pytest.raises(SystemExit, match=f"^rm.py: error: {expected}"):
+        score.main()
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("layout", ["deepspeed-chat", "hf"])

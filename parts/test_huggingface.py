@@ -440,6 +440,23 @@ def test_it_is_said_where_the_value_head_was_read(name, shape, is_read, words, t
     assert not is_read or torch.equal(model.v_head.weight, head)
 
 
+def test_it_is_said_which_weights_are_read_where_there_are_two_files(tmp_path):
+    """model.safetensors comes first, as in transformers; the other file may be another model."""
+    import safetensors.torch
+
+    weights = GPT(small("gpt2")).to_hf()
+    (tmp_path / "config.json").write_text(json.dumps(small("gpt2").to_hf()))
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    weights["v_head.weight"] = torch.ones(1, small("gpt2").n_embd)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    model = RewardModel.from_pretrained(tmp_path)
+    words = "weights read from model.safetensors; pytorch_model.bin, there too, not read"
+    assert model.has_fresh_head and model.head_remark.endswith(f", so a fresh one; {words}")
+    (tmp_path / "model.safetensors").unlink()
+    model = RewardModel.from_pretrained(tmp_path)
+    assert not model.has_fresh_head and model.head_remark == "value head read from v_head.weight"
+
+
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_a_score_head_of_transformers_is_read(model_type, tmp_path):
     import transformers
@@ -626,6 +643,34 @@ def test_padding_follows_from_the_directory(model_type, token_ids, expected, tmp
     assert (model.pad_id, model.num_padding_at_beginning) == expected
     given = RewardModel.from_pretrained(tmp_path, pad_id=3, num_padding_at_beginning=2)
     assert (given.pad_id, given.num_padding_at_beginning) == (3, 2)
+
+
+@pytest.mark.parametrize(
+    "name, values",
+    [("pad_id", (True, "3", 1.5)), ("num_padding_at_beginning", (True, "1", 1.5, -1))],
+)
+def test_padding_of_another_kind_is_refused(name, values, tmp_path):
+    save_backbone(GPT(small("gpt2")), tmp_path)
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name}.*{value}"):
+            RewardModel.from_pretrained(tmp_path, **{name: value})
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_model_is_not_saved_where_a_file_lies(place, tmp_path):
+    (tmp_path / "file").write_text("theirs")
+    model = RewardModel(GPT(small("gpt2")), pad_id=0)
+    with pytest.raises(ValueError, match=f"{place}: cannot be made a directory .* another one"):
+        model.save_pretrained(tmp_path / place)
+    assert (tmp_path / "file").read_text() == "theirs"
+
+
+def test_bias_of_rewards_may_be_a_large_whole_number(tmp_path):
+    save_backbone(GPT(small("gpt2")), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"reward_bias": 10**20}))
+    values = RewardModel.from_pretrained(tmp_path).forward_value(torch.tensor([[5, 6]]), None, True)
+    assert values.tolist() == [[pytest.approx(1e20)] * 2]
 
 
 def test_padding_falls_back_to_the_tokenizer(tmp_path):

@@ -164,7 +164,7 @@ def row_of(size):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "b.json", "a.parquet"])
 def test_a_row_longer_than_the_limit_is_named(name, tmp_path, monkeypatch):
-    """One byte more than the limit, with the newline, is too much; b.json is an array."""
+    """A byte more than the limit, with the newline, is too much; b.json is an array."""
     monkeypatch.setattr(rows, "MOST_ROW_BYTES", 10**6)
     path = tmp_path / name
     for size in (10**6, 10**6 + 1):

@@ -78,19 +78,16 @@ def rewards_of_texts(model, batch):
 
 
 def padded(model, groups):
-    """Compute loss and scores of comparisons in the padded layout, pair by pair.
+    """Compute loss and scores of comparisons in the padded layout, one after the other.
 
     The loss is the mean over the pairs of a comparison, then over the comparisons.
     """
     losses, scores = [], []
     for group in groups:
-        pairs = []
-        for pair in itertools.combinations(group, 2):
-            input_ids, mask = data.pad_rows(pair, model.pad_id)
-            out = model(input_ids, mask)
-            pairs.append(out["loss"])
-            scores.append((out["chosen_mean_scores"], out["rejected_mean_scores"]))
-        losses.append(torch.stack(pairs).mean())
+        better, worse = zip(*itertools.combinations(group, 2))
+        out = model(*data.pad_rows([*better, *worse], model.pad_id))
+        losses.append(out["loss"])
+        scores.append((out["chosen_mean_scores"], out["rejected_mean_scores"]))
     chosen, rejected = (torch.cat(column) for column in zip(*scores))
     return {
         "loss": torch.stack(losses).mean(),
@@ -441,7 +438,7 @@ def test_packed_batch_allows_no_mask_margins_or_targets_beside_it_and_no_unknown
 @pytest.mark.parametrize(
     "targets, margins, words",
     [
-        ([1.0], None, "targets: found 1 numbers; expected a number from 0 to 1 for each of 2"),
+        ([1.0], None, "targets: found 1 number; expected a number from 0 to 1 for each of 2"),
         ([2.0, 1.0], None, "targets: found 2.0 for pair 0; expected a number from 0 to 1"),
         ([0.9, 1.0], [0.5, 0.0], "targets: found 0.9 for pair 0, which has the margin 0.5"),
         ([1.0, 0.5], None, "targets: found 0.5 for comparison 1, a ranking of 3"),
@@ -496,6 +493,23 @@ def test_bad_packed_batches_are_refused():
 
 
 @pytest.mark.parametrize(
+    "groups, pad_id, words",
+    [
+        ([[[1], [2]], [3, 4]], 0, "comparison 1: found int; expected texts"),
+        ([["ab", "c"]], 0, "comparison 0: found str; expected texts"),
+        ([[torch.tensor([1, 2]), torch.tensor([3])]], 0, "comparison 0: found Tensor"),
+        ([[[1.5], [2]]], 0, "found float64; expected token ids"),
+        ([[["a"], ["b"]]], 0, "expected token ids, int64"),
+        ([[[2**70], [1]]], 0, "expected token ids, int64"),
+        ([[[1, 2], [3]]], None, "pad_id: found object; expected token ids"),
+    ],
+)
+def test_what_is_no_list_of_token_ids_is_not_packed(groups, pad_id, words):
+    with pytest.raises(ValueError, match=words):
+        data.pack(groups, pad_id)
+
+
+@pytest.mark.parametrize(
     "options",
     [dict(longest_tail=0), dict(longest_tail=1), dict(longest_tail=2), dict(min_responses=1)],
     ids=str,
@@ -519,3 +533,12 @@ def test_dropout_in_the_packed_layout_is_active_in_training_alone():
     assert not torch.equal(model(batch)["loss"], model(batch)["loss"])
     model.eval()
     assert torch.equal(model(batch)["loss"], model(batch)["loss"])
+
+
+def test_region_that_starts_in_the_trunk_is_refused():
+    """A trunk has no rewards: a negative place would be another text's, or the row's end."""
+    model, groups = lively("gpt2"), [[[1, 2, 3, 4], [1, 2, 5]]]
+    model.pack(groups, region=lambda chosen, rejected: (2, 4))
+    for start in (0, 1):
+        with pytest.raises(ValueError, match=f"region: starts at column {start} of texts 0 and 1"):
+            model.pack(groups, region=lambda chosen, rejected: (start, 4))

@@ -407,6 +407,10 @@ def test_fields_of_ours_can_be_ignored():
     assert found["subset"] is None
 
 
+def test_one_field_to_ignore_may_be_given_as_text():
+    assert reading_of(ignore_fields="meta") == reading_of(ignore_fields=["meta"])
+
+
 @pytest.mark.parametrize(
     "reading, words",
     [
@@ -680,6 +684,13 @@ def test_paths_without_a_data_file(tmp_path, path, words):
         files_of([f"{tmp_path}/a.jsonl", f"{tmp_path}/{path}"])
     name = f"{tmp_path}/empty" if path == "e*" else f"{tmp_path}/{path}"
     assert str(error.value).startswith(f"{name}: {words}")
+
+
+def test_one_path_object_given_twice_is_refused(tmp_path):
+    make_files(tmp_path, "a.jsonl")
+    path = f"{tmp_path}/a.jsonl"
+    with pytest.raises(ValueError, match="a.jsonl: found twice"):
+        files_of([path, path])
 
 
 @pytest.mark.parametrize(

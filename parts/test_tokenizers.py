@@ -602,7 +602,7 @@ def added_tokens(flags: dict) -> dict:
     ids=str,
 )
 def test_sentencepiece_texts_are_split_at_added_tokens(tmp_path, saved, config, added):
-    """Without a tokenizer.json, ids are those of transformers' LlamaTokenizer, also when saved."""
+    """Ids are those of transformers' LlamaTokenizer, from tokenizer.model alone and when saved."""
     directory = hub_files(
         tmp_path / "hub",
         sentencepiece_proto=sentencepiece_model(**IDENTITY),

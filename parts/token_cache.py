@@ -444,8 +444,9 @@ def discard(path: Path):
 def build_from(sources: dict[str, str], build: Callable[[Path], None], directory: Path):
     """Have `build` fill a directory from files which still have, and keep, the given hashes.
 
-    They are hashed again behind `build`, so the content that it read is the content of the hash: a
-    change since would give another hash, one that was taken back another time of change.
+    They are hashed again after `build`. A file that changed meanwhile has another hash, and a file
+    that changed and was changed back has another time of change.
+    Raises ValueError that names such a file.
     """
     versions = [version_of(path) for path in sources]
     build(directory)
@@ -462,8 +463,8 @@ def write_checksums(directory: Path):
 def checksum(file: Path) -> list[int]:
     """Return the length and the CRC-32 of a file.
 
-    That is against accidents of disks and programs. Whoever can write into a cache on purpose can
-    write checksums, too, so a slower hash would not be safer.
+    They show accidents of disks and programs. Whoever can write into a cache on purpose can write
+    checksums, too, so a slower hash would not be safer.
     """
     size, crc = 0, 0
     with open(file, "rb") as content:

@@ -72,7 +72,7 @@ class Job:
 
 @dataclass
 class Check:
-    """One run of this program: how it runs, and its findings so far."""
+    """A run of this program: its settings, and its findings so far."""
 
     tiny: bool
     budget: float  # seconds after which no further part begins

@@ -122,9 +122,9 @@ def scored_rows(
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
 
     def tokenized(comparison) -> tuple:
-        """Return the comparison, its sequences, their texts, and texts that begin alike.
+        """Return the comparison, its sequences, their texts, and token lists that begin alike.
 
-        These are the sequences, uncut, and the prompt.
+        The token lists are the uncut sequences and the prompt.
         """
         begin_alike = tokenize(comparison, tokenizer, 2**31)
         if comparison.prompt or len(begin_alike) == 1:

@@ -37,9 +37,9 @@ from data import (
 from parts import metrics
 from parts.chat import notes_on
 from parts.files import show_output, unfiltered, writing
-from parts.flags import Parser, add_row_flags, flags_of, row_reading
+from parts.flags import Parser, add_row_flags, flags_of, not_empty, row_reading
 from parts.guards import check_scores, counted, one_line
-from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of
+from parts.huggingface import LAYOUTS, longest_row, rows_to_add, truncation_of, unread_weights
 from parts.memory import full_memory, memory_line
 from parts.packed import reward_places
 from parts.rows import (
@@ -163,6 +163,9 @@ class Scorer:
             found = str(error).splitlines()[0]
             raise ValueError(f"device: found {device}, which torch cannot use ({found})") from None
         self.model, self.tokenizer = load_to_score(checkpoint, device)
+        unread = unread_weights(checkpoint)
+        if unread:
+            warnings.warn(f"{checkpoint}: {unread}", stacklevel=2)
         self.truncation = truncation_of(vars(self.model.backbone.config))  # length and side
 
     def __call__(self, prompt: str | list[dict], responses: list) -> list[float]:
@@ -230,12 +233,13 @@ def score_flags() -> argparse.ArgumentParser:
         epilog="`python rm.py convert --help` describes the other program.",
     )
     flag = parser.add_argument
-    flag("checkpoint", help="a directory with a trained reward model and its tokenizer")
+    trained = "a directory with a trained reward model and its tokenizer"
+    flag("checkpoint", type=not_empty, help=trained)
     file = "comparisons, or rows of prompt and response: .jsonl, .jsonl.gz, .json or .parquet, "
-    flag("file", help=file + "a directory of such files, or a quoted glob")
-    flag("--out", help="where to write the scores (default: standard output)")
+    flag("file", type=not_empty, help=file + "a directory of such files, or a quoted glob")
+    flag("--out", type=not_empty, help="where to write the scores (default: standard output)")
     html = "write a page that shows comparisons token by token; without --out no scores are written"
-    flag("--html", help=html)
+    flag("--html", type=not_empty, help=html)
     show = "print the same, in place of scores; in colour on a terminal, or with FORCE_COLOR set"
     flag("--show", action="store_true", help=show)
     flag("--rows", type=int, help="with --html or --show: rows of the file to show (100)")
@@ -295,6 +299,9 @@ def score_program(argv: list[str]):
     args = parser.parse_args(argv)
     check_score_flags(parser, args)
     model, tokenizer = load_to_score(args.checkpoint, default_device())
+    unread = unread_weights(args.checkpoint)
+    if unread:
+        print(one_line(f"{args.checkpoint}: {unread}"), file=sys.stderr)
     config = vars(model.backbone.config)
     longest, limit = longest_row(config)
     max_seq_len, side = truncation_of(config)
@@ -303,7 +310,8 @@ def score_program(argv: list[str]):
     side = args.truncation_side or side
     if not 2 <= max_seq_len <= longest:
         parser.error(
-            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, {limit}"
+            f"argument --max_seq_len: found {max_seq_len}; expected 2 to {longest}, because the "
+            f"model has {limit}"
         )
     rows = Rows(files_of([args.file]), row_reading(args), tokenizer)
     if args.html or args.show:
@@ -449,8 +457,9 @@ def convert_program(argv: list[str]):
         description="Write a trained reward model in another layout.",
     )
     flag = parser.add_argument
-    flag("checkpoint", help="a directory with a trained reward model, in either layout")
-    flag("directory", help="where to write it: a new directory, or an empty one")
+    trained = "a directory with a trained reward model, in either layout"
+    flag("checkpoint", type=not_empty, help=trained)
+    flag("directory", type=not_empty, help="where to write it: a new directory, or an empty one")
     layout = (
         "deepspeed-chat: for its step 3; hf: for transformers.AutoModelForSequenceClassification, "
         "needs `pip install -r requirements-hf.txt`, and `pip install transformers` to load it"

@@ -1,6 +1,7 @@
 """Tests of tools/dry_run.py: measured peaks, transformers' numbers of parameters, sums by hand."""
 
 import argparse
+import ctypes
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from conftest import FORKS, LIMIT
 from parts.distributed import Process, share_of
 from parts.flags import parse_flags
 from parts.huggingface import FAMILIES
@@ -96,46 +98,42 @@ def train_steps(args: argparse.Namespace, process: Process):
         optimizer.zero_grad()
 
 
-def measure_rank(rank: str, world_size: str, store: str, *cases: str):
-    """Train as one of several processes; rank 0 prints a line for each case: peak memory in bytes.
+def measure_rank(process: Process, folder: Path, cases: list[argparse.Namespace]):
+    """Train as one of several processes; write the peaks of memory into a file, in bytes.
 
     The peak is that above what the process has before the model is made. A small model goes first:
     what libraries allocate when they are first used is not the model's.
     """
     torch.set_num_threads(1)
-    process = Process(int(rank), int(world_size))
+    # With this (M_MMAP_THRESHOLD), glibc gives a block above it back to the system as soon as it is
+    # freed, and the resident memory is what the program holds. Without, it keeps freed blocks of up
+    # to 32 MB, in pieces into which what comes next often does not fit.
+    ctypes.CDLL(None).mallopt(-3, 65536)
     if process.world_size > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=process.rank, world_size=process.world_size
-        )
-    for case in cases:
-        small, large = (argparse.Namespace(**given) for given in json.loads(case))
-        train_steps(small, process)
+        store, ranks = f"file://{folder}/store", (process.world_size, process.rank)
+        dist.init_process_group("gloo", store, None, *ranks)
+    peaks = []
+    for args in cases:
+        train_steps(argparse.Namespace(**vars(args) | SMALL), process)
         # Sets the peak, VmHWM, to what there is now (man 5 proc).
         Path("/proc/self/clear_refs").write_text("5")
         before = memory("VmRSS")
-        train_steps(large, process)
-        process.print(str(memory("VmHWM") - before))
+        train_steps(args, process)
+        peaks.append(memory("VmHWM") - before)
+    (folder / f"peaks {process.rank}").write_text(json.dumps(peaks))
 
 
 def measure(tmp_path, world_size: int, *cases) -> list[int]:
     """Measure the peak of rank 0 of `world_size` processes, for each case of flags, in bytes."""
-    program = "import sys; from tools.test_dry_run import measure_rank; measure_rank(*sys.argv[1:])"
-    arguments = [str(world_size), str(tmp_path / "store")]
-    arguments += [json.dumps([vars(args) | SMALL, vars(args)]) for args in cases]
-    # With this, glibc gives a block above it back to the system as soon as it is freed, and the
-    # resident memory is what the program holds. Without, it keeps freed blocks of up to 32 MB, in
-    # pieces into which what comes next often does not fit.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     ranks = []
     for rank in range(world_size):
-        command = [sys.executable, "-c", program, str(rank), *arguments]
-        ranks.append(
-            subprocess.Popen(command, cwd=HERE, env=environment, text=True, stdout=subprocess.PIPE)
-        )
-    outputs = [process.communicate()[0] for process in ranks]
-    assert not any(process.returncode for process in ranks)
-    return [int(line) for line in outputs[0].split()]
+        given = (Process(rank, world_size), tmp_path, cases)
+        ranks.append(FORKS.Process(target=measure_rank, args=given))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(LIMIT)
+    assert [process.exitcode for process in ranks] == [0] * world_size
+    return json.loads((tmp_path / "peaks 0").read_text())
 
 
 def check(tmp_path, world_size, *cases):
@@ -285,11 +283,11 @@ def test_gathered_weights_count():
     """
     deep = TINY | {"n_layer": 8, "n_embd": 64}
     one, stage_2, stage_3 = (
-        dry_run.estimate(flags(**deep, zero_stage=stage), 64) for stage in (0, 2, 3)
+        dry_run.estimate(flags(**deep, zero_stage=stage), 8) for stage in (0, 2, 3)
     )
     assert stage_2["activations"] - one["activations"] > one["weights"]
     assert stage_3["activations"] - one["activations"] < one["weights"] / 2
-    host = dry_run.estimate(flags(**deep, zero_stage=3, offload=True), 64)
+    host = dry_run.estimate(flags(**deep, zero_stage=3, offload=True), 8)
     assert (host["host"], host["peak"]) == (4 * host["weights"], host["activations"])
     assert host["activations"] == stage_3["activations"]
 
@@ -312,9 +310,18 @@ sys.exit(done.returncode)
 """
 
 
+def test_llama_2_70b_has_its_number_of_parameters(tmp_path):
+    directory = model_dir(tmp_path, **LLAMA_70B)
+    with FakeTensorMode():
+        model = dry_run.make_model(flags(model_name_or_path=directory, **NOT_FROM_SCRATCH))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 68_714_520_576
+
+
 def test_a_model_of_70_billion_parameters_is_not_allocated(tmp_path):
+    """Five blocks have as many as the 80 of Llama 2 70B, and take less time."""
+    wide = {"num_hidden_layers": 5, "hidden_size": 4 * 8192, "intermediate_size": 4 * 28672}
     command = [sys.executable, "-c", MEASURED, sys.executable, "train.py", "--dry_run"]
-    command += ["--model_name_or_path", model_dir(tmp_path, **LLAMA_70B), "--dtype", "bf16"]
+    command += ["--model_name_or_path", model_dir(tmp_path, **LLAMA_70B | wide), "--dtype", "bf16"]
     command += ["--zero_stage", "3", "--per_device_train_batch_size", "1"]
     command += ["--gradient_checkpointing", "--flops", "4e14"]
     done = subprocess.run(
@@ -324,7 +331,10 @@ def test_a_model_of_70_billion_parameters_is_not_allocated(tmp_path):
     *lines, peak = done.stdout.splitlines()
     peak = 1024 * int(peak)
     print("\n".join(lines), f"\nat most {peak / 1e6:.0f} MB")
-    assert lines[0] == "68,714,520,576 parameters, 68,714,520,576 of them trained; 64 ranks"
+    # Norms and embedding, with a row for the pad id, are four times as wide, as is the value head.
+    number = 80 * (2 * 8192**2 + 2 * 8192 * 1024 + 3 * 8192 * 28672)
+    number += (5 * 2 + 1 + 32001 + 1) * 4 * 8192
+    assert lines[0] == f"{number:,} parameters, {number:,} of them trained; 64 ranks"
     end = "at 4e+14 FLOP/s (given); the optimizer and communication are not counted"
     assert lines[-1].endswith(end)
     assert peak < 1e9

@@ -268,7 +268,7 @@ def test_a_row_of_one_chosen_and_several_rejected_texts(checkpoint, tmp_path, ca
 
 
 def test_positions_that_the_loss_reads_are_said_in_words(page):
-    """Of ROWS[2], identical responses, the loss reads one position, the last."""
+    """ROWS[2] has identical responses, whose loss reads one position, the last."""
     for row in rows_of(page):
         for node in row.having("data-start"):
             start, stop = (int(node.attributes[f"data-{name}"]) for name in ("start", "stop"))

@@ -337,7 +337,9 @@ def test_rows_that_are_truncated_are_counted(tmp_path, scored):
     assert scored(file, "--max_seq_len", 20)[1] == ["2 rows truncated to 20 tokens"]
 
 
-def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here):
+def test_flags_for_fields_and_notes_on_them(
+    tmp_path, scored, trained, run_here, monkeypatch, capsys
+):
     """Files of a directory, in order; what is not read is named for each, also for a page."""
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -369,12 +371,17 @@ def test_flags_for_fields_and_notes_on_them(tmp_path, scored, trained, run_here)
     message, _ = run_here(trained, folder, *flags, "--out", folder / "a.jsonl")
     assert "a.jsonl, which is the file to score" in message
     page = tmp_path / "page.html"
-    done = run(trained, folder, *flags, "--html", page)
-    assert done.returncode == 0 and "all 3 rows" in page.read_text()
-    assert f'{folder}/b.jsonl: field "more" is not read (1 row)' in done.stderr
-    assert '--ignore_fields other: no row has a field "other"' in done.stderr
-    done = run(trained, folder, *flags, "--html", page, "--rows", 1)
-    assert "(1 row)" in done.stderr and "--ignore_fields" not in done.stderr  # it has not read all
+    arguments = ["rm.py", str(trained), str(folder), *flags, "--html", str(page)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    score.main()
+    said = capsys.readouterr().err
+    assert "all 3 rows" in page.read_text()
+    assert f'{folder}/b.jsonl: field "more" is not read (1 row)' in said
+    assert '--ignore_fields other: no row has a field "other"' in said
+    monkeypatch.setattr(sys, "argv", [*arguments, "--rows", "1"])
+    score.main()
+    said = capsys.readouterr().err
+    assert "(1 row)" in said and "--ignore_fields" not in said  # it has not read all
 
 
 def test_summary_has_targets_and_subsets(trained, tmp_path, monkeypatch, capsys):
@@ -438,11 +445,11 @@ def test_a_collapsed_model_is_called_so(trained, tmp_path, monkeypatch, capsys):
 # From Python
 
 
-def scores_by_program(checkpoint, path, *rows):
-    """Run `python rm.py` as a user does; return the scores of every row."""
-    done = run(checkpoint, rows_file(path, *rows))
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+def scores_by_program(run_here, checkpoint, path, *rows):
+    """Run the program of `python rm.py`; return the scores of every row."""
+    status, printed = run_here(checkpoint, rows_file(path, *rows))
+    assert status is None
+    lines = [json.loads(line) for line in printed.splitlines()]
     return [line["scores"] if "scores" in line else [line["score"]] for line in lines]
 
 
@@ -451,7 +458,7 @@ def scorer(trained):
     return score.Scorer(trained, device="cpu")
 
 
-def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path):
+def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path, run_here):
     """Rankings, single responses, repeats, prompts that are too long, and no prompt."""
     built_in = [[c.prompt, c.responses] for c in itertools.islice(data.known_rewards(0), 6)]
     calls = [
@@ -471,7 +478,7 @@ def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path):
         if len(responses) == 1:
             row = {"prompt": prompt, "response": responses[0]}
         rows.append(row)
-    expected = scores_by_program(trained, tmp_path / "rows.jsonl", *rows)
+    expected = scores_by_program(run_here, trained, tmp_path / "rows.jsonl", *rows)
     for (prompt, responses), scores in zip(calls, expected, strict=True):
         found = scorer(prompt, responses)
         assert all(type(number) is float for number in found)
@@ -479,13 +486,14 @@ def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path):
     assert len({round(number, 5) for scores in expected for number in scores}) > 20
 
 
-def test_scorer_renders_messages_by_the_checkpoints_template(chat_checkpoint, tmp_path):
+def test_scorer_renders_messages_by_the_checkpoints_template(chat_checkpoint, tmp_path, run_here):
     """A text beside messages is the user's, or the assistant's; text alone gets no template."""
     scorer = score.Scorer(chat_checkpoint)
     prompt = messages("the cat", "a dog", "and?")
     answers = [messages(text, first="assistant") for text in ("a mat", "a log")]
     rows = [{"prompt": prompt, "responses": answers}, {"prompt": "the cat", "responses": answers}]
-    of_dialogue, of_text = scores_by_program(chat_checkpoint, tmp_path / "rows.jsonl", *rows)
+    file = tmp_path / "rows.jsonl"
+    of_dialogue, of_text = scores_by_program(run_here, chat_checkpoint, file, *rows)
     assert scorer(prompt, answers) == pytest.approx(of_dialogue, abs=1e-6)
     assert scorer(prompt, ["a mat", answers[1]]) == pytest.approx(of_dialogue, abs=1e-6)
     assert scorer("the cat", answers) == pytest.approx(of_text, abs=1e-6)
@@ -517,7 +525,7 @@ def test_scorer_takes_thousands_of_responses_in_batches_of_similar_lengths(score
     assert scorer("Where?", []) == []
 
 
-def test_scorer_is_used_from_another_directory_and_loads_once(trained, tmp_path):
+def test_scorer_is_used_from_another_directory_and_loads_once(trained, tmp_path, run_here):
     """By sys.path, with a relative path of the checkpoint, whose files are then gone."""
     shutil.copytree(trained, tmp_path / "model")
     (tmp_path / "use.py").write_text(
@@ -530,7 +538,7 @@ def test_scorer_is_used_from_another_directory_and_loads_once(trained, tmp_path)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = {"prompt": "Where?", "responses": [" Paris.", " No."]}
-    ((first, second),) = scores_by_program(trained, tmp_path / "rows.jsonl", rows)
+    ((first, second),) = scores_by_program(run_here, trained, tmp_path / "rows.jsonl", rows)
     numbers = [float(word.strip("[],")) for word in done.stdout.split()]
     assert numbers == pytest.approx([first, second, first], abs=1e-6)
 
@@ -569,7 +577,7 @@ def test_scorer_refuses_devices_and_checkpoints_that_are_not_there(trained, tmp_
 
 
 def test_the_code_of_the_page_about_use_gives_the_numbers_of_the_program(
-    trained, tmp_path, monkeypatch
+    trained, tmp_path, monkeypatch, run_here
 ):
     """docs/use.md: its lines with Scorer, and TRL's reward function, of texts and of messages."""
     page = (HERE / "docs" / "use.md").read_text()
@@ -588,7 +596,7 @@ def test_the_code_of_the_page_about_use_gives_the_numbers_of_the_program(
     rows = [
         {"prompt": prompt[0], "responses": texts} for prompt, texts in zip(prompts, completions)
     ]
-    expected = scores_by_program(trained, tmp_path / "rows.jsonl", *rows)
+    expected = scores_by_program(run_here, trained, tmp_path / "rows.jsonl", *rows)
     assert names["scores"] == pytest.approx(expected[0], abs=1e-6)
     for prompt, texts, scores in zip(prompts, completions, expected):
         found = names["reward"](prompts=prompt, completions=texts, completion_ids=[[1], [2]])
@@ -643,7 +651,7 @@ def test_rows_are_cut_to_a_sliding_window(trained, tmp_path, run_here):
     for padded, packed in zip(outputs[2], outputs[0], strict=True):
         assert padded == pytest.approx(packed, abs=1e-5)
     message, _ = run_here(tmp_path, file, "--max_seq_len", "17")
-    assert "--max_seq_len: found 17; expected 2 to 16, its sliding_window" in message
+    assert "--max_seq_len: found 17; expected 2 to 16, because the model has a sliding" in message
 
 
 def test_added_tokens_without_a_row_are_scored_as_rows_of_zeros(tmp_path, run_here):
@@ -735,9 +743,15 @@ def test_links_are_followed_and_devices_written_to_as_they_are(flag, trained, tm
     link.symlink_to("nowhere/file")
     status, _ = run_here(trained, file, flag, link)
     assert status.endswith(f"{flag}: found {link}; expected a file in a directory that exists")
-    command = f'{{ echo before; {sys.executable} {HERE}/rm.py "$@"; echo after; }} > {tmp_path}/log'
-    arguments = [str(trained), str(file), flag, "/dev/stdout"]
-    subprocess.run(["bash", "-c", command, "bash", *arguments], check=True, capture_output=True)
+    with open(tmp_path / "log", "w") as log:
+        stdout = os.dup(1)
+        os.dup2(log.fileno(), 1)
+        os.write(1, b"before\n")
+        status, _ = run_here(trained, file, flag, "/dev/stdout")
+        os.write(1, b"after\n")
+        os.dup2(stdout, 1)
+        os.close(stdout)
+    assert status is None
     expected = (tmp_path / "expected").read_text()
     assert (tmp_path / "log").read_text() == f"before\n{expected}after\n"
 
@@ -808,8 +822,8 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
     trained, tmp_path, run_here
 ):
     """The printed lines, of transformers alone, lead from a text to its score."""
-    done = run("convert", trained, tmp_path / "hf", "--layout", "hf")
-    assert done.returncode == 0, done.stderr
+    status, said = run_here("convert", trained, tmp_path / "hf", "--layout", "hf")
+    assert status is None
     status, _ = run_here(
         "convert", tmp_path / "hf", tmp_path / "back", "--layout", "deepspeed-chat"
     )
@@ -825,8 +839,8 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
 
     file = write_rows(tmp_path / "rows.jsonl", 5)
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    assert "`pip install -r requirements-hf.txt transformers`" in done.stdout
-    printed = [line.strip() for line in done.stdout.splitlines() if line.startswith("    ")]
+    assert "`pip install -r requirements-hf.txt transformers`" in said
+    printed = [line.strip() for line in said.splitlines() if line.startswith("    ")]
     loaded = {}
     exec("\n".join(printed), loaded)
     tokenizer, model = loaded["tokenizer"], loaded["model"]
@@ -839,8 +853,8 @@ def test_a_converted_model_gives_the_same_scores_in_transformers_and_comes_back_
         assert model(**batch).logits[:, 0].tolist() == pytest.approx(
             [json.loads(line)["scores"][0] for line in scored.splitlines()], abs=1e-5
         )
-    refused = run("convert", trained, tmp_path / "hf", "--layout", "deepspeed-chat")
-    assert refused.returncode != 0 and "hf, which is not empty" in refused.stderr.splitlines()[-1]
+    refused, _ = run_here("convert", trained, tmp_path / "hf", "--layout", "deepspeed-chat")
+    assert "hf, which is not empty" in refused
 
 
 def test_converting_without_safetensors_names_what_to_install_and_writes_nothing(
@@ -971,6 +985,32 @@ def test_converting_says_where_the_value_head_was_read(layout, tmp_path, run_her
     lines = converted(run_here, tmp_path / "ours", tmp_path / "other", "deepspeed-chat")
     key = "score.weight" if layout == "hf" else "v_head.weight"
     assert lines[0] == f"{tmp_path}/ours: value head read from {key}"
+
+
+def test_scoring_says_which_of_two_files_of_weights_is_read(tmp_path, monkeypatch, capsys):
+    tokenizer = data.train_tokenizer(["a few words"], 290)
+    model = small_model(tokenizer)
+    model.save_pretrained(tmp_path / "hf", "hf", tokenizer)
+    torch.save({}, tmp_path / "hf" / "pytorch_model.bin")
+    words = "hf: weights read from model.safetensors; pytorch_model.bin, there too, not read"
+    with pytest.warns(UserWarning, match=words):
+        score.Scorer(tmp_path / "hf")
+    rows = rows_file(tmp_path / "rows.jsonl", {"prompt": "a", "response": " few"})
+    monkeypatch.setattr(sys, "argv", ["rm.py", str(tmp_path / "hf"), str(rows)])
+    score.main()
+    assert f"{tmp_path}/{words}" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("flag", ["--out", "--html", "--eval_by", "", "file"])
+def test_empty_text_is_refused(flag, monkeypatch, capsys):
+    """It is what a shell makes of "$NAME" where NAME is not set."""
+    arguments = {"": ["", "rows.jsonl"], "file": ["out", ""]}
+    called = arguments.get(flag, ["out", "rows.jsonl", flag, ""])
+    monkeypatch.setattr(sys, "argv", ["rm.py", *called])
+    with pytest.raises(SystemExit):
+        score.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"argument {flag or 'checkpoint'}: found ''" in line
 
 
 def test_a_classifier_is_refused_by_the_shape_of_its_head(tmp_path, run_here):

@@ -95,14 +95,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "tools.verdicts", *arguments]
-    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-
-
 @pytest.fixture(scope="module")
 def done(folder):
-    return run("--trl", folder, "--deepspeed-chat", folder, "--openrlhf", folder)
+    command = [sys.executable, "-m", "tools.verdicts"]
+    command += ["--trl", folder, "--deepspeed-chat", folder, "--openrlhf", folder]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
 
 
 def section(done, name: str) -> dict[str, str]:
@@ -165,11 +162,17 @@ def test_page_has_every_project_and_reason():
             assert all(name in between for name in names)
 
 
-def test_nothing_to_run_and_too_little_to_write(folder):
-    done = run()
-    assert done.returncode != 0 and "nothing to run" in done.stderr
-    done = run("--trl", folder, "--write")
-    assert done.returncode != 0 and "--write: found fewer than all three" in done.stderr
+def test_nothing_to_run_and_too_little_to_write(monkeypatch, capsys):
+    monkeypatch.setattr(verdicts, "trl", lambda path: None)
+    monkeypatch.setattr(verdicts, "version_of", lambda path, package: "0.0")
+    for flags, message in (
+        ([], "nothing to run"),
+        (["--trl", "there", "--write"], "--write: found fewer than all three"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["verdicts", *flags])
+        with pytest.raises(SystemExit) as exit:
+            verdicts.main()
+        assert exit.value.code != 0 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
