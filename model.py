@@ -234,9 +234,11 @@ class GPT(nn.Module):
         everywhere. Returns (B, L, embed_dim). Values at left padding have no meaning. Positions are
         columns, at padding too; but OPT counts attended tokens from 0, and all padding has
         position -1. Raises ValueError for rows longer than `n_positions` or `sliding_window`, and
-        as `guards.check_tokens` does.
+        for ids or a mask of another shape or kind.
         """
-        guards.check_tokens(input_ids, attention_mask, self.config.vocab_size)
+        guards.check_ids(input_ids)
+        if attention_mask is not None:
+            guards.check_mask(attention_mask, input_ids.shape)
         L = input_ids.shape[1]
         positions = torch.arange(L, device=input_ids.device)
         if self.config.position_offset and attention_mask is not None:

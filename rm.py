@@ -250,7 +250,8 @@ class RewardModel(nn.Module):
                     "lengths of its own; give margins and targets to `RewardModel.pack`"
                 )
             return self.forward_packed(input_ids)
-        ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True)
+        vocab_size = self.backbone.config.vocab_size
+        ids, mask = guards.check_rows(input_ids, attention_mask, pairs=True, vocab_size=vocab_size)
         attended = attention_mask
         if mask is None:
             ends = text_ends(ids, self.pad_id, self.num_padding_at_beginning, None)
@@ -367,7 +368,8 @@ class RewardModel(nn.Module):
         `prompt_length` (leading pad ids of a text aside), or at the row's end. Values where the
         mask is 0 have no meaning. Raises ValueError that names the row.
         """
-        ids, mask = guards.check_rows(input_ids, attention_mask)
+        vocab_size = self.backbone.config.vocab_size
+        ids, mask = guards.check_rows(input_ids, attention_mask, vocab_size=vocab_size)
         L = ids.shape[1]
         if prompt_length not in range(L + 1):
             raise ValueError(

@@ -355,14 +355,14 @@ def test_backbone_takes_rows_that_are_padding_alone():
             ["row 0", "attention_mask"],
         ),
         (lambda m: m(torch.ones(2, 3).byte()), ["input_ids", "int64", "uint8"]),
-        (lambda m: m.backbone(torch.tensor([[1, 2], [1, -1]])), ["row 1", "id -1", "0 to 49"]),
+        (lambda m: m(torch.tensor([[1, 2], [1, -1]])), ["row 1", "id -1", "0 to 49"]),
         (lambda m: m.backbone(torch.ones(2, 3)), ["input_ids", "int64", "float32"]),
         (
             lambda m: m.backbone(torch.ones(2, 3).long(), torch.ones(2, 4)),
             ["attention_mask", "[2, 3]", "[2, 4]"],
         ),
         (
-            lambda m: m.backbone(torch.ones(2, 3).long(), torch.full((2, 3), 2)),
+            lambda m: m(torch.ones(2, 3).long(), torch.full((2, 3), 2)),
             ["attention_mask", "row 0", "2 at column 0"],
         ),
         (lambda m: m([[1, 2], [1, 3]]), ["input_ids", "found list"]),

@@ -24,14 +24,26 @@ JOINS_NOTHING = re.compile(f"(?<![^\0-\x7f])[{JOINERS}]|[{JOINERS}](?![^\0-\x7f]
 
 
 def check_rows(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, pairs: bool = False
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    pairs: bool = False,
+    vocab_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Check ids (N, L) and mask (N, L); with `pairs`, that rows i and N/2 + i can be compared.
 
     Returns ids and mask (bool, or None) on the CPU, where the ends of texts are searched for.
     Raises ValueError that names the row and what is wrong with it.
     """
-    ids = check_ids(input_ids)
+    check_ids(input_ids)
+    ids = input_ids.cpu()
+    if vocab_size is not None:
+        unknown = ((ids < 0) | (ids >= vocab_size)).nonzero()
+        if len(unknown) > 0:
+            row, column = unknown[0].tolist()
+            raise ValueError(
+                f"row {row}: id {int(ids[row, column])} at column {column}; "
+                f"the model has ids 0 to {vocab_size - 1}"
+            )
     if pairs and len(ids) % 2:
         raise ValueError(
             f"input_ids: {counted(len(ids), 'row')}; pairs need an even number, "
@@ -39,7 +51,16 @@ def check_rows(
         )
     if attention_mask is None:
         return ids, None
-    mask = check_mask(attention_mask, ids.shape)
+    check_mask(attention_mask, ids.shape)
+    mask = attention_mask.cpu()
+    others = ((mask != 0) & (mask != 1)).nonzero()  # NaN is neither
+    if len(others) > 0:  # masks exist that are added to attention, 0 where this one is 1
+        row, column = others[0].tolist()
+        raise ValueError(
+            f"attention_mask: row {row} has {mask[row, column].item()} at column {column}; "
+            "expected 1 on text and 0 elsewhere"
+        )
+    mask = mask != 0
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise ValueError(
@@ -51,57 +72,23 @@ def check_rows(
     return ids, mask
 
 
-def check_ids(input_ids: torch.Tensor, vocab_size: int | None = None) -> torch.Tensor:
-    """Return ids (N, L) on the CPU. Raises ValueError that names a row with an unknown id."""
+def check_ids(input_ids: torch.Tensor):
+    """Raise ValueError unless ids are integers of shape (N, L). Their values are not looked at."""
     is_known = torch.is_tensor(input_ids) and input_ids.dtype in (torch.int64, torch.int32)
     if not is_known or input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             "input_ids: expected integers, int64, of shape (rows, length), "
             f"found {kind_of(input_ids)}"
         )
-    ids = input_ids.cpu()
-    if vocab_size is not None:
-        unknown = ((ids < 0) | (ids >= vocab_size)).nonzero()
-        if len(unknown) > 0:
-            row, column = unknown[0].tolist()
-            raise ValueError(
-                f"row {row}: id {int(ids[row, column])} at column {column}; "
-                f"the model has ids 0 to {vocab_size - 1}"
-            )
-    return ids
 
 
-def check_mask(attention_mask: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return the mask as bool, on the CPU. Raises ValueError unless it has 0 and 1 alone.
-
-    Other masks exist that are added to attention, 0 where this one is 1.
-    """
+def check_mask(attention_mask: torch.Tensor, shape: torch.Size):
+    """Raise ValueError unless a mask has the shape of the ids. Its values are not looked at."""
     if not torch.is_tensor(attention_mask) or attention_mask.shape != shape:
         raise ValueError(
             f"attention_mask: expected the shape of input_ids, {list(shape)}, "
             f"found {kind_of(attention_mask)}"
         )
-    mask = attention_mask.cpu()
-    others = ((mask != 0) & (mask != 1)).nonzero()  # NaN is neither
-    if len(others) > 0:
-        row, column = others[0].tolist()
-        raise ValueError(
-            f"attention_mask: row {row} has {mask[row, column].item()} at column {column}; "
-            "expected 1 on text and 0 elsewhere"
-        )
-    return mask != 0
-
-
-def check_tokens(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, vocab_size: int):
-    """Check what a backbone is called with, as `check_ids` and `check_mask` do.
-
-    While torch.compile traces the call, there are no values to check.
-    """
-    if torch.compiler.is_compiling():
-        return
-    ids = check_ids(input_ids, vocab_size)
-    if attention_mask is not None:
-        check_mask(attention_mask, ids.shape)
 
 
 def kind_of(value) -> str:
