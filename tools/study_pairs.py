@@ -91,14 +91,15 @@ def held_out(training: np.ndarray, clusters: np.ndarray) -> tuple[np.ndarray, np
     return np.delete(training, chosen), training[chosen]
 
 
-def load_pairs(kind: str, directory: Path, tokenizer, max_seq_len: int, out: Path) -> Pairs:
-    """Read the pairs of alpaca-eval or hh-harmless, which `directory` has.
+def load_pairs(directory: Path, tokenizer, max_seq_len: int, out: Path) -> Pairs:
+    """Read the pairs of the directory alpaca-eval or hh-harmless.
 
     A cluster is an instruction of alpaca-eval; of hh-harmless, the dialogues that begin with the
     same message. alpaca-eval has a set to evaluate on; hh-harmless, five folds. out: where
     hh-harmless is written as chat messages.
     """
-    if kind == "alpaca":
+    is_alpaca = directory.name == "alpaca-eval"
+    if is_alpaca:
         files = [directory / "train.jsonl.gz", directory / "eval.jsonl.gz"]
     else:
         files = [out / "hh.jsonl"]
@@ -124,7 +125,7 @@ def load_pairs(kind: str, directory: Path, tokenizer, max_seq_len: int, out: Pat
     comparisons, groups = zip(*kept)
     clusters = numbered(names)
     every = np.arange(len(kept))
-    if kind == "alpaca":
+    if is_alpaca:
         folds = [(every[~np.array(is_eval)], every[is_eval])]
     else:
         folds = [(np.delete(every, part), part) for part in split_clusters(clusters, FOLDS)]

@@ -13,6 +13,7 @@ Data (--data has the two directories; none of their texts gets into DIR's result
                 to train on, 600 pairs over other instructions to evaluate on
     hh          hh-harmless: 1,800 pairs in five folds, grouped by dialogue, so that every pair is
                 evaluated once, by a model that has not seen its dialogue
+    alpaca-512  alpaca, cut to 512 tokens in place of 256: the longer answer, and heads
     built-in    train.py's own data, 1,000 steps from scratch
 
 A cell is DATA/ARM/OBJECTIVE/VARIANT/SEED:
@@ -20,7 +21,7 @@ A cell is DATA/ARM/OBJECTIVE/VARIANT/SEED:
     words       logistic regression on the words of a response, as differences of log(1 + count)
     head        a linear head on frozen features of SmolLM2-135M-Instruct, computed once
     all         all weights, by train.py
-Objectives: `end` and `divergent`, those of --loss; and of a head alone `both`, their sum, and
+Objectives: `end` and `divergent`, those of --loss; `both`, their sum; and of a head alone
 `shorter`, the divergent region up to the shorter end.
 Variants of a head: HEADS below. Variants of `all`: the learning rate. Learning rates and penalties
 are chosen by the loss of end scores on a fifth of the training pairs, other instructions or
@@ -34,6 +35,7 @@ import re
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from unittest.mock import patch
@@ -62,8 +64,8 @@ from tools.study_pairs import (
 )
 
 NAME = "real.jsonl"
-DIRECTORIES = {"alpaca": "alpaca-eval", "hh": "hh-harmless"}
-MAX_SEQ_LEN = 256
+DIRECTORIES = {"alpaca": "alpaca-eval", "hh": "hh-harmless", "alpaca-512": "alpaca-eval"}
+MAX_SEQ_LENS = {"alpaca": 256, "hh": 256, "alpaca-512": 512}
 END = READINGS.index("end")
 HEAD_RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 PENALTIES = (1.0, 1e-1, 1e-2, 1e-3)
@@ -97,20 +99,22 @@ OBJECTIVES_OF_HEADS = ("end", "divergent", "both", "shorter")
 def all_cells(seeds: list[int]) -> list[str]:
     """List all cells, in the order in which they run."""
     cells = []
-    for kind, arm in itertools.product(
-        DIRECTORIES, ("longer/-/whole", "longer/-/cut", "words/-/-")
-    ):
+    for kind, arm in itertools.product(DIRECTORIES, ("longer/-/whole", "longer/-/cut")):
         cells.append(f"{kind}/{arm}/1")
-    for variant, kind, seed in itertools.product(HEADS, ("hh", "alpaca"), seeds):
+    cells += ["alpaca/words/-/-/1", "hh/words/-/-/1"]  # they read whole responses
+    heads = itertools.product(HEADS, ("hh", "alpaca"), seeds)
+    heads = itertools.chain(heads, itertools.product(["default"], ["alpaca-512"], seeds))
+    for variant, kind, seed in heads:
         for objective in OBJECTIVES_OF_HEADS:
             is_rare = objective == "shorter" and variant not in ("default", "optimum")
             is_repeat = variant != "default" and seed != seeds[0]
             if not is_rare and not is_repeat:
                 cells.append(f"{kind}/head/{objective}/{variant}/{seed}")
-    for seed, objective in itertools.product(seeds, rm.LOSSES):
+    for seed, objective in itertools.product(seeds, (*rm.LOSSES, "both")):
         cells.append(f"built-in/all/{objective}/1000-steps/{seed}")
     for rate, objective in itertools.product(ALL_RATES, ("end", "divergent")):
         cells.append(f"alpaca/all/{objective}/{rate}/{seeds[0]}")
+    cells.append(f"alpaca/all/both/{ALL_RATES[0]}/{seeds[0]}")
     return cells
 
 
@@ -282,8 +286,16 @@ def longer_arm(pairs: Pairs, variant: str) -> dict:
     return {"margins": np.repeat(margins[:, None], len(READINGS), 1).astype(float)}
 
 
+def forward_with_both(self: rm.RewardModel, batch, forward_packed=rm.RewardModel.forward_packed):
+    """Compute what `forward_packed` does, with the loss of the end scores added to `divergent`."""
+    out = forward_packed(self, batch)
+    end_loss = F.softplus(out["rejected_mean_scores"] - out["chosen_mean_scores"]).mean()
+    return out | {"loss": out["loss"] + end_loss}
+
+
 def train_flags(out: Path, objective: str, seed: str, more: list) -> list[str]:
-    return ["--loss", objective, "--seed", seed, "--output_dir", str(out), *map(str, more)]
+    loss = "divergent" if objective == "both" else objective
+    return ["--loss", loss, "--seed", seed, "--output_dir", str(out), *map(str, more)]
 
 
 def all_weights_flags(cell: str, options) -> list[str]:
@@ -291,21 +303,28 @@ def all_weights_flags(cell: str, options) -> list[str]:
     _, _, objective, rate, seed = cell.split("/")
     files = options.out / "alpaca-part.jsonl", options.out / "alpaca-held-out.jsonl"
     more = ["--data_path", files[0], "--eval_path", files[1], "--eval_iters", 1]
-    more += ["--model_name_or_path", options.backbone, "--max_seq_len", MAX_SEQ_LEN]
-    more += ["--dtype", "bf16", "--per_device_train_batch_size", BATCH]
+    more += ["--model_name_or_path", options.backbone, "--max_seq_len", MAX_SEQ_LENS["alpaca"]]
+    # Micro-batches of half a step's pairs take half the memory.
+    more += ["--per_device_train_batch_size", BATCH // 2, "--gradient_accumulation_steps", 2]
+    more += ["--dtype", "bf16"]
     more += ["--learning_rate", rate, "--num_warmup_steps", 10]
     more += ["--save_interval", 45, "--keep_checkpoints", 1, "--resume"]
     return train_flags(options.out / cell, objective, seed, more)
 
 
-def train_by(out: Path, flags: list[str]) -> bool:
+def train_by(out: Path, objective: str, flags: list[str]) -> bool:
     """Train by train.py's loop, unless the model is there. Returns whether training has ended."""
     model = out / "pytorch_model.bin"
     if not model.exists():
         print(f"train.py {' '.join(flags)}", flush=True)
         with patch.object(sys, "argv", ["train.py", *flags]):
             args = parse_flags(list(FAMILIES), rm.LOSSES)
-        train.train(args, Process.start(False, args.process_timeout))
+        with ExitStack() as stack:
+            if objective == "both":
+                stack.enter_context(
+                    patch.object(rm.RewardModel, "forward_packed", forward_with_both)
+                )
+            train.train(args, Process.start(False, args.process_timeout))
     return model.exists()
 
 
@@ -325,7 +344,8 @@ def all_weights(cell: str, pairs: Pairs, options) -> dict | None:
     for name, indices in (("part", part), ("held-out", rest)):
         text = "".join(lines[i] for i in indices)
         (options.out / f"alpaca-{name}.jsonl").write_text(text)
-    if not train_by(options.out / cell, all_weights_flags(cell, options)):
+    objective = cell.split("/")[2]
+    if not train_by(options.out / cell, objective, all_weights_flags(cell, options)):
         return None
     model = rm.RewardModel.from_pretrained(options.out / cell)
     held_out_margins = margins_of(model, [pairs.groups[i] for i in rest])
@@ -343,7 +363,7 @@ def built_in(cell: str, options) -> dict | None:
     _, _, objective, _, seed = cell.split("/")
     out = options.out / cell
     more = ["--max_steps", BUILT_IN_STEPS, "--eval_interval", 0, "--resume"]
-    if not train_by(out, train_flags(out, objective, seed, more)):
+    if not train_by(out, objective, train_flags(out, objective, seed, more)):
         return None
     tokenizer = data.load_tokenizer(out)
     comparisons = itertools.islice(data.known_rewards(train.EVAL_SEED), train.EVAL_PAIRS)
@@ -364,7 +384,7 @@ class Workplace:
         if kind not in self.pairs:
             directory = self.options.data / DIRECTORIES[kind]
             out = self.options.out
-            pairs = load_pairs(kind, directory, self.tokenizer, MAX_SEQ_LEN, out)
+            pairs = load_pairs(directory, self.tokenizer, MAX_SEQ_LENS[kind], out)
             evaluation = np.concatenate([part for _, part in pairs.folds])
             facts = {"clusters": pairs.clusters[evaluation], "lengths": pairs.lengths[evaluation]}
             facts = {name: numbers.tolist() for name, numbers in facts.items()}
@@ -417,18 +437,19 @@ class Workplace:
 # The program
 
 # Seconds of a cell on one free thread of an AMD Xeon with AMX.
-SECONDS = {"longer": 1, "words": 40, "head": 60, "built-in": 130, "all": 2200, "features": 1100}
+SECONDS = {"longer": 1, "words": 40, "head": 20, "built-in": 130, "all": 2200, "features": 550}
 
 
 def estimate(cells: list[str]) -> float:
     """Estimate the seconds that cells take on one thread."""
     total = 0.0
+    with_features = set()
     for cell in cells:
         kind, arm, *_ = cell.split("/")
         total += SECONDS["built-in" if kind == "built-in" else arm]
-    if any("/head/" in cell for cell in cells):
-        total += SECONDS["features"]
-    return total
+        if arm == "head":
+            with_features.add(kind)
+    return total + SECONDS["features"] * len(with_features)
 
 
 def real(options):

@@ -45,6 +45,7 @@ PLOTS = (
 )
 NAMES = {
     "alpaca": "alpaca-eval",
+    "alpaca-512": "alpaca-eval, cut to 512",
     "hh": "hh-harmless",
     "built-in": "built-in data",
     "longer": "the longer answer",
@@ -214,7 +215,7 @@ def quality_table(summaries: list[dict], kind: str) -> str:
 def our_rows(summaries: list[dict]) -> str:
     """Write the rows of the first table that are ours: the main arms, their data and accuracy."""
     lines = []
-    for kind in ("alpaca", "hh"):
+    for kind in ("alpaca", "alpaca-512", "hh"):
         for summary in main_arms(summaries, kind):
             how, objective = summary["arm"].split("/")[1:3]
             pairs = f", {summary['first_pairs']:,}" if "first_pairs" in summary else ""
@@ -266,10 +267,10 @@ def rates_table(summaries: list[dict]) -> str:
     return markdown(["", "rate or penalty: loss on held-out training pairs", "chosen"], body)
 
 
-def readings_table(summaries: list[dict], kinds: tuple = ("built-in", "alpaca", "hh")) -> str:
+def readings_table(summaries: list[dict]) -> str:
     """Write the accuracy after shares of the responses."""
     body = []
-    for kind in kinds:
+    for kind in ("built-in", "alpaca", "alpaca-512", "hh"):
         for summary in of_kind(summaries, kind, ("head", "all")):
             if "/head/" in summary["arm"] and not summary["arm"].endswith("/default"):
                 continue
@@ -372,6 +373,7 @@ def write_results(out: Path, docs: Path) -> dict[str, str]:
     text = template.format(
         ours=our_rows(summaries),
         alpaca=quality_table(summaries, "alpaca"),
+        alpaca_512=quality_table(summaries, "alpaca-512"),
         hh=quality_table(summaries, "hh"),
         rates=rates_table(summaries),
         missing=missing_arms(summaries),

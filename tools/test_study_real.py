@@ -286,7 +286,7 @@ def check_summaries(rows: list[dict], summaries: list[dict]):
 
 def test_a_whole_run_and_its_pages(built_in_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(study_real, "BUILT_IN_STEPS", 2)
-    monkeypatch.setattr(study_real, "MAX_SEQ_LEN", 64)
+    monkeypatch.setattr(study_real, "MAX_SEQ_LENS", {"alpaca": 64, "hh": 64, "alpaca-512": 96})
     monkeypatch.setattr(study_real, "HEAD_RATES", (1e-3, 1e-2))
     monkeypatch.setattr(study_real, "PENALTIES", (1e-2, 1e-3))
     monkeypatch.setattr(train, "EVAL_PAIRS", 40)
