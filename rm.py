@@ -119,7 +119,7 @@ def pairwise_loss(
         rejected_text = rows[rejected][: ends[rejected]]
         start, stop = divergent_region(chosen_text, rejected_text)  # 4. find the divergence
         if start == stop:  # identical texts have equal rewards: log 2 without a margin, no gradient
-            if rows[chosen] != rows[rejected]:  # they differ behind the ends, which are then wrong
+            if rows[chosen] != rows[rejected]:  # they differ after the ends, which are then wrong
                 raise ValueError(
                     f"pair {chosen} (rows {chosen} and {rejected}): the pad id at column {stop} "
                     "ends both texts before they first differ; pass an attention_mask, which tells "
@@ -236,9 +236,9 @@ class RewardModel(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Compute loss and end scores of a batch of pairs, with the rules of `pairwise_loss`.
 
-        input_ids: (2B, L), all chosen rows, then all rejected ones; or a `PackedBatch`, for
-            `forward_packed`. It comes through `forward` because the hooks of
-            DistributedDataParallel run here alone, and has margins and targets of its own.
+        input_ids: (2B, L), all chosen rows, then all rejected ones; or a `PackedBatch`, which has
+            margins and targets of its own, for `forward_packed`. A packed batch comes through
+            `forward` because the hooks of DistributedDataParallel run here alone.
         attention_mask: (2B, L), tells which tokens are attended to and where texts end; without it,
             both follow from the pad id.
         margins, targets: (B,).
