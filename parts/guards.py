@@ -36,6 +36,11 @@ def check_rows(
     """
     check_ids(input_ids)
     ids = input_ids.cpu()
+    if pairs and len(ids) % 2:
+        raise ValueError(
+            f"input_ids: {counted(len(ids), 'row')}; pairs need an even number, "
+            "all chosen rows and then all rejected ones"
+        )
     if vocab_size is not None:
         unknown = ((ids < 0) | (ids >= vocab_size)).nonzero()
         if len(unknown) > 0:
@@ -44,11 +49,6 @@ def check_rows(
                 f"row {row}: id {int(ids[row, column])} at column {column}; "
                 f"the model has ids 0 to {vocab_size - 1}"
             )
-    if pairs and len(ids) % 2:
-        raise ValueError(
-            f"input_ids: {counted(len(ids), 'row')}; pairs need an even number, "
-            "all chosen rows and then all rejected ones"
-        )
     if attention_mask is None:
         return ids, None
     check_mask(attention_mask, ids.shape)
