@@ -579,7 +579,7 @@ def random_model(config: GPTConfig, device: torch.device) -> RewardModel:
 def compiled(model: RewardModel) -> RewardModel:
     """Return a model of the same weights, in the same memory, whose blocks are compiled.
 
-    On a CPU aot_eager makes the graphs, which takes less time than the code that they stand for.
+    On a CPU the graphs are run as they are: code for them would take minutes.
     Graphs of earlier models are forgotten, as PyTorch keeps 8 of a function.
     """
     torch.compiler.reset()
@@ -587,7 +587,7 @@ def compiled(model: RewardModel) -> RewardModel:
         twin = RewardModel(GPT(model.backbone.config), model.pad_id, model.num_padding_at_beginning)
     twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)
     on_gpu = model.v_head.weight.is_cuda
-    compile_blocks(twin.backbone.blocks, "inductor" if on_gpu else "aot_eager")
+    compile_blocks(twin.backbone.blocks, "inductor" if on_gpu else "eager")
     return twin
 
 
