@@ -85,7 +85,7 @@ def train(args, process: Process):
         f"{process.device}; {counted(total_steps, 'step')} of {counted(global_batch, 'comparison')}"
     )
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
-    check_ranks(common_flags(args) | result, model.backbone, evaluation, process)
+    check_ranks(common_flags(args) | result, model, evaluation, process)
     done, facts = run.step_to_resume(result, total_steps, args.resume)
     run.open(result, done, 4 * size, args.save_interval > 0)
 

@@ -67,11 +67,11 @@ def differences_of_ranks(ranks: list[dict]) -> list[str]:
     return found
 
 
-def check_ranks(facts: dict, backbone, evaluation, process):
+def check_ranks(facts: dict, model, evaluation, process):
     """Raise ValueError, on all ranks, that names each fact which is not the same on all of them.
 
     facts: all that the result and the ranks' communication depend on, but for the eval data and
-        the weights of `backbone`, which are added here.
+        the weights of `model`, which are added here.
     The ranks are awaited without --process_timeout: some may have taken long to prepare their data.
     """
     if process.world_size == 1:
@@ -81,7 +81,7 @@ def check_ranks(facts: dict, backbone, evaluation, process):
     if facts["data_path"]:
         facts["eval_data"] = evaluation.fingerprint()
     if facts["model_name_or_path"]:  # fresh weights follow from the seed
-        facts["weights"] = checksum(backbone.state_dict())
+        facts["weights"] = checksum(model.state_dict())
     found = differences_of_ranks(process.join([facts])[0])
     if found:
         raise ValueError(

@@ -123,11 +123,12 @@ def test_rows_in_another_order_on_a_rank_are_refused(flag, files, two, tmp_path)
         assert f"{name}, or how it is read (" in line and flag in line
 
 
-def test_other_weights_of_a_model_on_a_rank_are_refused(built_in_run, on_files, tmp_path):
+@pytest.mark.parametrize("name", ["rwtransformer.norm.weight", "v_head.weight"])
+def test_other_weights_of_a_model_on_a_rank_are_refused(name, built_in_run, on_files, tmp_path):
     model = shutil.copytree(built_in_run[0], tmp_path / "model")
     other = shutil.copytree(model, tmp_path / "other")
     weights = torch.load(other / "pytorch_model.bin", weights_only=True)
-    weights["rwtransformer.norm.weight"][0] += 0.01
+    weights[name][0] += 0.01
     torch.save(weights, other / "pytorch_model.bin")
     flags = [*on_files, "--max_seq_len 64 --max_steps 2 --zero_stage 3"]
     last = ["--model_name_or_path", other]
