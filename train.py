@@ -80,6 +80,7 @@ def train(args, process: Process):
     if total_steps is None:
         total_steps = args.num_train_epochs * math.ceil(len(training) / global_batch)
     size = sum(parameter.numel() for parameter in model.parameters())
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     process.print(
         f"{model.backbone.config.model_type} backbone, {size:,} parameters; {process.world_size} x "
         f"{process.device}; {counted(total_steps, 'step')} of {counted(global_batch, 'comparison')}"
@@ -87,7 +88,7 @@ def train(args, process: Process):
     result = result_follows_from(args, model, tokenizer, training, global_batch, total_steps)
     check_ranks(common_flags(args) | result, model, evaluation, process)
     done, facts = run.step_to_resume(result, total_steps, args.resume)
-    run.open(result, done, 4 * size, args.save_interval > 0)
+    run.open(result, done, 4 * size, 8 * trained, args.save_interval > 0)
 
     # Call `replica` to train, not `model`: its hooks average the gradients over the ranks.
     is_sharded = args.zero_stage > 0
@@ -127,7 +128,7 @@ def train(args, process: Process):
         losses, pair_count, token_count = [], 0, 0
         for i, comparisons in enumerate(micro_batches):
             inputs, count = collate(comparisons or batch[:1], model, args.layout, process.device)
-            is_last = i == len(micro_batches) - 1  # then the hooks average the gradients
+            is_last = i == len(micro_batches) - 1  # DDP averages the gradients then
             with nullcontext() if is_last or replica is model else replica.no_sync():
                 with autocast(args.dtype, process.device):
                     out = replica(*inputs)
@@ -155,9 +156,9 @@ def train(args, process: Process):
             if not scaler.is_enabled() or streak == LONGEST_STREAK:
                 loss_of = partial(loss_alone, model, args.layout, args.dtype, process.device)
                 rows = guards.non_finite_rows(batch, micro_batches, losses, loss_of, process)
-                numbers = guards.non_finite_message(loss, grad_norm, rows, batch, streak)
+                reason = guards.non_finite_message(loss, grad_norm, rows, batch, streak)
                 raise ValueError(
-                    f"at step {step} {numbers}; training cannot continue from there, and the "
+                    f"at step {step} {reason}; training cannot continue from there, and the "
                     f"optimizer did not step; {run.what_is_left()}. A smaller --learning_rate than "
                     f"{args.learning_rate:g}, or more --num_warmup_steps, may help"
                 )
@@ -188,7 +189,7 @@ def train(args, process: Process):
         if scores is None:  # this run had ended before
             scores = evaluate(model, evaluation, args, process, total_steps)
         finish(model, tokenizer, evaluation, scores, skipped, args, run, process)
-    process.wait()  # no rank leaves before the model is saved
+    process.wait_patiently()  # no rank leaves before the model is saved
 
 
 def learning_rate(kind: str, peak: float, step: int, warmup: int, total: int) -> float:

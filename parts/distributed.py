@@ -31,10 +31,12 @@ from parts.packed import packed_size
 # as many take a quarter longer: the numbers of a layer are then larger than the caches.
 CPU_TOKENS = 4096
 ROOM = {  # where memory is full: what takes less of it
-    "GPU's": "give fewer --micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage",
+    "GPU's": "give fewer --micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage; "
+    "in an evaluation a smaller --per_device_eval_batch_size",
     "machine's": (
         "give fewer --micro_batch_tokens, a smaller --max_seq_len, --gradient_checkpointing, or a "
-        "smaller model; --dry_run says what the flags take"
+        "smaller model, in an evaluation a smaller --per_device_eval_batch_size; --dry_run says "
+        "what the flags take"
     ),
 }
 PATIENCE = timedelta(days=7)  # for ranks that prepare data, or read a checkpoint
@@ -76,7 +78,7 @@ class Process:
     def wait_patiently(self):
         """Wait until all ranks are here, where some may take longer than --process_timeout.
 
-        They prepare data, or read a checkpoint. A rank that ends is noticed at once.
+        They prepare data, or read or write files. A rank that ends is noticed at once.
         """
         if self.world_size == 1:
             return

@@ -114,11 +114,14 @@ class RunDirectory:
             )
         return done, facts
 
-    def open(self, result: dict, done: int, model_size: int, saves_checkpoints: bool):
+    def open(
+        self, result: dict, done: int, model_size: int, moments_size: int, saves_checkpoints: bool
+    ):
         """Make the directory ready for a run that resumes after step `done`, or starts (0).
 
         At step 0 the files of an earlier run are moved to earlier-N; later, the lines of later
-        steps are dropped from metrics.jsonl. result: as above. model_size: bytes of the weights.
+        steps are dropped from metrics.jsonl. result: as above. model_size, moments_size: bytes of
+        the weights, and of AdamW's moments.
         Raises ValueError where the disk has no room for all that the run will write.
         """
         self.result = result
@@ -133,7 +136,8 @@ class RunDirectory:
                 self.discard_unfinished()
                 if not done:
                     self.move_earlier_run()
-                self.check_room(model_size, self.keep + 1 if saves_checkpoints else 1)
+                checkpoints = self.keep + 1 if saves_checkpoints else 1
+                self.check_room(model_size, moments_size, checkpoints)
                 self.open_metrics(done)
             except OSError as error:
                 raise self.unusable(error) from None
@@ -162,9 +166,9 @@ class RunDirectory:
             file.rename(aside / file.name)
         self.process.print(f"{self.path} held the files of an earlier run; they are in {aside} now")
 
-    def check_room(self, model_size: int, checkpoints: int):
+    def check_room(self, model_size: int, moments_size: int, checkpoints: int):
         """Raise ValueError unless the disk has room for the model and the number of checkpoints."""
-        needed = model_size * (1 + 3 * checkpoints)  # a checkpoint has AdamW's two moments, too
+        needed = model_size + checkpoints * (model_size + moments_size)
         free = shutil.disk_usage(self.path).free
         # Checkpoints that are there belong to this run: they are counted in what is needed.
         free += sum(file.stat().st_size for file in self.checkpoints.rglob("*"))
@@ -464,6 +468,7 @@ def together(process) -> Iterator[None]:
         yield
     except OSError as error:
         failures.append(str(error))
+    process.wait_patiently()  # rank 0 reads what all ranks have written
     failures = process.join(failures)[0]
     if failures:
         raise OSError(failures[0])

@@ -40,6 +40,7 @@ from conftest import (
     write_rows,
 )
 from model import GPT, GPTConfig
+from parts import run_directory
 from parts.distributed import (
     Process,
     complaint_about,
@@ -302,6 +303,33 @@ def test_preparing_data_is_not_under_the_time_out(two, tmp_path):
     assert codes == [0, 0], said
     assert list((tmp_path / "cold" / "reward-model").iterdir())
     assert "score with it" in said[0]
+
+
+def save_slowly(seconds):
+    """Have rank 0 take so long to hash the files of a checkpoint, and to save the model."""
+    if os.environ["RANK"] == "0":
+        hashes, save = run_directory.hashes, train.RewardModel.save_pretrained
+
+        def hash_slowly(*arguments):
+            time.sleep(seconds)
+            return hashes(*arguments)
+
+        def save_model_slowly(*arguments, **how):
+            time.sleep(seconds)
+            return save(*arguments, **how)
+
+        run_directory.hashes = hash_slowly
+        train.RewardModel.save_pretrained = save_model_slowly
+
+
+def test_saving_is_not_under_the_time_out(two, tmp_path):
+    """Large files take rank 0 longer than processes wait for each other."""
+    flags = [*two[1], "--max_steps 1 --save_interval 1 --process_timeout 4 --eval_iters 1"]
+    before = functools.partial(save_slowly, 5)
+    codes, said = forked(tmp_path / "out", *flags, processes=2, before=before)
+    assert codes == [0, 0], said
+    assert "score with it" in said[0]
+    assert (tmp_path / "out" / "checkpoints" / "step-1").exists()
 
 
 def test_process_lost_while_others_prepare_is_noticed_at_once(small, tmp_path):

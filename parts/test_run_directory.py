@@ -71,7 +71,7 @@ def test_files_of_an_earlier_run_are_kept(tmp_path, capsys):
         (tmp_path / "examples.jsonl").write_text(f"examples {number}")
         (tmp_path / "notes.txt").write_text("not ours")
         run = RunDirectory(tmp_path, 2, Process())
-        run.open({}, 0, 1000, saves_checkpoints=False)
+        run.open({}, 0, 1000, 2000, saves_checkpoints=False)
         run.log(**STEP, step=number)
     assert (tmp_path / "earlier-1" / "pytorch_model.bin").read_text() == "model 1"
     assert (tmp_path / "earlier-2" / "pytorch_model.bin").read_text() == "model 2"
@@ -95,14 +95,14 @@ def test_output_directory_that_cannot_be_written_to(monkeypatch, capsys, tmp_pat
 def test_metrics_are_cut_after_the_step_that_a_run_resumes_at(tmp_path):
     """A line that the end of a run has cut goes, too; a number that is not finite becomes null."""
     run = RunDirectory(tmp_path, 2, Process())
-    run.open({}, 0, 1000, saves_checkpoints=False)
+    run.open({}, 0, 1000, 2000, saves_checkpoints=False)
     for step in (1, 2, 3):
         run.log(**STEP | {"loss": float("nan")}, step=step)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"event": "step", "st')
     assert [event["step"] for event in run.events()] == [1, 2, 3]
     resumed = RunDirectory(tmp_path, 2, Process())
-    resumed.open({}, 2, 1000, saves_checkpoints=False)
+    resumed.open({}, 2, 1000, 2000, saves_checkpoints=False)
     resumed.log(**EVAL, step=2)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 2]
@@ -227,10 +227,10 @@ def test_directory_that_another_run_makes_meanwhile_is_refused(tmp_path):
     other.start()
     assert ours.recv() == "locked"
     with pytest.raises(ValueError, match=f"--output_dir {output_dir}: process {other.pid} on "):
-        run.open({}, 0, 1000, saves_checkpoints=False)
+        run.open({}, 0, 1000, 2000, saves_checkpoints=False)
     ours.send("end")
     other.join()
-    run.open({}, 0, 1000, saves_checkpoints=False)
+    run.open({}, 0, 1000, 2000, saves_checkpoints=False)
     assert (output_dir / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -833,7 +833,7 @@ def test_line_of_metrics_that_is_no_event_is_skipped_and_named(line, is_last, tm
     ends = b"" if is_last else b"\n"
     (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines) + ends)
     run = RunDirectory(tmp_path, 2, Process())
-    run.open({}, 2, 1000, saves_checkpoints=False)
+    run.open({}, 2, 1000, 2000, saves_checkpoints=False)
     assert [event["step"] for event in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
     said = capsys.readouterr().out
     number = 4 if is_last else 2
@@ -996,8 +996,12 @@ def test_disk_without_room_is_seen_at_the_start_and_what_is_there_counts(
     line = complaint(monkeypatch, capsys, *small, "--output_dir", tmp_path / "new")
     assert f"--output_dir {tmp_path}/new" in line and "--keep_checkpoints" in line
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    # AdamW has no moments of weights that are frozen.
+    frozen = ["--lora_dim 4 --only_optimize_lora --save_interval 0 --output_dir", tmp_path / "lora"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *words([*small, *frozen])])
+    monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
+    train.main()
     flags = [*small, "--output_dir", output_dir, "--resume --keep_checkpoints 2"]
     monkeypatch.setattr(sys, "argv", ["train.py", *words(flags)])
-    monkeypatch.setattr(train, "stop_signals", list)  # an interrupt stays pytest's
     train.main()  # finished, with three checkpoints
     assert "accuracy after training" in capsys.readouterr().out
