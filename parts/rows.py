@@ -610,12 +610,13 @@ def text_as_messages(
 def parse_messages(name: str, value, role: str, unread: set[str]) -> list[dict]:
     """Return the chat messages of a field as {"role", "content"}.
 
-    Text counts as the content of one message of `role`; empty text as no message. unread: gets the
-    names of other keys that are not null.
+    Text counts as the content of one message of `role`, even an empty response; an empty prompt
+    counts as no message. unread: gets the names of other keys that are not null.
     """
     if isinstance(value, str):
         check_text(name, value)
-        return [{"role": role, "content": value}] if value else []
+        is_message = value or role == "assistant"
+        return [{"role": role, "content": value}] if is_message else []
     if not isinstance(value, list):
         expected = "expected text or a list of chat messages"
         raise ValueError(f"{name}: {expected}, found {json_type(value)}")

@@ -529,7 +529,10 @@ def test_text_as_messages():
     found = parsed(TEXT, text_as="messages")
     assert (found["prompt"], found["responses"]) == ([U], [[A], [B]])
     found = parsed({"prompt": "hi", "responses": ["B", "", "A"]}, text_as="messages")
-    assert (found["prompt"], found["responses"]) == ([U], [[B], [], [A]])
+    assert (found["prompt"], found["responses"]) == (
+        [U],
+        [[B], [{"role": "assistant", "content": ""}], [A]],
+    )
     found = parsed({"prompt": "", "response": "A"}, min_responses=1, text_as="messages")
     assert (found["prompt"], found["responses"]) == ([], [[A]])
     for row, _, _ in ROWS.values():

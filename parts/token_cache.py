@@ -176,7 +176,7 @@ class TokenizedData:
     files: list[TokenizedFile] | list[list[Tokenized]]
     selected: np.ndarray  # (n, 2) int64
     dropped: int  # number of comparisons that were selected, and dropped as identical
-    truncated: int = 0  # number of these comparisons of which --max_seq_len took a token
+    truncated: int = 0  # number of comparisons kept of which --max_seq_len took a token
 
     def __len__(self) -> int:
         return len(self.selected)
@@ -257,7 +257,7 @@ def token_file(
     """
     content = file_hash(path)
     how = (fingerprint, max_seq_len, side, skip_bad_rows, reading)
-    key = hash_of("tokens 5", content, Path(path).suffix, *how)
+    key = hash_of("tokens 6", content, Path(path).suffix, *how)
 
     def build(directory: Path):
         bad_rows = [] if skip_bad_rows else None
@@ -372,7 +372,7 @@ def file_hash(path) -> str:
     return content_hash(path, *version_of(path), os.stat(path).st_ctime_ns)
 
 
-@functools.lru_cache
+@functools.cache
 def content_hash(path, *version) -> str:
     return content_hash_now(path)
 
