@@ -198,6 +198,7 @@ class Scorer:
             ends = end_scores(self.model, [[sequences[i] for i in batch]], "packed")
             for i, end in zip(batch, ends.tolist()):
                 scores[i] = end
+        check_scores(scores, "Scorer")
         return scores
 
 

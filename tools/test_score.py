@@ -458,6 +458,14 @@ def scorer(trained):
     return score.Scorer(trained, device="cpu")
 
 
+def test_scorer_refuses_scores_that_are_not_finite(trained):
+    """As rm.py does: one NaN in a batch may spoil others."""
+    scorer = score.Scorer(trained, device="cpu")
+    scorer.model.v_head.weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="Scorer: the score of response 0 is nan"):
+        scorer("Where?", [" Paris.", " No."])
+
+
 def test_scorer_gives_the_numbers_of_the_program(trained, scorer, tmp_path, run_here):
     """Rankings, single responses, repeats, prompts that are too long, and no prompt."""
     built_in = [[c.prompt, c.responses] for c in itertools.islice(data.known_rewards(0), 6)]
