@@ -906,6 +906,8 @@ MASK = torch.tensor([[1, 1, 1, 0]] * 2)
         ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK * math.nan}, ["row 0", "nan at column 0"]),
         ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK * 2}, ["row 0", "2 at column 0"]),
         ([[1, 2, 3, 4]] * 2, {"attention_mask": MASK.tolist()}, ["[2, 4]", "found list"]),
+        ([[1, 2, 3, 4]] * 2, {"margins": [[1.0], [1.0, 2.0]]}, ["margins: found values of"]),
+        ([[1, 2, 3, 4]] * 2, {"center_rewards_coefficient": None}, ["coefficient: found None"]),
         ([[1, 2, 3, 4]] * 2, {"pad_id": None}, ["pad_id", "None", "a token id"]),
         ([[1, 2, 3, 4]] * 2, {"pad_id": "0"}, ["pad_id", "'0'", "a token id"]),
         ([[1, 2, 3, 4]] * 2, {"pad_id": 0.5}, ["pad_id", "0.5", "a token id"]),
@@ -935,8 +937,9 @@ def test_refused(rows, kwargs, words):
         torch.zeros(2, 4, 1),
         torch.zeros(2, 4).bfloat16(),
         torch.zeros(2, 4).long(),
+        [[0.0] * 4] * 2,
     ],
-    ids=["short", "3D", "bfloat16", "integers"],
+    ids=["short", "3D", "bfloat16", "integers", "a list"],
 )
 def test_rewards_of_another_shape_or_kind_are_refused(rewards):
     with pytest.raises(ValueError, match="rewards: expected float32 or float64"):

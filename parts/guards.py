@@ -112,10 +112,11 @@ def check_starts(starts: list[int]):
 
 def check_rewards(rewards: torch.Tensor, shape: torch.Size):
     """Raise ValueError unless rewards are float32 or float64 of this shape."""
-    if rewards.shape != shape or rewards.dtype not in (torch.float32, torch.float64):
+    is_wide = torch.is_tensor(rewards) and rewards.dtype in (torch.float32, torch.float64)
+    if not is_wide or rewards.shape != shape:
         raise ValueError(
             f"rewards: expected float32 or float64 of shape {list(shape)}, as input_ids; "
-            f"found {rewards.dtype} of shape {list(rewards.shape)}"
+            f"found {kind_of(rewards)}"
         )
 
 
@@ -124,7 +125,8 @@ def check_loss(loss: str, known: tuple[str, ...], center_rewards_coefficient: fl
     if loss not in known:
         raise ValueError(f"loss: found {loss!r}; expected {' or '.join(known)}")
     found = center_rewards_coefficient
-    if isinstance(found, str) or not 0 <= found < math.inf:  # NaN is not
+    is_number = hasattr(found, "__float__")  # a tensor and numpy's numbers are, too
+    if not is_number or not 0 <= found < math.inf:  # NaN is not
         raise ValueError(
             f"center_rewards_coefficient: found {found!r}; expected a finite number from 0"
         )
@@ -152,14 +154,11 @@ def check_margins(margins: Sequence[float] | None, count: int) -> list[float]:
     """
     if margins is None:
         return [0.0] * count
-    margins = as_floats("margins", margins, count, f"a finite number for each of {count}")
-    found = None
+    expected = f"a finite number for each of {count}"
+    margins = as_floats("margins", margins, count, expected)
     for i, margin in enumerate(margins):
         if not math.isfinite(margin):
-            found = f"{margin} for pair {i}"
-            break
-    if found:
-        raise ValueError(f"margins: found {found}; expected a finite number for each of {count}")
+            raise ValueError(f"margins: found {margin} for pair {i}; expected {expected}")
     return margins
 
 
@@ -202,7 +201,10 @@ def as_floats(
     """
     if torch.is_tensor(numbers):
         numbers = numbers.tolist()
-    numbers = np.asarray(numbers)
+    try:
+        numbers = np.asarray(numbers)
+    except ValueError:  # lists of several lengths
+        numbers = np.asarray(numbers, dtype=object)
     found = counted(numbers.size, "number")
     if numbers.dtype.kind not in "buif":
         found = f"values of dtype {numbers.dtype}"
