@@ -143,21 +143,21 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(c, config.n_inner, bias=config.mlp_bias)
         self.mlp_out = nn.Linear(config.n_inner, c, bias=config.mlp_bias)
 
-    def forward(self, x, attend, rotary, n_keys: int | None = None, first: int = 0):
+    def forward(self, x, attend, rotary, n_keys: int | None, first: int):
         """Transform x, (B, L, C) or packed (T, C).
 
         attend: the attention of the layout. rotary: cos and sin of `rotary_tables`, or None.
         n_keys, first: of a packed x, the number of its rows that are attended to, and the first row
             that is computed, see `GPT.forward_packed`; a padded x is taken whole.
         """
-        computed = from_row(x, first)
+        rows = from_row(x, first)  # those that are computed
         if not self.config.pre_norm:
             y = self.attention(x, attend, rotary, n_keys, first)
-            x = self.attn_norm(computed + self.drop(y))
+            x = self.attn_norm(rows + self.drop(y))
             return self.mlp_norm(x + self.drop(self.mlp(x)))
         y = self.attention(self.attn_norm(x), attend, rotary, n_keys, first)
-        y = computed + self.drop(y)
-        mlp_input = computed if self.config.parallel_residual else y
+        y = rows + self.drop(y)
+        mlp_input = rows if self.config.parallel_residual else y
         return y + self.drop(self.mlp(self.mlp_norm(mlp_input)))
 
     def drop(self, x):

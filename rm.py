@@ -259,11 +259,11 @@ class RewardModel(nn.Module):
             attended = column < torch.tensor(ends, device=input_ids.device)[:, None]
         rewards = self.token_rewards(input_ids, attended)
         return pairwise_loss(
-            input_ids,
+            ids,
             rewards,
             self.pad_id,
             self.num_padding_at_beginning,
-            attention_mask,
+            mask,
             self.loss,
             margins,
             targets,

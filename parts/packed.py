@@ -71,8 +71,10 @@ class PackedBatch:
     longest_tail: int | None  # tails are cut to this length; None: they are whole
     margins: Sequence[float] | None = None  # one for each comparison; None: 0
     targets: Sequence[float] | None = None  # one for each comparison; None: 1
-    pairs: tuple["PairIndex | None", "PairIndex"] | None = None  # `index_pairs`
-    calls: tuple[tuple["VarlenCall", ...], ...] | None = None  # of flash attention, on devices
+    pairs: tuple["PairIndex | None", "PairIndex"] | None = (
+        None  # what the loss reads, from `index_pairs`
+    )
+    calls: tuple[tuple["VarlenCall", ...], ...] | None = None  # of flash attention
 
     @property
     def num_tokens(self) -> int:
@@ -279,11 +281,11 @@ def index_pairs(
     margins, targets: one for each comparison.
     Raises ValueError for a region that starts in a trunk.
     Every comparison weighs the same; its pairs share its weight, and the positions of a pair share
-    the weight of the pair. The first index is None where the batch has no padding: only the ends of
-    its texts can be read then.
+    the weight of the pair. The first index is None where the batch was packed without tails
+    (longest_tail 0): only the ends of its texts can be read then.
     """
     regions, ends = [], []
-    has_padding = batch.longest_tail != 0
+    has_tails = batch.longest_tail != 0
     for group, trunk, places, margin, target in zip(
         batch.token_groups, batch.trunks, reward_places(batch), margins, targets
     ):
@@ -294,7 +296,7 @@ def index_pairs(
             # Places begin behind the trunk.
             last, other_last = len(group[i]) - 1 - trunk, len(group[j]) - 1 - trunk
             ends.append((places[i][last, None], places[j][other_last, None], *numbers))
-            if has_padding:
+            if has_tails:
                 start, stop = region(group[i], group[j])
                 start = min(start, stop - 1)  # identical texts: their last token
                 if start < trunk:
@@ -304,7 +306,7 @@ def index_pairs(
                     )
                 columns = slice(start - trunk, stop - trunk)
                 regions.append((places[i][columns], places[j][columns], *numbers))
-    return PairIndex.of(regions) if has_padding else None, PairIndex.of(ends)
+    return PairIndex.of(regions) if has_tails else None, PairIndex.of(ends)
 
 
 # --------------------------------------------------------------------------------------------------
