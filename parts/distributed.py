@@ -31,15 +31,17 @@ from parts.packed import packed_size
 # as many take a quarter longer: the numbers of a layer are then larger than the caches.
 CPU_TOKENS = 4096
 ROOM = {  # where memory is full: what takes less of it
-    "GPU's": "give fewer --micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage; "
-    "in an evaluation a smaller --per_device_eval_batch_size",
+    "GPU's": (
+        "give fewer --micro_batch_tokens, or --gradient_checkpointing, or a --zero_stage; in an "
+        "evaluation a smaller --per_device_eval_batch_size"
+    ),
     "machine's": (
         "give fewer --micro_batch_tokens, a smaller --max_seq_len, --gradient_checkpointing, or a "
         "smaller model, in an evaluation a smaller --per_device_eval_batch_size; --dry_run says "
         "what the flags take"
     ),
 }
-PATIENCE = timedelta(days=7)  # for ranks that prepare data, or read a checkpoint
+PATIENCE = timedelta(days=7)  # for ranks that prepare data, or read or write files
 
 # --------------------------------------------------------------------------------------------------
 # This process

@@ -71,9 +71,7 @@ class PackedBatch:
     longest_tail: int | None  # tails are cut to this length; None: they are whole
     margins: Sequence[float] | None = None  # one for each comparison; None: 0
     targets: Sequence[float] | None = None  # one for each comparison; None: 1
-    pairs: tuple["PairIndex | None", "PairIndex"] | None = (
-        None  # what the loss reads, from `index_pairs`
-    )
+    pairs: tuple["PairIndex | None", "PairIndex"] | None = None  # from `index_pairs`
     calls: tuple[tuple["VarlenCall", ...], ...] | None = None  # of flash attention
 
     @property
